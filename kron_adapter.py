@@ -208,9 +208,7 @@ class KroneckerLinear(nn.Module):
             A, B = (self.A * (self.gain * self.scale)).to(x.dtype), self.B.to(x.dtype)
             return y + kron_apply(x, A, B).to(y.dtype)
         weight = self.base.weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else self.base.weight
-        return _FrozenLinearPlusKronecker.apply(
-            x, weight, self.base.bias, self.A, self.B, self.gain * self.scale
-        )
+        return _FrozenLinearPlusKronecker.apply(x, weight, self.base.bias, self.A, self.B, self.gain * self.scale)
 
     def _has_plain_base(self, x: Tensor) -> bool:
         """Whether the base layer is nothing but x Wᵀ + bias with a frozen W that lies beside x.
@@ -494,7 +492,8 @@ def load_kronecker(models: Models, path: str | os.PathLike, scale: float = 1.0) 
         f"{key} holds factors for {A.shape[1] * B.shape[1]} to {A.shape[0] * B.shape[0]} features, "
         f"the model's layer maps {linears[key][2].in_features} to {linears[key][2].out_features}"
         for key, (A, B) in factors.items()
-        if key in linears and (A.shape[0] * B.shape[0], A.shape[1] * B.shape[1])
+        if key in linears
+        and (A.shape[0] * B.shape[0], A.shape[1] * B.shape[1])
         != (linears[key][2].out_features, linears[key][2].in_features)
     ]
     if problems:

@@ -48,7 +48,9 @@ def test_kron_apply_is_the_product_with_torch_kron(a1, a2, b1, b2, batch):
 
 @pytest.mark.parametrize("a1, a2, b1, b2", SHAPES)
 def test_kron_apply_has_the_right_gradients(a1, a2, b1, b2):
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, a2 * b2), (a1, a2), (b1, b2))]
+    inputs = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, a2 * b2), (a1, a2), (b1, b2))
+    ]
     assert torch.autograd.gradcheck(kron_apply, inputs)
 
 
@@ -300,12 +302,19 @@ def test_inject_adapts_every_target_and_freezes_the_rest(model, inputs):
 
 def test_factors_per_projection_and_longest_target_wins(model):
     layers = inject_kronecker(
-        model, 4, 8, targets=("to_q", "to_k", "attn2.to_k", "proj"),
+        model,
+        4,
+        8,
+        targets=("to_q", "to_k", "attn2.to_k", "proj"),
         factors={"to_k": (6, 2), "attn2.to_k": (3, 4), "proj": (5, 3)},
     )
     shapes = {name: tuple(layer.A.shape) for name, layer in layers.items()}
     assert shapes == {
-        "attn1.to_q": (4, 8), "attn1.to_k": (6, 2), "attn2.to_q": (4, 8), "attn2.to_k": (3, 4), "proj": (5, 3),
+        "attn1.to_q": (4, 8),
+        "attn1.to_k": (6, 2),
+        "attn2.to_q": (4, 8),
+        "attn2.to_k": (3, 4),
+        "proj": (5, 3),
     }
 
 
@@ -317,7 +326,10 @@ def test_a_target_is_whole_words_of_a_path(model):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"a1": 5, "a2": 8}, r"attn1.to_q maps 24 to 24 .*a1 = 5 does not divide d_out = 24 \(nearest that do: 4 and 6\)"),
+        (
+            {"a1": 5, "a2": 8},
+            r"attn1.to_q maps 24 to 24 .*a1 = 5 does not divide d_out = 24 \(nearest that do: 4 and 6\)",
+        ),
         ({"a1": 4, "a2": 9}, r"a2 = 9 does not divide d_in = 24 \(nearest that do: 8 and 12\)"),
         ({"a1": 4, "a2": 24}, r"attn1.to_k maps 16 .*nearest that do: 16\)"),
         ({"a1": 0, "a2": 8}, "a1 = 0 does not divide"),

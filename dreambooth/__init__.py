@@ -1,0 +1,1 @@
+"""DreamBooth training, shared by the Stable Diffusion and the SDXL script; knows neither of them."""
