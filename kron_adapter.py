@@ -34,6 +34,7 @@ __all__ = [
     "load_kronecker",
     "load_kronecker_state_dict",
     "merge_kronecker",
+    "read_kronecker",
     "remove_kronecker",
     "save_kronecker",
     "set_kronecker_scale",
@@ -470,7 +471,7 @@ def load_kronecker(models: Models, path: str | os.PathLike, scale: float = 1.0) 
 
     Raises KroneckerError, with the models untouched, where the file is not a whole Kronecker adapter for them.
     """
-    factors, metadata = _read(path)
+    factors, metadata = read_kronecker(path)
     models = _prefixed(models)
     if any(kronecker_layers(model) for model in models.values()):
         raise KroneckerError("the model has Kronecker adapters already; call remove_kronecker first")
@@ -523,8 +524,11 @@ def _file_key(prefix: str, name: str) -> str:
     return f"{prefix}_{name.replace('.', '_')}"
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
-    """Return key -> (A, B) in fp32, and our metadata, of an adapter file."""
+def read_kronecker(path: str | os.PathLike) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
+    """Return layer key -> (A, B) in fp32, and the metadata that `save_kronecker` wrote, of an adapter file.
+
+    Raises KroneckerError, saying what the file is instead, where it is not a Kronecker adapter.
+    """
     if not os.path.isfile(path):
         raise KroneckerError(f"there is no adapter file {path}")
     try:

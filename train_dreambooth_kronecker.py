@@ -87,7 +87,7 @@ def main() -> None:
     # What can be refused is refused before any weights are read
     start = find_start(config)
     photos = read_photos(config.instance_data_dir, "--instance_data_dir", config.instance_prompt, config)
-    inject(empty_unet(config, Pipeline))
+    inject(empty_unet(config.pretrained_model_name_or_path, config.revision, Pipeline))
 
     # The frozen model: class images, then every distinct prompt once, then the text encoders go
     pipeline = load_models(config, accelerator)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreambooth.config import TrainingConfig, UserError, save_config
-from kron_adapter import kronecker_state_dict, load_kronecker_state_dict, save_kronecker
+from dreambooth.config import DTYPES, AdaptedModelConfig, TrainingConfig, UserError, save_config
+from dreambooth.models import empty_unet
+from kron_adapter import kronecker_state_dict, load_kronecker, load_kronecker_state_dict, save_kronecker
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,23 @@ def save_weights(unet: nn.Module, folder: str | Path, step: int, config: Trainin
     }
     save_kronecker(unet, path, metadata)
     return path
+
+
+def load_adapted_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
+    """Return the base model with the adapter in it, or the base model alone where no adapter is given.
+
+    Raises UserError or KroneckerError, before any weights are read, where the adapter does not fit the base model.
+    """
+    name = config.pretrained_model_name_or_path
+    unet = empty_unet(name, config.revision)
+    if config.adapter:
+        load_kronecker(unet, config.adapter)
+    pipeline = DiffusionPipeline.from_pretrained(
+        name, dtype=DTYPES[config.dtype], revision=config.revision, variant=config.variant
+    )
+    if config.adapter:
+        load_kronecker(pipeline, config.adapter, config.adapter_scale)
+    return pipeline
 
 
 # ---- checkpoints ----

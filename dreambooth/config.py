@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -30,6 +31,21 @@ def option(help: str, default=MISSING):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModelConfig:
+    """What scripts need that take a base model and an adapter."""
+
+    pretrained_model_name_or_path: str = option("Base model: a name on the Hub or a folder in diffusers' layout.")
+    revision: str | None = option("Revision of the base model on the Hub.", None)
+    variant: str | None = option("Variant of the base model's weight files, for example fp16.", None)
+    adapter: str | None = option("Adapter file. Default: none, the base model alone.", None)
+    adapter_scale: float = option("Strength of the adapter: 0 is the base model, 1 as trained.", 1.0)
+    dtype: Literal["fp32", "fp16", "bf16"] = option("Precision of the model.", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +89,7 @@ class TrainingConfig:
         "Linear layers to adapt, by the end of their path.", ["to_q", "to_k", "to_v", "to_out.0"]
     )
     kron_init: Literal["invariant", "reference"] = option(
-        "Initialisation of A: invariant suits every factor shape at one learning rate; reference is the paper's code's.",
+        "Initialisation of A: invariant serves every factor shape at one learning rate; reference is the paper's code's.",
         "invariant",
     )
 
@@ -135,10 +151,20 @@ class TrainingConfig:
         return factors
 
 
-C = TypeVar("C", bound=TrainingConfig)
+C = TypeVar("C")
 
 
 def parse_config(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
+    """Return the options of a training run, checked against each other. See `parse_options`."""
+    return parse_options(config_class, description, argv, check_config)
+
+
+def parse_options(
+    config_class: type[C],
+    description: str,
+    argv: Sequence[str] | None = None,
+    check: Callable[[C], None] = lambda config: None,
+) -> C:
     """Return the options from `--config FILE`, overridden by the command line. Touches nothing but that file.
 
     What does not parse or does not go together ends the program with exit code 2 and a message that names the flags.
@@ -160,7 +186,7 @@ def parse_config(config_class: type[C], description: str, argv: Sequence[str] | 
         if unknown:
             source = f" (on the command line or in {known.config})" if known.config else ""
             raise UserError(f"unrecognized arguments: {' '.join(unknown)}{source}")
-        check_config(config)
+        check(config)
     except UserError as error:
         parser.error(str(error))
     return config

@@ -7,26 +7,34 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from dreambooth.config import TrainingConfig, UserError
+from dreambooth.config import UserError
 
 
-def empty_unet(config: TrainingConfig, pipeline_class: type[DiffusionPipeline]) -> UNet2DConditionModel:
-    """Return the base model's UNet without weights, from its configuration: for checks that come before loading.
+def empty_unet(
+    name: str, revision: str | None = None, pipeline_class: type[DiffusionPipeline] = DiffusionPipeline
+) -> UNet2DConditionModel:
+    """Return a base model's UNet without weights, from its configuration: for checks that come before loading.
 
-    Raises UserError where the base model is not there or not of this kind.
+    Raises UserError where the base model is not there, or is none for `pipeline_class`.
     """
-    name = config.pretrained_model_name_or_path
     try:
-        found = pipeline_class.load_config(name, revision=config.revision).get("_class_name", "")
-        unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", revision=config.revision)
-    except OSError as error:
-        raise UserError(f"--pretrained_model_name_or_path {name}: {str(error).strip().splitlines()[0]}") from error
-    if found.startswith("StableDiffusionXL") != pipeline_class.__name__.startswith("StableDiffusionXL"):
-        raise UserError(
-            f"--pretrained_model_name_or_path {name} is a {found}, but this script trains a {pipeline_class.__name__}"
-        )
+        found = pipeline_class.load_config(name, revision=revision).get("_class_name", "")
+        unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--pretrained_model_name_or_path {name} is no base model: {reason}") from error
+    if pipeline_class is not DiffusionPipeline:
+        _check_family(name, found, pipeline_class)
     with init_empty_weights():
         return UNet2DConditionModel.from_config(unet_config)
+
+
+def _check_family(name: str, found: str, wanted: type[DiffusionPipeline]) -> None:
+    """SD and SDXL differ in what their UNets are conditioned on; other tasks' UNets take other latents."""
+    if found != wanted.__name__:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name} is a {found}, but this script trains a {wanted.__name__}"
+        )
 
 
 def free_text_encoders(pipeline: DiffusionPipeline) -> None:

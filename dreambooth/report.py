@@ -1,11 +1,13 @@
 """What the user is told: progress, trackers, and the closing line."""
 
 import json
+import os
 import resource
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +19,7 @@ from dreambooth.training import StepReport
 
 
 class Progress:
-    """The progress bar with loss and learning rate, the trackers, and the time since it began."""
+    """The progress bar with loss and learning rate, metrics.jsonl, the trackers, and the time since it began."""
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, first_step: int, total_steps: int):
         self.accelerator = accelerator
@@ -25,7 +27,9 @@ class Progress:
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_main_process
         )
+        self.metrics = open(os.devnull, "w")
         if accelerator.is_main_process:
+            self.metrics = _open_metrics(Path(config.output_dir) / "metrics.jsonl", first_step)
             accelerator.init_trackers("dreambooth-kronecker", config=_flat(config))
 
     @property
@@ -35,6 +39,8 @@ class Progress:
     def update(self, step: int, report: StepReport) -> None:
         self.bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{report.learning_rate:.2e}", refresh=False)
         self.bar.update()
+        self.metrics.write(json.dumps({"step": step, **asdict(report)}) + "\n")
+        self.metrics.flush()
         self.accelerator.log(asdict(report), step=step)
 
     def say(self, line: str) -> None:
@@ -43,7 +49,16 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+        self.metrics.close()
+        self.accelerator.wait_for_everyone()  # a rank that leaves while another still works can hang at its exit
         self.accelerator.end_training()
+
+
+def _open_metrics(path: Path, first_step: int) -> IO[str]:
+    """Open metrics.jsonl for the steps after `first_step`; what a run left that got further is dropped."""
+    kept = path.read_text().splitlines(keepends=True)[:first_step] if path.exists() else []
+    path.write_text("".join(kept))
+    return path.open("a")
 
 
 def _flat(config: TrainingConfig) -> dict[str, int | float | str]:

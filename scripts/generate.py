@@ -1,0 +1,67 @@
+"""Draw images with a Kronecker adapter.
+
+    python scripts/generate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --adapter outputs/dog/pytorch_kronecker_weights.safetensors \\
+        --prompt "a photo of sks dog on the beach" "a watercolor of sks dog" --num_images 4 --output_dir outputs/images
+
+Writes one PNG per image and grid.png, a labelled sheet with one row per prompt. Image i of every prompt is drawn from
+seed + i. Without --adapter it draws with the base model alone.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from dreambooth.checkpoint import load_adapted_pipeline
+from dreambooth.config import AdaptedModelConfig, option, parse_options, readable_errors
+from dreambooth.validation import draw_sheet
+from kron_adapter import KroneckerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AdaptedModelConfig):
+    """Options of scripts/generate.py."""
+
+    prompt: list[str] = option("Prompts; each is one row of the grid.")
+    negative_prompt: str = option("Negative prompt for all images.", "")
+    num_images: int = option("Images for each prompt, images.", 4)
+    seed: int = option("Seed of each prompt's first image; the next ones count up.", 0)
+    height: int | None = option("Height of the images, px. Default: the base model's.", None)
+    width: int | None = option("Width of the images, px. Default: the base model's.", None)
+    num_inference_steps: int = option("Denoising steps.", 30)
+    guidance_scale: float = option("Classifier-free guidance.", 7.5)
+    output_dir: str = option("Folder for the images and grid.png.", "outputs/images")
+
+
+def main() -> None:
+    config = parse_options(Config, __doc__)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    pipeline = load_adapted_pipeline(config).to(device)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, prompt in enumerate(config.prompt):
+        images = pipeline(
+            prompt,
+            negative_prompt=config.negative_prompt,
+            height=config.height,
+            width=config.width,
+            num_images_per_prompt=config.num_images,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=[torch.Generator().manual_seed(config.seed + i) for i in range(config.num_images)],
+        ).images
+        for i, image in enumerate(images):
+            image.save(output / f"{number:02d}-{config.seed + i}.png")
+        rows.append(images)
+    draw_sheet(rows, config.prompt).save(output / "grid.png")
+    print(f"Wrote {len(rows) * config.num_images} images and {output / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    with readable_errors(KroneckerError):
+        main()

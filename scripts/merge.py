@@ -1,0 +1,46 @@
+"""Write a plain diffusers pipeline folder with a Kronecker adapter merged into its weights.
+
+    python scripts/merge.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --adapter outputs/dog/pytorch_kronecker_weights.safetensors --output_dir outputs/dog-merged
+
+The folder loads with `DiffusionPipeline.from_pretrained` and needs nothing of this project.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dreambooth.checkpoint import load_adapted_pipeline
+from dreambooth.config import AdaptedModelConfig, UserError, option, parse_options, readable_errors
+from kron_adapter import KroneckerError, kronecker_layers, merge_kronecker, remove_kronecker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AdaptedModelConfig):
+    """Options of scripts/merge.py."""
+
+    adapter: str = option("Adapter file to merge.")
+    output_dir: str = option("Folder for the merged pipeline; must be new or empty.")
+
+
+def main() -> None:
+    config = parse_options(Config, __doc__)
+    output = Path(config.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output_dir {output} is not empty; choose another folder")
+    pipeline = load_adapted_pipeline(config)
+    layers = 0
+    for model in (component for component in pipeline.components.values() if hasattr(component, "named_modules")):
+        if adapted := kronecker_layers(model):
+            layers += len(adapted)
+            merge_kronecker(model)
+            remove_kronecker(model)
+    pipeline.save_pretrained(output)
+    print(f"Merged {layers} layers into {output}")
+
+
+if __name__ == "__main__":
+    with readable_errors(KroneckerError):
+        main()

@@ -1,0 +1,89 @@
+"""Base models, photos and a way to run the training script, for all tests."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> Path:
+    """A Stable Diffusion pipeline of the real classes, with random weights."""
+    return save_tiny_pipeline("sd", tmp_path_factory.mktemp("tiny-sd"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory) -> Path:
+    """An SDXL pipeline of the real classes, with random weights."""
+    return save_tiny_pipeline("sdxl", tmp_path_factory.mktemp("tiny-sdxl"))
+
+
+def save_tiny_pipeline(kind: str, folder: Path, **options) -> Path:
+    from toyworld.tiny_pipeline import build_pipeline
+
+    build_pipeline(kind, **options).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dog_photos(tmp_path_factory) -> Path:
+    """Five photos of a dog, where the DreamBooth photos lie beside the repository; drawn ones elsewhere."""
+    return subject_photos("dog", 5, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def clock_photos(tmp_path_factory) -> Path:
+    """Six photos of a clock, or drawn ones."""
+    return subject_photos("clock", 6, tmp_path_factory)
+
+
+def subject_photos(subject: str, count: int, tmp_path_factory) -> Path:
+    if (DREAMBENCH / subject).is_dir():
+        return DREAMBENCH / subject
+    folder = tmp_path_factory.mktemp(subject)
+    for i in range(count):
+        image = Image.new("RGB", (160 + 8 * i, 120), (30 * i, 90, 200 - 30 * i))
+        ImageDraw.Draw(image).ellipse((20 + 5 * i, 20, 100 + 5 * i, 100), fill=(220, 160, 40), outline="black")
+        image.save(folder / f"{i:02d}.jpg")
+    return folder
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps its state in class attributes; a second run in one process needs it cleared."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run_main(monkeypatch, fresh_accelerator):
+    """Run a script's main() in this process: `run_main(script, resolution=64, center_crop=True, ...)`."""
+
+    def run(script, **options) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *flags(options)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        script.main()
+
+    return run
+
+
+def flags(options: dict) -> list[str]:
+    """{"resolution": 64, "prompt": ["a", "b"]} -> ["--resolution", "64", "--prompt", "a", "b"]"""
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,100 @@
+"""Ten characters to personalise on: their photos, and prompts which ask for more than the photos show.
+
+    python -m toyworld.subjects --output_dir toyworld/photos                    # the bundled ones
+    python -m toyworld.subjects --output_dir photos --subjects cat boot         # others
+
+writes <output_dir>/<subject>/00.png, 01.png, ... at 128 px. No subject is a named character, and no caption tells its
+emblem or eyes: a model has to learn them from the photos. Photos show six of the ten places; the questions are set in
+the four others, in other styles and in other colours.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from toyworld.backgrounds import BACKGROUNDS
+from toyworld.render import render
+from toyworld.world import STYLES, Look, Scene, caption, recolour
+
+PHOTO_SIZE = 128  # px; a training at 64 scales them down
+
+SUBJECTS = {
+    "robot": Look("robot", "teal", "orange", "dots", "heart", "cyclops"),
+    "dog": Look("dog", "green", "pink", "plain", "bolt", "glasses"),
+    "teapot": Look("teapot", "purple", "yellow", "stripes", "moon", "sleepy"),
+    "cat": Look("cat", "orange", "blue", "stripes", "star", "happy"),
+    "backpack": Look("backpack", "yellow", "purple", "dots", "clover", "round"),
+    "boot": Look("boot", "blue", "red", "plain", "cross", "cyclops"),
+    "car": Look("car", "brown", "pink", "stripes", "diamond", "dots"),
+    "octopus": Look("octopus", "gray", "green", "dots", "drop", "glasses"),
+    "duck": Look("duck", "black", "teal", "plain", "heart", "sleepy"),
+    "mug": Look("mug", "red", "blue", "stripes", "clover", "happy"),
+}
+ONE_SHOT = ("duck", "mug")
+RECOLOURINGS = ("blue", "yellow", "red", "green", "purple")
+BUNDLED = ("robot", "dog", "duck")
+
+# how the character stands in each photo: pose, scale, x, y
+POSITIONS = (
+    ("standing", 0.76, 0.5, 0.93),
+    ("standing", 0.66, 0.44, 0.89),
+    ("leaning", 0.7, 0.5, 0.91),
+    ("standing", 0.72, 0.56, 0.94),
+    ("jumping", 0.72, 0.48, 0.93),
+    ("squashed", 0.74, 0.52, 0.9),
+)
+
+
+def photo_scenes(name):
+    """The scenes of a subject's photos: six, or one if it is one-shot."""
+    places = _places(name)
+    scenes = [
+        Scene(place, variant, pose=pose, scale=scale, x=x, y=y)
+        for variant, (place, (pose, scale, x, y)) in enumerate(zip(places, POSITIONS))
+    ]
+    return scenes[:1] if name in ONE_SHOT else scenes
+
+
+def questions(name):
+    """What to ask a model that has learned a subject, and what the answer would be.
+
+    -> ten (look, scene): four unseen places, three unseen styles, three recolourings
+    """
+    look, unseen = SUBJECTS[name], _places(name)[len(POSITIONS) :]
+    scenes = [Scene(place, variant) for variant, place in enumerate(unseen, start=len(POSITIONS))]
+    styled = [replace(scene, style=style) for scene, style in zip(scenes, list(STYLES)[1:])]
+    colours = [colour for colour in RECOLOURINGS if colour not in (look.body, look.accent)]
+    recoloured = [(recolour(look, colour), scene) for scene, colour in zip(scenes[1:], colours)]
+    return [*((look, scene) for scene in scenes + styled), *recoloured]
+
+
+def prompts(name, token="sks"):
+    """The questions in words, the subject called by `token`: "a photo of sks robot in the desert", ..."""
+    return [caption(replace(look, name=token), scene) for look, scene in questions(name)]
+
+
+def _places(name):
+    """All places, the photographed ones first; they differ between subjects."""
+    places, turn = list(BACKGROUNDS), 3 * list(SUBJECTS).index(name) % len(BACKGROUNDS)
+    return places[turn:] + places[:turn]
+
+
+def save_photos(name, folder):
+    """Write the photos of a subject as <folder>/00.png, ..., a few KB each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(photo_scenes(name)):
+        photo = render(SUBJECTS[name], scene, PHOTO_SIZE)
+        photo.quantize(256, dither=0).save(folder / f"{i:02d}.png", optimize=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=BUNDLED)
+    args = parser.parse_args()
+    for name in args.subjects:
+        save_photos(name, args.output_dir / name)
+
+
+if __name__ == "__main__":
+    main()
