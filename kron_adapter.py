@@ -164,7 +164,7 @@ class KroneckerLinear(nn.Module):
         if init not in stds_and_gains:
             raise KroneckerError(f"init is {init!r}; it can be 'invariant' or 'reference'")
         std, self.gain = stds_and_gains[init]
-        self.base = base
+        self.base = base.requires_grad_(False)
         # Drawn on the CPU: one seed gives the same adapter on every device.
         A = torch.randn(a1, a2, dtype=torch.float32) * std if std else torch.zeros(a1, a2, dtype=torch.float32)
         self.A = nn.Parameter(A.to(base.weight.device))
@@ -287,7 +287,7 @@ def inject_kronecker(
     A target is the end of a module's dotted path: "to_q", "attn2.to_k", "to_out.0", or the whole path.
     `factors` gives some targets an (a1, a2) of their own: {"to_k": (8, 64)}.
 
-    Raises KroneckerError, with the model untouched, where a target names no linear layer, where a layer is adapted
+    Raises KroneckerError, with no layer replaced, where a target names no linear layer, where a layer is adapted
     already, and where factors do not divide a layer's sizes.
     """
     factors = dict(factors or {})

@@ -1,10 +1,12 @@
 """The options: one frozen dataclass, from a YAML file and the command line, and back to a YAML file."""
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -89,7 +91,7 @@ class TrainingConfig:
         "Linear layers to adapt, by the end of their path.", ["to_q", "to_k", "to_v", "to_out.0"]
     )
     kron_init: Literal["invariant", "reference"] = option(
-        "Initialisation of A: invariant serves every factor shape at one learning rate; reference is the paper's code's.",
+        "Initialisation of A: invariant serves all factor shapes at one learning rate; reference is the paper's own.",
         "invariant",
     )
 
@@ -145,7 +147,7 @@ class TrainingConfig:
         for entry in self.kron_factors:
             target, _, numbers = entry.partition("=")
             parts = numbers.split(",")
-            if not target or len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+            if not target or len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
                 raise UserError(f"--kron_factors {entry}: write PROJECTION=A1,A2, for example to_k=8,64")
             factors[target] = (int(parts[0]), int(parts[1]))
         return factors
@@ -179,7 +181,8 @@ def parse_options(
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins.")
     try:
-        flags = flags_from_yaml(known.config) if known.config else []
+        names = [option.name for option in fields(config_class)]
+        flags = flags_from_yaml(known.config, names) if known.config is not None else []
         config, _, unknown = parser.parse_args_into_dataclasses(
             [*flags, *rest], look_for_args_file=False, return_remaining_strings=True
         )
@@ -196,41 +199,70 @@ class _ManPageFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDesc
     """Keeps the module docstring's lines, and shows defaults."""
 
 
-def flags_from_yaml(path: str) -> list[str]:
-    """Return the flags that a YAML file of options stands for; a null means the default."""
+class _TextLoader(yaml.BaseLoader):
+    """Hands on every value as it is written, so that 5e-4, no and true mean what they mean on a command line and one
+    parser judges them all. Only a null that is not quoted is None."""
+
+
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+
+
+def flags_from_yaml(path: str, names: Sequence[str]) -> list[str]:
+    """Return the flags that a YAML file of the options `names` stands for; a null means the default."""
     try:
-        # BaseLoader hands on every value as it is written, so that 5e-4, no and true mean what they mean on a command
-        # line and one parser judges them all.
-        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_TextLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {error}") from error
     if not isinstance(options, dict):
         raise UserError(f"--config {path}: expected lines of the form 'option: value'")
+    if strangers := [str(name) for name in options if name not in names]:
+        raise UserError(f"--config {path}: there is no option {', '.join(strangers)}")
     flags = []
     for name, value in options.items():
         if isinstance(value, dict):
-            flags += [f"--{name}", *(f"{key}={','.join(map(str, entry))}" for key, entry in value.items())]
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)] if value else []
-        elif value not in ("null", "~"):
+            value = [f"{key}={','.join(map(str, e)) if isinstance(e, list) else e}" for key, e in value.items()]
+        if isinstance(value, str):
             flags.append(f"--{name}={value}")
+        elif value:
+            if not all(isinstance(entry, str) for entry in value):
+                raise UserError(f"--config {path}: {name} is no list of plain values; put what holds ': ' in quotes")
+            flags += [f"--{name}", *value]
     return flags
 
 
+# Options, what has to hold for their values, and that in words
+LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "train_batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit num_class_images "
+        "sample_batch_size num_validation_images validation_epochs validation_steps prior_num_inference_steps "
+        "validation_num_inference_steps lr_num_cycles max_train_steps num_train_epochs resolution",
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (
+        "seed lr_warmup_steps dataloader_num_workers learning_rate prior_loss_weight adam_beta1 adam_beta2 "
+        "adam_weight_decay adam_epsilon",
+        lambda value: value >= 0,
+        "0 or more; it cannot be negative",
+    ),
+    ("adam_beta1 adam_beta2", lambda value: value < 1, "below 1"),
+    ("max_grad_norm", lambda value: value > 0, "above 0; 1e9 clips nothing"),
+    ("seed", lambda value: value < 2**32, f"below {2**32}"),
+    ("resolution", lambda value: value % 8 == 0, "a multiple of 8"),
+)
+
+
 def check_config(config: TrainingConfig) -> None:
-    """Raise UserError where options do not go together."""
-    for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "num_class_images",
-                 "sample_batch_size", "num_validation_images", "validation_epochs", "prior_num_inference_steps",
-                 "validation_num_inference_steps", "lr_num_cycles", "max_train_steps", "num_train_epochs",
-                 "checkpoints_total_limit", "validation_steps", "resolution"):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it has to be at least 1")
-    for name in ("seed", "lr_warmup_steps", "dataloader_num_workers", "learning_rate", "prior_loss_weight"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name} is {getattr(config, name)}; it cannot be negative")
-    if config.resolution % 8:
-        raise UserError(f"--resolution is {config.resolution}; it has to be a multiple of 8")
+    """Raise UserError where an option is out of range, or options do not go together."""
+    for name, value in asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} is {value}; it has to be a finite number")
+    for names, holds, words in LIMITS:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise UserError(f"--{name} is {value}; it has to be {words}")
     if strangers := set(config.report_to) - {"tensorboard", "wandb", "none"}:
         raise UserError(f"--report_to {' '.join(sorted(strangers))}: it can be tensorboard, wandb or none")
     if "none" in config.report_to and len(config.report_to) > 1:

@@ -5,8 +5,8 @@ which noise. So a resumed run continues where it stopped, and the number of devi
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def read_photos(folder: str, flag: str, prompt: str, config: TrainingConfig) -> 
         raise UserError(f"{flag} {folder}: there is no such folder")
     photos, unreadable = [], []
     for path in sorted(directory.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith(".") or not path.is_file():
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith(".") or path.is_dir():
             continue
         try:
             image = fit_shorter_side(read_image(path), config.resolution, config.image_interpolation_mode)
@@ -69,7 +69,8 @@ def read_image(path: Path) -> Image.Image:
     """
     if path.suffix.lower() in (".heic", ".heif"):
         raise ValueError("HEIC is not supported; convert it to JPEG or PNG")
-    with Image.open(path) as file:
+    # Opened here, since Pillow maps uncompressed TIFFs that it opens itself into memory, and scrambles the turned ones.
+    with path.open("rb") as data, Image.open(data) as file:
         file.load()
         image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I") or image.mode == "F":
@@ -90,6 +91,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def fit_shorter_side(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
     """Resize an image so that its shorter side is `resolution` px."""
+    if max(image.size) > 100 * min(image.size):  # would grow without bound: 30,000 x 1 px to 24 GB
+        raise ValueError(f"{image.width} x {image.height} px is too elongated")
     scale = resolution / min(image.size)
     size = tuple(max(resolution, round(side * scale)) for side in image.size)
     return image if size == image.size else image.resize(size, Image.Resampling[interpolation.upper()])
@@ -126,8 +129,13 @@ class Batch:
     num_instances: int
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ("pixel_values", "prompt_rows")}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":  # the DataLoader calls it
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, pixel_values=function(self.pixel_values), prompt_rows=function(self.prompt_rows))
 
 
 Row = tuple[Tensor, int, int]  # pixel values, prompt row, noise seed

@@ -1,15 +1,24 @@
 """Base models, photos and a way to run the training script, for all tests."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the Hub; a wrong name must not wait for it either
+
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

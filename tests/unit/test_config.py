@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dreambooth.config import UserError, parse_config, readable_errors, save_config
 from train_dreambooth_kronecker import Config
@@ -57,7 +58,7 @@ def test_the_command_line_is_the_program_s_own_where_none_is_given(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "yaml, option, value",
+    "text, option, value",
     [
         ("learning_rate: 5e-4", "learning_rate", 5e-4),
         ("learning_rate: 1E-5", "learning_rate", 1e-5),
@@ -89,16 +90,16 @@ def test_the_command_line_is_the_program_s_own_where_none_is_given(monkeypatch):
         ("prior_negative_prompt: ''", "prior_negative_prompt", ""),
     ],
 )  # fmt: skip
-def test_yaml_values_mean_what_they_say(write_yaml, yaml, option, value):
-    required = {name: text for name, text in REQUIRED.items() if name != option}
-    config = parse(*write_yaml(yaml), required=required)
+def test_yaml_values_mean_what_they_say(write_yaml, text, option, value):
+    required = {name: value for name, value in REQUIRED.items() if name != option}
+    config = parse(*write_yaml(text), required=required)
     assert config == dataclasses.replace(DEFAULTS, **{option: value})
     assert type(getattr(config, option)) is type(value)
 
 
 @pytest.mark.parametrize("first", ["file", "command line"])
 @pytest.mark.parametrize(
-    "yaml, flags, option, value",
+    "text, flags, option, value",
     [
         ("resolution: 64", ["--resolution", "128"], "resolution", 128),
         ("resolution: 64", ["--resolution=128"], "resolution", 128),
@@ -110,8 +111,8 @@ def test_yaml_values_mean_what_they_say(write_yaml, yaml, option, value):
         ("kron_factors: {to_k: [8, 64]}", ["--kron_factors", "to_v=4,4"], "kron_factors", ["to_v=4,4"]),
     ],
 )
-def test_the_command_line_wins_over_the_file_wherever_it_is_named(write_yaml, first, yaml, flags, option, value):
-    file = write_yaml(yaml)
+def test_the_command_line_wins_over_the_file_wherever_it_is_named(write_yaml, first, text, flags, option, value):
+    file = write_yaml(text)
     config = parse(*file, *flags) if first == "file" else parse(*flags, *file)
     assert config == dataclasses.replace(DEFAULTS, **{option: value})
 
@@ -194,7 +195,7 @@ def test_a_wrong_flag_is_refused_by_name(capsys, flags, words):
 
 
 @pytest.mark.parametrize(
-    "yaml, words",
+    "text, words",
     [
         ("resolutoin: 64", "resolutoin"),
         ("resolutoin: null", "resolutoin"),
@@ -218,8 +219,8 @@ def test_a_wrong_flag_is_refused_by_name(capsys, flags, words):
         ("resolution: [64", "while parsing a flow sequence.*line 1"),
     ],
 )
-def test_a_wrong_file_is_refused_by_name(capsys, write_yaml, yaml, words):
-    assert re.search(words, refusal(capsys, *write_yaml(yaml)), re.DOTALL)
+def test_a_wrong_file_is_refused_by_name(capsys, write_yaml, text, words):
+    assert re.search(words, refusal(capsys, *write_yaml(text)), re.DOTALL)
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "folder", "latin1.yaml"])
@@ -324,6 +325,8 @@ def test_a_saved_config_reads_back_as_it_was(tmp_path):
     for saved in (config, DEFAULTS):
         save_config(saved, tmp_path / "config.yaml")
         assert parse("--config", str(tmp_path / "config.yaml"), required={}) == saved
+        written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+        assert set(written) == {name for name, value in vars(saved).items() if value not in (None, [])}
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 

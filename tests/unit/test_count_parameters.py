@@ -161,3 +161,8 @@ def test_factors_that_fit_no_model_end_in_one_readable_line(tmp_path):
     assert "error: Kronecker (7, 64) fits none of the models; SD 1.5 UNet: layer down_blocks.0" in result.stderr
     assert "a1 = 7 does not divide d_out = 320 (nearest that do: 5 and 8)" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_readme_s_table_is_this_program_s_output(models):
+    adapters = [Kronecker(4, 64), Kronecker(16, 16), Kronecker(8, 64), Kronecker(64, 8), Lora(4)]
+    assert parameter_table(models, adapters) in (ROOT / "README.md").read_text()

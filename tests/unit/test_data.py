@@ -39,7 +39,7 @@ def read(folder, **options):
 
 
 def warnings_in(caplog):
-    return [record.getMessage() for record in caplog.records]
+    return [record.getMessage() for record in caplog.records if record.name == "dreambooth.data"]
 
 
 # ---- files to pixels ----
@@ -148,7 +148,7 @@ KINDS = {  # a kind of file: what makes one, and the pixels to be read from it
     "16-bit grey PNG": (save(".png", array("<u2", 0, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
     "16-bit grey TIFF": (save(".tif", array("<u2", 0, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
     "16-bit grey TIFF, big-endian": (save(".tiff", array(">u2", 0, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
-    "dark 16-bit grey PNG stays dark": (save(".png", array("<u2", 0, 257, 514)), [BLACK, (1,) * 3, (2,) * 3]),
+    "dark 16-bit grey PNG stays dark": (save(".png", array("<u2", 0, 128, 255)), [BLACK, BLACK, (1,) * 3]),
     "32-bit grey TIFF": (save(".tif", array("<i4", -5, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
     "float TIFF, 0 to 1": (save(".tif", array("<f4", -1, 0.5, 1)), [BLACK, (128,) * 3, WHITE]),
     "float TIFF, 0 to 255": (save(".tif", array("<f4", np.nan, 128, 255)), [BLACK, (128,) * 3, WHITE]),
@@ -276,7 +276,7 @@ def test_photos_come_in_the_order_of_their_names_with_the_prompt(tmp_path):
 
 @pytest.mark.parametrize("resolution", [8, 64])
 @pytest.mark.parametrize(
-    "width, height", [(100, 60), (60, 100), (64, 64), (7, 9), (1, 1), (333, 331), (500, 9), (9, 500), (64, 65)]
+    "width, height", [(100, 60), (60, 100), (64, 64), (7, 9), (1, 1), (49, 60), (333, 331), (500, 9), (9, 500)]
 )
 def test_the_shorter_side_is_the_resolution_and_the_aspect_is_kept(tmp_path, width, height, resolution):
     Image.new("RGB", (width, height), RED).save(tmp_path / "photo.png")
@@ -336,9 +336,9 @@ def draws(dataset, kind, count):
     return [decode(dataset[k][kind][0]) for k in range(count)]
 
 
-def loaded(count, rank=0, num_ranks=1, first_step=0, **options):
+def make_loader(rank=0, num_ranks=1, first_step=0, **options):
     dataset, _, config = make_dataset(**options)
-    return list(itertools.islice(build_loader(dataset, config, rank, num_ranks, first_step), count))
+    return build_loader(dataset, config, rank, num_ranks, first_step)
 
 
 def assert_equal(batch, other):
@@ -408,7 +408,7 @@ def test_instances_and_class_images_are_cropped_apart():
 
 
 def test_every_row_has_noise_of_its_own():
-    seeds = torch.cat([batch.noise_seeds for batch in loaded(100, train_batch_size=2)])
+    seeds = torch.cat([batch.noise_seeds for batch in itertools.islice(make_loader(train_batch_size=2), 100)])
     assert len(seeds.unique()) == 400
     assert (seeds < 0).any()  # the upper half of the 64-bit seeds
     assert all(torch.Generator().manual_seed(seed).initial_seed() for seed in seeds.tolist())
@@ -459,21 +459,22 @@ def test_two_devices_train_on_what_one_would(batch_size, accumulation):
         order = seeds.argsort()
         return seeds[order], prompt_rows[order], pixel_values[order]
 
-    alone = loaded(3, train_batch_size=4)
+    alone = make_loader(train_batch_size=4)
     split = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    shares = [loaded(3 * accumulation, rank, 2, **split) for rank in (0, 1)]
-    for step, batch in enumerate(alone):
-        mine = slice(step * accumulation, (step + 1) * accumulation)
-        for whole, parts in zip(rows([batch]), rows([*shares[0][mine], *shares[1][mine]])):
+    ranks = [iter(make_loader(rank, 2, **split)) for rank in (0, 1)]
+    for batch in itertools.islice(alone, 3):
+        shares = [next(rank) for rank in ranks for _ in range(accumulation)]
+        for whole, parts in zip(rows([batch]), rows(shares)):
             assert torch.equal(whole, parts)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_later_start_continues_where_the_run_was_also_with_workers(num_workers):
     options = {"train_batch_size": 3, "gradient_accumulation_steps": 2}
-    run = loaded(10, 1, 2, **options)
-    resumed = loaded(4, 1, 2, first_step=3, dataloader_num_workers=num_workers, **options)
-    for batch, same in zip(run[6:], resumed, strict=True):
+    run = itertools.islice(make_loader(1, 2, **options), 10)
+    resumed = make_loader(1, 2, first_step=3, dataloader_num_workers=num_workers, **options)
+    assert resumed.num_workers == num_workers
+    for batch, same in zip(itertools.islice(run, 6, None), itertools.islice(resumed, 4), strict=True):
         assert_equal(batch, same)
 
 

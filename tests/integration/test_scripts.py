@@ -1,0 +1,91 @@
+"""scripts/generate.py and scripts/merge.py on the file that training would write."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from kron_adapter import inject_kronecker, kronecker_parameters, save_kronecker
+from scripts import generate, merge
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_sd, tmp_path_factory):
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
+    inject_kronecker(unet, 4, 64)
+    for parameter in kronecker_parameters(unet):
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("adapter") / "pytorch_kronecker_weights.safetensors"
+    save_kronecker(unet, path)
+    return path
+
+
+@pytest.fixture
+def draw(run_main, tiny_sd, tmp_path):
+    """Run generate.py with two prompts and two images each; return {file name: pixels}."""
+
+    def run(name, **options):
+        base = {"pretrained_model_name_or_path": tiny_sd, "height": 64, "width": 64, "num_inference_steps": 2}
+        prompts = {"prompt": ["a photo of sks dog", "sks dog in snow"], "num_images": 2}
+        run_main(generate, **{**base, **prompts, **options}, output_dir=tmp_path / name)
+        return {path.name: np.asarray(Image.open(path), int) for path in (tmp_path / name).iterdir()}
+
+    return run
+
+
+def test_generate_writes_images_and_a_labelled_grid(draw, adapter):
+    images = draw("images", adapter=adapter, seed=5)
+    assert set(images) == {"00-5.png", "00-6.png", "01-5.png", "01-6.png", "grid.png"}
+    assert images["00-5.png"].shape == (64, 64, 3)
+    assert images["grid.png"].shape[0] > 2 * 192 and images["grid.png"].shape[1] > 2 * 192
+    assert np.abs(images["00-5.png"] - images["00-6.png"]).mean() > 1
+    assert np.abs(images["00-5.png"] - images["01-5.png"]).mean() > 0.1
+
+
+def test_an_image_depends_on_its_seed_and_the_scale_alone(draw, adapter):
+    images = draw("a", adapter=adapter, seed=5)
+    assert (draw("b", adapter=adapter, seed=6, num_images=1)["00-6.png"] == images["00-6.png"]).mean() > 0.99
+    base = draw("base", seed=5)
+    assert np.abs(base["00-5.png"] - images["00-5.png"]).mean() > 1
+    assert np.abs(draw("zero", adapter=adapter, seed=5, adapter_scale=0.0)["00-5.png"] - base["00-5.png"]).max() <= 1
+
+
+def test_a_merged_pipeline_draws_the_same_without_this_project(draw, run_main, adapter, tiny_sd, tmp_path):
+    merged = tmp_path / "merged"
+    run_main(merge, pretrained_model_name_or_path=tiny_sd, adapter=adapter, output_dir=merged)
+    adapted, plain = draw("adapted", adapter=adapter), draw("plain", pretrained_model_name_or_path=merged)
+    for name in adapted:
+        assert np.abs(adapted[name] - plain[name]).max() <= 1
+    unet = StableDiffusionPipeline.from_pretrained(merged).unet
+    assert not [name for name in unet.state_dict() if name.endswith((".A", ".B")) or ".base." in name]
+    with pytest.raises(ValueError, match="is not empty"):
+        run_main(merge, pretrained_model_name_or_path=tiny_sd, adapter=adapter, output_dir=merged)
+
+
+@pytest.mark.parametrize("script", [generate, merge])
+def test_what_does_not_fit_is_refused_before_weights_are_read(script, run_main, adapter, tiny_sd, tiny_sdxl, tmp_path):
+    options = {"output_dir": tmp_path / "out"} | ({"prompt": "sks"} if script is generate else {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+        with pytest.raises(ValueError, match="does not fit this model: .* the model's layer maps 128 to 64"):
+            run_main(script, **options, pretrained_model_name_or_path=tiny_sdxl, adapter=adapter)
+        weights = tiny_sd / "unet" / "diffusion_pytorch_model.safetensors"
+        with pytest.raises(ValueError, match="is not a Kronecker adapter: it holds a UNet's own weights"):
+            run_main(script, **options, pretrained_model_name_or_path=tiny_sd, adapter=weights)
+        with pytest.raises(ValueError, match="nowhere is no base model"):
+            run_main(script, **options, pretrained_model_name_or_path="nowhere", adapter=adapter)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["generate", "merge"])
+def test_errors_of_the_command_line_are_one_line(script, tmp_path, adapter):
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--pretrained_model_name_or_path", "nowhere"]
+    command += ["--adapter", str(adapter), "--output_dir", "x", *(["--prompt", "sks"] if script == "generate" else [])]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: --pretrained_model_name_or_path nowhere is no base model")

@@ -1,0 +1,49 @@
+"""The house: imports point one way, and the adapter stands alone."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+# Each module may import these of the project's own; scripts may import all.
+ALLOWED = {
+    "kron_adapter": set(),
+    "dreambooth.checkpoint": {"dreambooth", "kron_adapter"},
+    "dreambooth": {"dreambooth"},
+    "toyworld": {"toyworld"},
+}
+OWN = {"kron_adapter", "dreambooth", "toyworld", "scripts"}
+
+
+def modules():
+    paths = [ROOT / "kron_adapter.py", *(ROOT / "dreambooth").glob("*.py"), *(ROOT / "toyworld").glob("*.py")]
+    return [(".".join(path.relative_to(ROOT).with_suffix("").parts), path) for path in paths]
+
+
+def imported(path) -> set[str]:
+    """The top-level packages that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("module, path", modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_point_one_way(module, path):
+    allowed = ALLOWED.get(module, ALLOWED.get(module.split(".")[0]))
+    assert imported(path) & OWN <= allowed
+
+
+def test_the_adapter_needs_torch_and_safetensors_only():
+    import sys
+
+    foreign = imported(ROOT / "kron_adapter.py") - set(sys.stdlib_module_names)
+    assert foreign == {"torch", "safetensors"}
+
+
+def test_no_module_is_a_drawer_for_leftovers():
+    names = {part for module, _ in modules() for part in module.split(".")}
+    assert not names & {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
