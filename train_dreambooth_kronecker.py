@@ -14,34 +14,34 @@ On one GPU:
 
 On several GPUs: accelerate launch --multi_gpu --num_processes 4 train_dreambooth_kronecker.py ...
 
-Writes OUTPUT_DIR/pytorch_kronecker_weights.safetensors, checkpoint-*/, samples/*.png, config.yaml and logs/.
+Writes OUTPUT_DIR/pytorch_kronecker_weights.safetensors, checkpoint-*/, samples/*.png, metrics.jsonl, training.png,
+README.md (the model card), config.yaml and logs/.
 """
 
 import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from dreambooth.checkpoint import find_start, load_checkpoint, prepare_output, save_checkpoint, save_weights
-from dreambooth.config import TrainingConfig, parse_config, readable_errors
-from dreambooth.data import Batch, DreamBoothDataset, build_loader, distinct_prompts, read_photos
-from dreambooth.models import empty_unet, free_text_encoders
+from dreambooth.adapters import inject_adapters, save_weights, without_adapters
+from dreambooth.card import push_to_hub, save_card
+from dreambooth.checkpoint import find_start, load_checkpoint, prepare_output, save_checkpoint
+from dreambooth.config import TrainingConfig, readable_errors
+from dreambooth.data import DreamBoothDataset, build_loader, prompts_of, samples_per_pass
+from dreambooth.diffusion import build_noise_scheduler, build_sampler
+from dreambooth.models import empty_models, load_pipeline, prepare_training, prompt_encoder, trained_models
+from dreambooth.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, evaluating
+from dreambooth.parsing import parse_config
+from dreambooth.photos import read_instance_photos
 from dreambooth.prior import ensure_class_images
-from dreambooth.report import Progress, closing_line
-from dreambooth.training import (
-    build_lr_scheduler,
-    build_optimizer,
-    count_steps,
-    start_accelerator,
-    train_steps,
-    weight_dtype,
-)
-from dreambooth.validation import draw_samples, save_samples, validation_due
-from kron_adapter import KroneckerError, inject_kronecker, kronecker_parameters
+from dreambooth.report import Progress, save_curves
+from dreambooth.training import Denoiser, count_steps, start_accelerator, train_steps
+from dreambooth.vae import latent_source
+from dreambooth.validation import validate
+from kron_adapter import KroneckerError
 
 Pipeline = StableDiffusionPipeline
 
@@ -53,83 +53,75 @@ class Config(TrainingConfig):
 
 def load_models(config: Config, accelerator: Accelerator) -> Pipeline:
     """Return the frozen base model on the device."""
-    pipeline = Pipeline.from_pretrained(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        dtype=weight_dtype(accelerator),
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
-    return pipeline.to(accelerator.device)
+    return load_pipeline(Pipeline, config, accelerator, safety_checker=None, requires_safety_checker=False)
 
 
-@torch.no_grad()
 def encode_prompts(pipeline: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
     """Return one row for each prompt, under the names of the pipeline's arguments: prompt_embeds (prompts, 77, 768)."""
     prompt_embeds, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, do_classifier_free_guidance=False)
     return {"prompt_embeds": prompt_embeds}
 
 
-def unet_condition(embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Any]:
-    """Return the UNet's keyword arguments for a batch: encoder_hidden_states (rows, 77, 768)."""
-    return {"encoder_hidden_states": embeddings["prompt_embeds"][batch.prompt_rows]}
+def unet_condition(embeddings: dict[str, Tensor], size_conditions: Tensor) -> dict[str, Any]:
+    """Return the UNet's keyword arguments: encoder_hidden_states (rows, 77, 768). Sizes (rows, 6) are SDXL's alone."""
+    return {"encoder_hidden_states": embeddings["prompt_embeds"]}
 
 
 def main() -> None:
     config = parse_config(Config, __doc__)
     accelerator = start_accelerator(config)
-    inject = functools.partial(
-        inject_kronecker, a1=config.kron_a1, a2=config.kron_a2, targets=config.kron_targets,
-        factors=config.factors_by_target(), init=config.kron_init,
-    )  # fmt: skip
 
     # What can be refused is refused before any weights are read
     start = find_start(config)
-    photos = read_photos(config.instance_data_dir, "--instance_data_dir", config.instance_prompt, config)
-    inject(empty_unet(config.pretrained_model_name_or_path, config.revision, Pipeline))
+    check_optimizer(config)
+    photos = read_instance_photos(config)
+    inject_adapters(trained_models(empty_models(config, Pipeline), config), config)
 
-    # The frozen model: class images, then every distinct prompt once, then the text encoders go
+    # The frozen model: class images, latents and every distinct prompt once, then what is no longer needed goes
     pipeline = load_models(config, accelerator)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    class_photos = ensure_class_images(pipeline, config, accelerator) if config.with_prior_preservation else []
-    prompts = distinct_prompts([*photos, *class_photos], *config.validation_prompt, "")
-    embeddings = encode_prompts(pipeline, prompts)
-    free_text_encoders(pipeline)
+    noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
+    pipeline.scheduler = build_sampler(pipeline.scheduler)
+    class_photos = ensure_class_images(pipeline, config, accelerator) if config.uses_class_images else []
+    prompts = prompts_of(photos, class_photos, config)
+    dataset = DreamBoothDataset(photos, class_photos, prompts, config)
+    latents_of = latent_source(pipeline, dataset, config, accelerator)
+    encode = prompt_encoder(encode_prompts, pipeline, prompts, config)
 
     # What trains
-    inject(pipeline.unet)
-    factors = kronecker_parameters(pipeline.unet)
-    total_steps = count_steps(len(photos), config, accelerator.num_processes)
-    optimizer = build_optimizer(factors, config, accelerator.num_processes)
+    models = trained_models(pipeline.components, config)
+    groups = inject_adapters(models, config)
+    prepare_training(pipeline, config)
+    samples = samples_per_pass(photos, config)
+    total_steps = count_steps(samples, config, accelerator.num_processes)
+    optimizer = build_optimizer(groups, config, accelerator.num_processes)
     lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
-    if config.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    if config.enable_xformers_memory_efficient_attention:
-        pipeline.unet.enable_xformers_memory_efficient_attention()
-    pipeline.unet.train()
-    unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
+    denoiser = Denoiser(models, encode, unet_condition)
+    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
 
     prepare_output(config, start, accelerator)
-    first_step = load_checkpoint(start, accelerator, pipeline.unet, optimizer, lr_scheduler) if start else 0
-    dataset = DreamBoothDataset(photos, class_photos, prompts, config)
+    first_step = load_checkpoint(start, accelerator, models, optimizer, lr_scheduler) if start else 0
     batches = build_loader(dataset, config, accelerator.process_index, accelerator.num_processes, first_step)
-    condition = functools.partial(unet_condition, embeddings)
+    base_model = functools.partial(without_adapters, models)
     reports = train_steps(
-        accelerator, unet, pipeline.vae, noise_scheduler, condition, batches, optimizer, lr_scheduler, config
+        accelerator, denoiser, latents_of, noise_scheduler, base_model, batches, optimizer, lr_scheduler, config
     )
 
     progress = Progress(accelerator, config, first_step, total_steps)
-    for step, report in zip(range(first_step + 1, total_steps + 1), reports):
+    show = functools.partial(validate, accelerator, pipeline, encode, prompts, optimizer, samples, total_steps, config)
+    if first_step == 0:
+        show(step=0)
+    for step, report in progress.steps(reports):
         progress.update(step, report)
         if step % config.checkpointing_steps == 0:
-            save_checkpoint(accelerator, pipeline.unet, optimizer, lr_scheduler, step, config)
-        if validation_due(step, total_steps, len(photos), config, accelerator):
-            save_samples(accelerator, draw_samples(pipeline, embeddings, prompts, config), step, config)
+            save_checkpoint(accelerator, models, optimizer, lr_scheduler, step, config)
+        show(step=step)
     if accelerator.is_main_process:
-        path = save_weights(pipeline.unet, config.output_dir, total_steps, config)
-        progress.say(closing_line(factors, total_steps - first_step, progress.seconds, path, accelerator.device))
+        with evaluating(optimizer):
+            path = save_weights(models, config.output_dir, total_steps, config)
+        save_curves(config)
+        save_card(path, Pipeline, total_steps, config)
+        push_to_hub(path, config)
+        progress.say_closing_line(groups, path)
     progress.close()
 
 

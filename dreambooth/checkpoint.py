@@ -1,26 +1,24 @@
-"""What a run leaves behind: the adapter file, and checkpoints to go on from."""
+"""The output folder: whose it is, and checkpoints to go on from."""
 
 import json
 import logging
 import os
 import re
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreambooth.config import DTYPES, AdaptedModelConfig, TrainingConfig, UserError, save_config
-from dreambooth.models import empty_unet
-from kron_adapter import kronecker_state_dict, load_kronecker, load_kronecker_state_dict, save_kronecker
+from dreambooth.adapters import WEIGHTS_NAME, adapter_state, load_adapter_state, save_weights
+from dreambooth.config import TrainingConfig, UserError, save_config
+from dreambooth.optimizers import evaluating
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "pytorch_kronecker_weights.safetensors"
 TENSORS_NAME = "training_state.safetensors"
 STATE_NAME = "training_state.json"
 
@@ -73,37 +71,6 @@ def prepare_output(config: TrainingConfig, start: Path | None, accelerator: Acce
     save_config(config, output / "config.yaml")
 
 
-def save_weights(unet: nn.Module, folder: str | Path, step: int, config: TrainingConfig) -> Path:
-    """Write the adapter with the metadata that a reader of the file wants to know; return its path."""
-    path = Path(folder) / WEIGHTS_NAME
-    metadata = {
-        "base_model": config.pretrained_model_name_or_path,
-        "instance_prompt": config.instance_prompt,
-        "class_prompt": config.class_prompt or "",
-        "step": str(step),
-        "config": json.dumps(asdict(config)),
-    }
-    save_kronecker(unet, path, metadata)
-    return path
-
-
-def load_adapted_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
-    """Return the base model with the adapter in it, or the base model alone where no adapter is given.
-
-    Raises UserError or KroneckerError, before any weights are read, where the adapter does not fit the base model.
-    """
-    name = config.pretrained_model_name_or_path
-    unet = empty_unet(name, config.revision)
-    if config.adapter:
-        load_kronecker(unet, config.adapter)
-    pipeline = DiffusionPipeline.from_pretrained(
-        name, dtype=DTYPES[config.dtype], revision=config.revision, variant=config.variant
-    )
-    if config.adapter:
-        load_kronecker(pipeline, config.adapter, config.adapter_scale)
-    return pipeline
-
-
 # ---- checkpoints ----
 
 
@@ -119,7 +86,12 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, unet: nn.Module, optimizer: Any, lr_scheduler: Any, step: int, config: TrainingConfig
+    accelerator: Accelerator,
+    models: Mapping[str, nn.Module],
+    optimizer: Any,
+    lr_scheduler: Any,
+    step: int,
+    config: TrainingConfig,
 ) -> None:
     """Write checkpoint-STEP: the adapter file, and the training state beside it.
 
@@ -130,10 +102,11 @@ def save_checkpoint(
         final, unfinished = output / f"checkpoint-{step}", output / f"checkpoint-{step}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        save_weights(unet, unfinished, step, config)
+        with evaluating(optimizer):
+            save_weights(models, unfinished, step, config)
         tensors, rest = _split(
             {
-                "factors": kronecker_state_dict(unet),  # the gain not folded in, as they are trained
+                "factors": adapter_state(models),
                 "optimizer": optimizer.state_dict(),
                 "lr_scheduler": lr_scheduler.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -151,11 +124,13 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(path: Path, accelerator: Accelerator, unet: nn.Module, optimizer: Any, lr_scheduler: Any) -> int:
+def load_checkpoint(
+    path: Path, accelerator: Accelerator, models: Mapping[str, nn.Module], optimizer: Any, lr_scheduler: Any
+) -> int:
     """Restore the training state of a checkpoint; return the optimizer steps it has behind it."""
     try:
         state = _join(load_file(path / TENSORS_NAME), json.loads((path / STATE_NAME).read_text()))
-        load_kronecker_state_dict(unet, state["factors"])
+        load_adapter_state(models, state["factors"])
         optimizer.load_state_dict(state["optimizer"])
         lr_scheduler.load_state_dict(state["lr_scheduler"])
         if accelerator.scaler and state["scaler"]:

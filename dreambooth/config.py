@@ -1,18 +1,14 @@
-"""The options: one frozen dataclass, from a YAML file and the command line, and back to a YAML file."""
+"""The options: one frozen dataclass, and the YAML file that it is written to."""
 
-import argparse
-import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import yaml
-from transformers import HfArgumentParser
 
 
 class UserError(ValueError):
@@ -35,6 +31,8 @@ def option(help: str, default=MISSING):
     return field(default=default, metadata={"help": help})
 
 
+OPTIMIZERS = ("AdamW", "Prodigy", "Adafactor", "ScheduleFreeAdamW")
+TRACKERS = ("tensorboard", "wandb", "trackio")  # the names of their packages too
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -59,19 +57,50 @@ class TrainingConfig:
     revision: str | None = option("Revision of the base model on the Hub.", None)
     variant: str | None = option("Variant of the base model's weight files, for example fp16.", None)
 
+    pretrained_vae_model_name_or_path: str | None = option("Another VAE for the base model, name or folder.", None)
+    vae_precision: Literal["fp32", "fp16", "bf16"] = option("Precision of the VAE.", "fp32")
+    base_precision: Literal["fp32", "fp16", "bf16", "nf4", "int8"] | None = option(
+        "Precision of the frozen UNet and text encoders; nf4 and int8 quantise the UNet with bitsandbytes. "
+        "Default: that of mixed_precision.",
+        None,
+    )
+
     # Instance images
-    instance_data_dir: str = option("Folder with the photos of the subject.")
+    instance_data_dir: str | None = option(
+        "Folder with the photos of the subject. Captions: photo.txt beside photo.jpg, or metadata.jsonl; masks: "
+        "photo.mask.png; class prompts: photo.class.txt.",
+        None,
+    )
+    dataset_name: str | None = option("Dataset on the Hub, or a local one, instead of instance_data_dir.", None)
+    dataset_config_name: str | None = option("Configuration of that dataset.", None)
+    image_column: str = option("Column of that dataset with the images.", "image")
+    caption_column: str | None = option("Column with captions, of that dataset or of metadata.jsonl.", None)
     instance_prompt: str = option('Prompt with a rare token and the class, for example "a photo of sks dog".')
+    caption_dropout_probability: float = option("Share of samples that are trained with an empty prompt.", 0.0)
+    repeats: int = option("Times that a photo occurs in each pass over the photos.", 1)
+    unmasked_weight: float = option("Weight of the loss outside a photo's mask, where it has one; 1 inside.", 0.0)
     resolution: int = option("Side of the training images, px. A multiple of 8.", 512)
     center_crop: bool = option(
         "Crop images at their centre, instead of anew at random every time they are used.", False
     )
+    random_flip: bool = option("Mirror half of the samples.", False)
+    aspect_ratio_buckets: bool = option(
+        "Train each photo in the shape nearest to its own: sides that are multiples of 64 px, area resolution².", False
+    )
+    cache_latents: Literal["auto", "on", "off"] = option(
+        "Encode photos once. auto: where crops do not vary; on: always, each photo with one crop.", "auto"
+    )
+    cache_latents_to_disk: str | None = option("Folder in which encoded photos are kept for later runs.", None)
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"] = option(
         "How images are resized.", "lanczos"
     )
 
     # Prior preservation
     with_prior_preservation: bool = option("Train on class images too, so that the class keeps its variety.", False)
+    prior_source: Literal["images", "base_model"] = option(
+        "images: class images. base_model: what the base model predicts for the class prompt; needs no images.",
+        "images",
+    )
     prior_loss_weight: float = option("Weight of the class images' loss.", 1.0)
     class_data_dir: str | None = option("Folder with the class images; missing ones are drawn by the base model.", None)
     class_prompt: str | None = option('Prompt of the class images, for example "a photo of dog".', None)
@@ -95,6 +124,23 @@ class TrainingConfig:
         "invariant",
     )
 
+    train_text_encoder: bool = option("Adapt the text encoders' attention too.", False)
+    text_encoder_lr: float | None = option("Learning rate of the text encoders' factors. Default: learning_rate.", None)
+    text_encoder_kron_a1: int | None = option("kron_a1 for the text encoders. Default: kron_a1.", None)
+    text_encoder_kron_a2: int | None = option("kron_a2 for the text encoders. Default: kron_a2.", None)
+
+    # Loss
+    snr_gamma: float | None = option("Min-SNR loss weighting with this gamma, 5 in its paper. Default: none.", None)
+    noise_offset: float = option("Strength of noise that is constant over each latent channel.", 0.0)
+    loss_type: Literal["mse", "huber"] = option(
+        "Squared error, or pseudo-Huber scheduled over the noise levels.", "mse"
+    )
+    huber_c: float = option(
+        "Error at which the pseudo-Huber loss turns from square to linear at the highest noise; 1 without noise.", 0.1
+    )
+    min_timestep: int = option("Lowest training timestep.", 0)
+    max_timestep: int | None = option("Highest training timestep. Default: the base model's.", None)
+
     # Training
     output_dir: str = option("Folder for the adapter, checkpoints, samples and logs.", "kronecker-dreambooth-model")
     overwrite_output_dir: bool = option("Replace the results of an earlier run in output_dir.", False)
@@ -113,11 +159,12 @@ class TrainingConfig:
     lr_warmup_steps: int = option("Warm-up of the learning rate, optimizer steps. Ignored by 'constant'.", 0)
     lr_num_cycles: int = option("Restarts of the cosine_with_restarts schedule.", 1)
     lr_power: float = option("Power of the polynomial schedule.", 1.0)
+    optimizer: str = option("AdamW, Prodigy, Adafactor or ScheduleFreeAdamW.", "AdamW")
     use_8bit_adam: bool = option("AdamW with 8-bit state from bitsandbytes.", False)
-    adam_beta1: float = option("AdamW's beta 1.", 0.9)
-    adam_beta2: float = option("AdamW's beta 2.", 0.999)
-    adam_weight_decay: float = option("AdamW's weight decay.", 1e-2)
-    adam_epsilon: float = option("AdamW's epsilon.", 1e-8)
+    adam_beta1: float = option("Beta 1 of Adam and its kin.", 0.9)
+    adam_beta2: float = option("Beta 2 of Adam and its kin.", 0.999)
+    adam_weight_decay: float = option("Weight decay.", 1e-2)
+    adam_epsilon: float = option("Epsilon of Adam and its kin.", 1e-8)
     max_grad_norm: float = option("Gradients are clipped to this norm.", 1.0)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         "Precision of the frozen model and the activations; factors stay fp32. Default: accelerate's configuration.",
@@ -125,6 +172,8 @@ class TrainingConfig:
     )
     gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, slower.", False)
     allow_tf32: bool = option("Allow TF32 matrix products on NVIDIA GPUs.", False)
+    compile: bool = option("Compile the UNet's repeated blocks with torch.compile.", False)
+    channels_last: bool = option("Keep the UNet and the VAE in the channels-last memory format.", False)
     enable_xformers_memory_efficient_attention: bool = option("Use xformers' attention instead of PyTorch's.", False)
     dataloader_num_workers: int = option("Processes that prepare batches; 0 means the training process.", 0)
 
@@ -138,8 +187,17 @@ class TrainingConfig:
     validation_steps: int | None = option("Draw samples every so many optimizer steps instead.", None)
     validation_num_inference_steps: int = option("Denoising steps for a sample.", 25)
     validation_guidance_scale: float = option("Classifier-free guidance for samples.", 7.5)
-    report_to: list[str] = option("Where to log: tensorboard, wandb, or none.", ["tensorboard"])
+    report_to: list[str] = option(
+        "Where to log: tensorboard, wandb, trackio (several at once), or none.", ["tensorboard"]
+    )
+    push_to_hub: bool = option("Upload the adapter and its model card to the Hub at the end.", False)
+    hub_model_id: str | None = option("Repository on the Hub. Default: the name of output_dir.", None)
+    hub_token: str | None = option("Token for the Hub; better: `hf auth login`. Never written to any file.", None)
     logging_dir: str = option("Folder for TensorBoard's files, inside output_dir.", "logs")
+
+    @property
+    def uses_class_images(self) -> bool:
+        return self.with_prior_preservation and self.prior_source == "images"
 
     def factors_by_target(self) -> dict[str, tuple[int, int]]:
         """Return {"to_k": (8, 64)} from kron_factors. Raises UserError where an entry does not read."""
@@ -152,139 +210,20 @@ class TrainingConfig:
             factors[target] = (int(parts[0]), int(parts[1]))
         return factors
 
-
-C = TypeVar("C")
-
-
-def parse_config(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
-    """Return the options of a training run, checked against each other. See `parse_options`."""
-    return parse_options(config_class, description, argv, check_config)
-
-
-def parse_options(
-    config_class: type[C],
-    description: str,
-    argv: Sequence[str] | None = None,
-    check: Callable[[C], None] = lambda config: None,
-) -> C:
-    """Return the options from `--config FILE`, overridden by the command line. Touches nothing but that file.
-
-    What does not parse or does not go together ends the program with exit code 2 and a message that names the flags.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--config")
-    known, rest = first_look.parse_known_args(argv)
-
-    parser = HfArgumentParser(
-        config_class, description=description, allow_abbrev=False, formatter_class=_ManPageFormatter
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins.")
-    try:
-        names = [option.name for option in fields(config_class)]
-        flags = flags_from_yaml(known.config, names) if known.config is not None else []
-        config, _, unknown = parser.parse_args_into_dataclasses(
-            [*flags, *rest], look_for_args_file=False, return_remaining_strings=True
-        )
-        if unknown:
-            source = f" (on the command line or in {known.config})" if known.config else ""
-            raise UserError(f"unrecognized arguments: {' '.join(unknown)}{source}")
-        check(config)
-    except UserError as error:
-        parser.error(str(error))
-    return config
+    def optimizer_name(self) -> str:
+        """Return one of OPTIMIZERS, however it was spelled. Raises UserError where it is none of them."""
+        for name in OPTIMIZERS:
+            if name.lower() == self.optimizer.lower().replace("_", ""):
+                return name
+        raise UserError(f"--optimizer {self.optimizer}: it can be {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}")
 
 
-class _ManPageFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the module docstring's lines, and shows defaults."""
-
-
-class _TextLoader(yaml.BaseLoader):
-    """Hands on every value as it is written, so that 5e-4, no and true mean what they mean on a command line and one
-    parser judges them all. Only a null that is not quoted is None."""
-
-
-_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
-
-
-def flags_from_yaml(path: str, names: Sequence[str]) -> list[str]:
-    """Return the flags that a YAML file of the options `names` stands for; a null means the default."""
-    try:
-        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_TextLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {error}") from error
-    if not isinstance(options, dict):
-        raise UserError(f"--config {path}: expected lines of the form 'option: value'")
-    if strangers := [str(name) for name in options if name not in names]:
-        raise UserError(f"--config {path}: there is no option {', '.join(strangers)}")
-    flags = []
-    for name, value in options.items():
-        if isinstance(value, dict):
-            value = [f"{key}={','.join(map(str, e)) if isinstance(e, list) else e}" for key, e in value.items()]
-        if isinstance(value, str):
-            flags.append(f"--{name}={value}")
-        elif value:
-            if not all(isinstance(entry, str) for entry in value):
-                raise UserError(f"--config {path}: {name} is no list of plain values; put what holds ': ' in quotes")
-            flags += [f"--{name}", *value]
-    return flags
-
-
-# Options, what has to hold for their values, and that in words
-LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "train_batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit num_class_images "
-        "sample_batch_size num_validation_images validation_epochs validation_steps prior_num_inference_steps "
-        "validation_num_inference_steps lr_num_cycles max_train_steps num_train_epochs resolution",
-        lambda value: value >= 1,
-        "at least 1",
-    ),
-    (
-        "seed lr_warmup_steps dataloader_num_workers learning_rate prior_loss_weight adam_beta1 adam_beta2 "
-        "adam_weight_decay adam_epsilon",
-        lambda value: value >= 0,
-        "0 or more; it cannot be negative",
-    ),
-    ("adam_beta1 adam_beta2", lambda value: value < 1, "below 1"),
-    ("max_grad_norm", lambda value: value > 0, "above 0; 1e9 clips nothing"),
-    ("seed", lambda value: value < 2**32, f"below {2**32}"),
-    ("resolution", lambda value: value % 8 == 0, "a multiple of 8"),
-)
-
-
-def check_config(config: TrainingConfig) -> None:
-    """Raise UserError where an option is out of range, or options do not go together."""
-    for name, value in asdict(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} is {value}; it has to be a finite number")
-    for names, holds, words in LIMITS:
-        for name in names.split():
-            value = getattr(config, name)
-            if value is not None and not holds(value):
-                raise UserError(f"--{name} is {value}; it has to be {words}")
-    if strangers := set(config.report_to) - {"tensorboard", "wandb", "none"}:
-        raise UserError(f"--report_to {' '.join(sorted(strangers))}: it can be tensorboard, wandb or none")
-    if "none" in config.report_to and len(config.report_to) > 1:
-        raise UserError("--report_to none does not go with other trackers")
-    config.factors_by_target()
-    _check_prior(config)
-
-
-def _check_prior(config: TrainingConfig) -> None:
-    if not config.with_prior_preservation:
-        if config.class_data_dir or config.class_prompt:
-            raise UserError("--class_data_dir and --class_prompt need --with_prior_preservation")
-        return
-    if not config.class_prompt:
-        raise UserError("--with_prior_preservation needs --class_prompt, for example 'a photo of dog'")
-    if not config.class_data_dir:
-        raise UserError("--with_prior_preservation needs --class_data_dir, the folder where class images are kept")
-    if Path(config.class_data_dir).resolve() == Path(config.instance_data_dir).resolve():
-        raise UserError("--class_data_dir and --instance_data_dir are the same folder; class images need their own")
+def public_options(config: TrainingConfig) -> dict[str, Any]:
+    """Return the options that may be written anywhere: all but tokens and keys."""
+    return {name: value for name, value in asdict(config).items() if "token" not in name and "key" not in name}
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:
-    """Write the options as YAML that `--config` reads back."""
-    options = {name: value for name, value in asdict(config).items() if value not in (None, [])}
+    """Write the options as YAML that `--config` reads back. Tokens and keys are left out."""
+    options = {name: value for name, value in public_options(config).items() if value not in (None, [])}
     path.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")

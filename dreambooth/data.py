@@ -1,207 +1,222 @@
-"""Photos, and the endless stream of batches made of them.
+"""The endless stream of batches made of photos.
 
 Sample k of a run (k = 0, 1, 2, ... over all devices) is a function of the seed and k alone: which photo, which crop,
 which noise. So a resumed run continues where it stopped, and the number of devices does not change what is trained on.
+With buckets it depends on the batch size too, since a batch has one shape; still not on the devices.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dreambooth.config import TrainingConfig, UserError
-
-logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif".split()  # the last two get an explanation
-)
-
-
-# ---- files to photos ----
-
-
-@dataclass(frozen=True)
-class Photo:
-    """An image as it is trained on: upright RGB, its shorter side at the training resolution."""
-
-    path: Path
-    pixels: np.ndarray  # (height, width, 3) uint8
-    prompt: str
-
-
-def read_photos(folder: str, flag: str, prompt: str, config: TrainingConfig) -> list[Photo]:
-    """Return the readable images of a folder in the order of their names; `flag` is what errors call the folder.
-
-    Other files are ignored; images that cannot be read are named in a warning. Raises UserError if none is left.
-    """
-    directory = Path(folder)
-    if not directory.is_dir():
-        raise UserError(f"{flag} {folder}: there is no such folder")
-    photos, unreadable = [], []
-    for path in sorted(directory.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith(".") or path.is_dir():
-            continue
-        try:
-            image = fit_shorter_side(read_image(path), config.resolution, config.image_interpolation_mode)
-            photos.append(Photo(path, np.asarray(image), prompt))
-        except Exception as error:  # image codecs raise nearly anything on damaged files
-            unreadable.append(f"{path.name}: {error or type(error).__name__}")
-    if not photos:
-        found = "; ".join(unreadable) or "it holds no image files"
-        raise UserError(f"{flag} {folder}: there is no readable image ({found})")
-    if unreadable:
-        logger.warning("%s %s: skipped unreadable images (%s)", flag, folder, "; ".join(unreadable))
-    return photos
-
-
-def read_image(path: Path) -> Image.Image:
-    """Return an image file as upright 8-bit RGB: the first frame, on white where it is transparent.
-
-    Raises OSError or ValueError for damaged files and Image.DecompressionBombError for absurdly large ones.
-    """
-    if path.suffix.lower() in (".heic", ".heif"):
-        raise ValueError("HEIC is not supported; convert it to JPEG or PNG")
-    # Opened here, since Pillow maps uncompressed TIFFs that it opens itself into memory, and scrambles the turned ones.
-    with path.open("rb") as data, Image.open(data) as file:
-        file.load()
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale a 16-bit, 32-bit or floating-point grey image by the smallest of the usual full ranges that holds it."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    full = next((top for top in ranges if values.max() <= top), values.max())
-    return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
-
-
-def fit_shorter_side(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
-    """Resize an image so that its shorter side is `resolution` px."""
-    if max(image.size) > 100 * min(image.size):  # would grow without bound: 30,000 x 1 px to 24 GB
-        raise ValueError(f"{image.width} x {image.height} px is too elongated")
-    scale = resolution / min(image.size)
-    size = tuple(max(resolution, round(side * scale)) for side in image.size)
-    return image if size == image.size else image.resize(size, Image.Resampling[interpolation.upper()])
-
+from dreambooth.config import TrainingConfig
+from dreambooth.order import GlobalSampler, Stream, batch_unit, generator_of, order_of_pass, samples_per_pass, seed_of
+from dreambooth.photos import Photo, prior_from_base_model, resize
+from dreambooth.shapes import Size, cover, shape_of
 
 # ---- photos to samples ----
 
 
-class Stream(IntEnum):
-    """What a random number is for. Each gets a stream of its own, so that one more draw here moves nothing there."""
+@dataclass(frozen=True)
+class Crop:
+    """What a row shows of a photo: resized, cropped, then mirrored or not."""
 
-    INSTANCE_ORDER = 0
-    CLASS_ORDER = 1
-    INSTANCE_CROP = 2
-    CLASS_CROP = 3
-    INSTANCE_NOISE = 4
-    CLASS_NOISE = 5
-    CLASS_IMAGE = 6
-    VALIDATION = 7
+    is_class: bool
+    number: int  # of the photo, among the instance or the class photos
+    resized: Size
+    corner: tuple[int, int]  # (top, left) in the resized photo, px
+    shape: Size
+    mirrored: bool
+
+    def size_conditions(self, original_size: Size) -> tuple[int, ...]:
+        """Return (original height, width, crop top, left, target height, width), as SDXL was trained with them.
+
+        A mirrored crop is a crop of the mirrored photo, and its left edge is counted there.
+        """
+        top, left = self.corner
+        left = self.resized[1] - left - self.shape[1] if self.mirrored else left
+        return (*original_size, top, left, *self.shape)
+
+    def cut(self, pixels: np.ndarray, interpolation: str) -> np.ndarray:
+        """Return the crop of a photo's pixels or of its mask."""
+        top, left = self.corner
+        height, width = self.shape
+        pixels = resize(pixels, self.resized, interpolation)[top : top + height, left : left + width]
+        return pixels[:, ::-1] if self.mirrored else pixels
 
 
-def seed_of(seed: int, stream: Stream, index: int) -> int:
-    """Return the 64-bit seed of draw `index` in a stream of a run."""
-    return int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0])
+@dataclass(frozen=True)
+class Row:
+    """One image of a batch. Either pixel values or moments are None."""
+
+    pixel_values: Tensor | None
+    moments: Tensor | None
+    prompt_row: int
+    noise_seed: int
+    size_conditions: tuple[int, ...]
+    loss_weights: Tensor | None
+
+
+class DreamBoothDataset(Dataset):
+    """Sample k is an instance photo and, with prior preservation, a row of the class: for every k from 0, without end.
+
+    Each pass over the photos has an order of its own; every sample has a crop of its own, unless crops are fixed. The
+    class row is a class photo; with prior_source base_model it is the instance row again, under its class prompt.
+    """
+
+    def __init__(
+        self, photos: Sequence[Photo], class_photos: Sequence[Photo], prompts: Sequence[str], config: TrainingConfig
+    ):
+        self.photos, self.class_photos, self.config = photos, class_photos, config
+        self.prompt_row = {prompt: row for row, prompt in enumerate(prompts)}
+        self.shapes = tuple(shape_of(photo.original_size, config) for photo in photos)
+        self.samples_per_pass = samples_per_pass(photos, config)
+        self.moments: dict[Crop, Tensor] = {}  # filled by cache_latents
+
+    def __getitem__(self, k: int) -> list[Row]:
+        config = self.config
+        pass_number, position = divmod(k, self.samples_per_pass)
+        order = order_of_pass(config.seed, pass_number, self.shapes, config.repeats, batch_unit(config))
+        number = order[position]
+        photo, shape = self.photos[number], self.shapes[number]
+        dropped = generator_of(config.seed, Stream.CAPTION_DROPOUT, k).random() < config.caption_dropout_probability
+        crop = self._draw_crop(False, number, shape, k)
+        rows = [self._row(crop, "" if dropped else photo.prompt, seed_of(config.seed, Stream.INSTANCE_NOISE, k))]
+        if prior_from_base_model(config):
+            # The class is not confined to the subject's mask.
+            rows.append(replace(rows[0], prompt_row=self.prompt_row[photo.class_prompt], loss_weights=None))
+        elif self.class_photos:
+            rows.append(self._class_row(shape, k))
+        return rows
+
+    def _class_row(self, shape: Size, k: int) -> Row:
+        seed, count = self.config.seed, len(self.class_photos)
+        pass_number, position = divmod(k, count)
+        number = int(generator_of(seed, Stream.CLASS_ORDER, pass_number).permutation(count)[position])
+        crop = self._draw_crop(True, number, shape, k)
+        return self._row(crop, self.class_photos[number].prompt, seed_of(seed, Stream.CLASS_NOISE, k))
+
+    def _row(self, crop: Crop, prompt: str, noise_seed: int) -> Row:
+        photo, moments = self.photo(crop), self.moments.get(crop)
+        return Row(
+            pixel_values=self.pixel_values(crop) if moments is None else None,
+            moments=moments,
+            prompt_row=self.prompt_row[prompt],
+            noise_seed=noise_seed,
+            size_conditions=crop.size_conditions(photo.original_size),
+            loss_weights=None if photo.mask is None else self._loss_weights(crop, photo.mask),
+        )
+
+    def photo(self, crop: Crop) -> Photo:
+        return (self.class_photos if crop.is_class else self.photos)[crop.number]
+
+    def pixels(self, crop: Crop) -> np.ndarray:
+        """Return what a crop shows, (height, width, 3) uint8."""
+        return crop.cut(self.photo(crop).pixels, self.config.image_interpolation_mode)
+
+    def pixel_values(self, crop: Crop) -> Tensor:
+        """Return what a crop shows, (3, height, width) fp32 in [-1, 1]."""
+        return torch.from_numpy(self.pixels(crop).copy()).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+    def _loss_weights(self, crop: Crop, mask: np.ndarray) -> Tensor:
+        inside = torch.from_numpy(crop.cut(mask, "bilinear").copy())[None].float() / 255
+        return inside + self.config.unmasked_weight * (1 - inside)
+
+    # ---- crops ----
+
+    def fixed_crops(self) -> list[Crop] | None:
+        """Return every crop that there is in the run, or None where each sample has a crop of its own."""
+        flips = (False, True) if self.config.random_flip else (False,)
+        places = [(False, number, shape) for number, shape in enumerate(self.shapes)]
+        places += [
+            (True, number, shape) for number in range(len(self.class_photos)) for shape in sorted({*self.shapes})
+        ]
+        crops = [self._crop(*place, index=0, mirrored=mirrored) for place in places for mirrored in flips]
+        varying = not (self.config.center_crop or self._frozen)
+        return None if varying and any(crop.resized != crop.shape for crop in crops) else crops
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether random crops are drawn once for each photo."""
+        return self.config.cache_latents == "on"
+
+    def _draw_crop(self, is_class: bool, number: int, shape: Size, k: int) -> Crop:
+        stream = Stream.CLASS_FLIP if is_class else Stream.INSTANCE_FLIP
+        mirrored = self.config.random_flip and bool(generator_of(self.config.seed, stream, k).random() < 0.5)
+        return self._crop(is_class, number, shape, k, mirrored)
+
+    def _crop(self, is_class: bool, number: int, shape: Size, index: int, mirrored: bool) -> Crop:
+        """Return the crop of a photo that sample `index` shows."""
+        photo = (self.class_photos if is_class else self.photos)[number]
+        stream = Stream.CLASS_CROP if is_class else Stream.INSTANCE_CROP
+        resized = photo.pixels.shape[:2]
+        if is_class and self.config.aspect_ratio_buckets:
+            resized = cover(resized, shape)
+        spare = np.subtract(resized, shape)
+        if self.config.center_crop:
+            top, left = spare // 2
+        else:
+            generator = generator_of(self.config.seed, stream, number if self._frozen else index)
+            top, left = generator.integers(0, spare + 1)
+        return Crop(is_class, number, resized, (int(top), int(left)), shape, mirrored)
+
+
+# ---- samples to batches ----
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: the instance rows, then as many class rows with prior preservation."""
+    """One forward pass: the instance rows, then as many class rows with prior preservation. All of one shape.
 
-    pixel_values: Tensor  # (rows, 3, resolution, resolution) fp32 in [-1, 1]
+    Either pixel_values or moments is None. Moments are what the VAE says of an image: mean and log-variance of its
+    latents.
+    """
+
+    pixel_values: Tensor | None  # (rows, 3, height, width) fp32 in [-1, 1]
+    moments: Tensor | None  # (rows, 2 · latent channels, height / 8, width / 8) fp32
     prompt_rows: Tensor  # (rows,) int64: row of each image's prompt in the encoded prompts
     noise_seeds: Tensor  # (rows,) int64: seeds each row's noise and timestep
+    size_conditions: Tensor  # (rows, 6) fp32: original height, width, crop top, left, target height, width, px
+    loss_weights: Tensor | None  # (rows, 1, height, width) fp32; None where no row has a mask
     num_instances: int
 
     def to(self, device: torch.device) -> "Batch":
+        """Move all but the noise seeds, which are used on the CPU."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":  # the DataLoader calls it
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(self, pixel_values=function(self.pixel_values), prompt_rows=function(self.prompt_rows))
-
-
-Row = tuple[Tensor, int, int]  # pixel values, prompt row, noise seed
-
-
-class DreamBoothDataset(Dataset):
-    """Sample k is an instance photo and, with prior preservation, a class photo: for every k from 0, without end.
-
-    Each pass over the photos has an order of its own; every sample has a crop of its own.
-    """
-
-    def __init__(
-        self, instances: Sequence[Photo], classes: Sequence[Photo], prompts: Sequence[str], config: TrainingConfig
-    ):
-        self.instances, self.classes = instances, classes
-        self.prompt_row = {prompt: row for row, prompt in enumerate(prompts)}
-        self.resolution, self.center_crop, self.seed = config.resolution, config.center_crop, config.seed
-
-    def __getitem__(self, k: int) -> list[Row]:
-        rows = [self._row(self.instances, k, Stream.INSTANCE_ORDER, Stream.INSTANCE_CROP, Stream.INSTANCE_NOISE)]
-        if self.classes:
-            rows.append(self._row(self.classes, k, Stream.CLASS_ORDER, Stream.CLASS_CROP, Stream.CLASS_NOISE))
-        return rows
-
-    def _row(self, photos: Sequence[Photo], k: int, order: Stream, crop: Stream, noise: Stream) -> Row:
-        pass_number, position = divmod(k, len(photos))
-        permutation = np.random.default_rng(seed_of(self.seed, order, pass_number)).permutation(len(photos))
-        photo = photos[permutation[position]]
-        pixels = self._crop(photo.pixels, seed_of(self.seed, crop, k))
-        pixel_values = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-        return pixel_values, self.prompt_row[photo.prompt], seed_of(self.seed, noise, k)
-
-    def _crop(self, pixels: np.ndarray, seed: int) -> np.ndarray:
-        spare = np.array(pixels.shape[:2]) - self.resolution
-        top, left = spare // 2 if self.center_crop else np.random.default_rng(seed).integers(0, spare + 1)
-        return pixels[top : top + self.resolution, left : left + self.resolution]
+        names = ("pixel_values", "moments", "prompt_rows", "size_conditions", "loss_weights")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def collate(samples: Sequence[list[Row]]) -> Batch:
     """Stack samples: all instance rows, then all class rows. Each row brings its own prompt along."""
     rows = [row for kind in zip(*samples) for row in kind]
-    pixel_values, prompt_rows, noise_seeds = zip(*rows)
+    cached = rows[0].moments is not None
     return Batch(
-        pixel_values=torch.stack(pixel_values),
-        prompt_rows=torch.tensor(prompt_rows),
-        noise_seeds=torch.tensor(noise_seeds, dtype=torch.uint64).view(torch.int64),
+        pixel_values=None if cached else torch.stack([row.pixel_values for row in rows]),
+        moments=torch.stack([row.moments for row in rows]) if cached else None,
+        prompt_rows=torch.tensor([row.prompt_row for row in rows]),
+        noise_seeds=torch.tensor([row.noise_seed for row in rows], dtype=torch.uint64).view(torch.int64),
+        size_conditions=torch.tensor([row.size_conditions for row in rows], dtype=torch.float32),
+        loss_weights=_stack_loss_weights(rows),
         num_instances=len(samples),
     )
 
 
-class GlobalSampler:
-    """Yields, without end, this device's share of the samples: lists of `batch_size` numbers k.
-
-    Optimizer step s uses the samples s·G to (s+1)·G - 1, G = devices · accumulation · batch size, whatever the split.
-    """
-
-    def __init__(self, batch_size: int, accumulation: int, rank: int, num_ranks: int, first_step: int):
-        self.batch_size, self.rank, self.num_ranks = batch_size, rank, num_ranks
-        self.first_forward = first_step * accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        forward = self.first_forward
-        while True:
-            first = (forward * self.num_ranks + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
-            forward += 1
+def _stack_loss_weights(rows: Sequence[Row]) -> Tensor | None:
+    if all(row.loss_weights is None for row in rows):
+        return None
+    everywhere = torch.ones(1, *rows[0].size_conditions[4:])
+    return torch.stack([everywhere if row.loss_weights is None else row.loss_weights for row in rows])
 
 
 def build_loader(dataset: Dataset, config: TrainingConfig, rank: int, num_ranks: int, first_step: int) -> DataLoader:
@@ -217,6 +232,9 @@ def build_loader(dataset: Dataset, config: TrainingConfig, rank: int, num_ranks:
     )
 
 
-def distinct_prompts(photos: Sequence[Photo], *others: str) -> list[str]:
-    """Return every prompt once, in the order of its first use."""
-    return list(dict.fromkeys([photo.prompt for photo in photos] + list(others)))
+def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
+    """Return every prompt of a run once, in the order of its first use; the empty one is always there."""
+    prompts = [photo.prompt for photo in (*photos, *class_photos)]
+    if prior_from_base_model(config):
+        prompts += [photo.class_prompt for photo in photos]
+    return list(dict.fromkeys([*prompts, *config.validation_prompt, ""]))

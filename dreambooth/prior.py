@@ -10,8 +10,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dreambooth.config import TrainingConfig, UserError
-from dreambooth.data import Photo, Stream, read_photos, seed_of
+from dreambooth.config import TrainingConfig
+from dreambooth.order import Stream, seed_of
+from dreambooth.photos import NoPhotosError, Photo, read_class_photos
+from dreambooth.vae import draw_images
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ def ensure_class_images(pipeline: DiffusionPipeline, config: TrainingConfig, acc
 
 
 def _draw(pipeline: DiffusionPipeline, indices: list[int], config: TrainingConfig) -> list[Image.Image]:
-    return pipeline(
+    return draw_images(
+        pipeline,
         prompt=[config.class_prompt] * len(indices),
         negative_prompt=[config.prior_negative_prompt] * len(indices),
         height=config.resolution,
@@ -53,13 +56,13 @@ def _draw(pipeline: DiffusionPipeline, indices: list[int], config: TrainingConfi
         num_inference_steps=config.prior_num_inference_steps,
         guidance_scale=config.prior_guidance_scale,
         generator=[torch.Generator().manual_seed(seed_of(config.seed, Stream.CLASS_IMAGE, i)) for i in indices],
-    ).images
+    )
 
 
 def _read(config: TrainingConfig) -> list[Photo]:
     try:
-        return read_photos(config.class_data_dir, "--class_data_dir", config.class_prompt, config)
-    except UserError:
+        return read_class_photos(config)
+    except NoPhotosError:
         return []  # nothing readable yet: all are to be drawn
 
 

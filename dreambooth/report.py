@@ -1,21 +1,48 @@
-"""What the user is told: progress, trackers, and the closing line."""
+"""What the user is told: the progress bar, metrics.jsonl, the trackers, and the closing line."""
 
+import functools
 import json
+import logging
+import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from dreambooth.config import TrainingConfig
+from dreambooth.config import TrainingConfig, public_options
+from dreambooth.curves import draw_curves
 from dreambooth.training import StepReport
+
+logger = logging.getLogger(__name__)
+
+PROJECT = "dreambooth-kronecker"
+METRICS_NAME = "metrics.jsonl"
+CURVES_NAME = "training.png"
+
+
+@contextmanager
+def warn_only(consequence: str) -> Iterator[None]:
+    """Turn an error into one warning that begins with its consequence: training matters more than what is inside."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s: %s: %s", consequence, type(error).__name__, error)
+
+
+# ---- progress ----
 
 
 class Progress:
@@ -23,52 +50,148 @@ class Progress:
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, first_step: int, total_steps: int):
         self.accelerator = accelerator
-        self.began = time.monotonic()
+        self.first_step, self.total_steps = first_step, total_steps
+        self.began, self.step_time = time.monotonic(), 0.0
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_main_process
         )
         self.metrics = open(os.devnull, "w")
         if accelerator.is_main_process:
-            self.metrics = _open_metrics(Path(config.output_dir) / "metrics.jsonl", first_step)
-            accelerator.init_trackers("dreambooth-kronecker", config=_flat(config))
+            self.metrics = _open_metrics(Path(config.output_dir) / METRICS_NAME, first_step)
+            start_trackers(accelerator, config, first_step)
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
+    def steps(self, reports: Iterator[StepReport]) -> Iterator[tuple[int, StepReport]]:
+        """Number the steps that are left to train, and clock each: not what the caller does between them."""
+        for step in range(self.first_step + 1, self.total_steps + 1):
+            began = time.monotonic()
+            report = next(reports)
+            self.step_time = time.monotonic() - began
+            yield step, report
+
     def update(self, step: int, report: StepReport) -> None:
+        """Tell of one step; a field of the report that is None is left out. `step_time` is in seconds."""
+        values = {name: value for name, value in asdict(report).items() if value is not None}
+        values["step_time"] = round(self.step_time, 4)
         self.bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{report.learning_rate:.2e}", refresh=False)
         self.bar.update()
-        self.metrics.write(json.dumps({"step": step, **asdict(report)}) + "\n")
+        self.metrics.write(_json_line({"step": step, **values}))
         self.metrics.flush()
-        self.accelerator.log(asdict(report), step=step)
+        log_values(self.accelerator, values, step)
 
-    def say(self, line: str) -> None:
+    def say_closing_line(self, groups: Mapping[str, Sequence[nn.Parameter]], path: Path) -> None:
+        """Tell what was trained, how long it took, and where the file is."""
+        factors = [factor for group in groups.values() for factor in group]
+        steps = self.total_steps - self.first_step
         self.bar.clear()
-        print(line, flush=True)
+        print(closing_line(factors, steps, self.seconds, path, self.accelerator.device), flush=True)
 
     def close(self) -> None:
         self.bar.close()
         self.metrics.close()
+        _each_tracker(self.accelerator, lambda tracker: tracker.finish())
+        self.accelerator.trackers.clear()
         self.accelerator.wait_for_everyone()  # a rank that leaves while another still works can hang at its exit
         self.accelerator.end_training()
 
 
+# ---- metrics.jsonl and its picture ----
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a metrics.jsonl; what a crash left half-written is not among them."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def _open_metrics(path: Path, first_step: int) -> IO[str]:
     """Open metrics.jsonl for the steps after `first_step`; what a run left that got further is dropped."""
-    kept = path.read_text().splitlines(keepends=True)[:first_step] if path.exists() else []
-    path.write_text("".join(kept))
-    return path.open("a")
+    kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(map(_json_line, kept)), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path.open("a", encoding="utf-8")
 
 
-def _flat(config: TrainingConfig) -> dict[str, int | float | str]:
+def _json_line(values: dict[str, Any]) -> str:
+    """One line of JSON, which knows no NaN and no infinity: null stands for both."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite) + "\n"
+
+
+def save_curves(config: TrainingConfig) -> None:
+    """Draw OUTPUT_DIR/metrics.jsonl as OUTPUT_DIR/training.png. Never raises: a failure is a warning."""
+    output = Path(config.output_dir)
+    with warn_only(f"{output / CURVES_NAME} was not drawn"):
+        draw_curves(read_metrics(output / METRICS_NAME)).save(output / CURVES_NAME)
+
+
+# ---- trackers: one that fails is let go, with one warning ----
+
+
+def start_trackers(accelerator: Accelerator, config: TrainingConfig, first_step: int) -> None:
+    """Start the trackers of --report_to, several side by side, and give them the options."""
+    extra: dict[str, dict[str, Any]] = {
+        # TensorBoard hides what an earlier run in this folder wrote for the steps that come now.
+        "tensorboard": {"logging_dir": accelerator.logging_dir, "purge_step": first_step + 1 if first_step else 0},
+        # Beside what it is told, wandb keeps the command line, where a token may stand.
+        "wandb": {"settings": {"x_disable_meta": True}} if config.hub_token else {},
+    }
+    for name in map(str, accelerator.log_with):
+        accelerator.trackers.append(LOGGER_TYPE_TO_CLASS[name](PROJECT, **extra.get(name, {})))
+    options = _flat(public_options(config))
+    _each_tracker(accelerator, lambda tracker: (tracker.start(), tracker.store_init_configuration(options)))
+
+
+def log_values(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
+    """Send numbers to every tracker."""
+    _each_tracker(accelerator, lambda tracker: tracker.log(values, step=step))
+
+
+def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
+    """Send a picture to every tracker."""
+    _each_tracker(accelerator, functools.partial(_log_image, name=name, image=image, step=step))
+
+
+def _log_image(tracker: GeneralTracker, name: str, image: Image.Image, step: int) -> None:
+    if tracker.name == "tensorboard":
+        tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+    elif tracker.name == "trackio":
+        import trackio
+
+        tracker.log({name: trackio.Image(image)}, step=step)
+    else:
+        tracker.log_images({name: [image]}, step=step)
+
+
+def _each_tracker(accelerator: Accelerator, act: Callable[[GeneralTracker], Any]) -> None:
+    for tracker in list(accelerator.trackers):
+        accelerator.trackers.remove(tracker)
+        with warn_only(f"--report_to {tracker.name} failed; training goes on without it"):
+            act(tracker)
+            accelerator.trackers.append(tracker)
+
+
+def _flat(options: dict[str, Any]) -> dict[str, int | float | str]:
     """The options in the only types that every tracker takes."""
-    options = asdict(config)
     return {name: value if isinstance(value, (int, float)) else json.dumps(value) for name, value in options.items()}
 
 
-def closing_line(parameters: list[nn.Parameter], steps: int, seconds: float, path: Path, device: torch.device) -> str:
-    """Say what was trained, how long it took, the peak memory, and where the file is."""
+# ---- at the end ----
+
+
+def closing_line(
+    parameters: Iterable[nn.Parameter], steps: int, seconds: float, path: Path, device: torch.device
+) -> str:
+    """Say what was trained, in all groups together, how long it took, the peak memory, and where the file is."""
     count = sum(parameter.numel() for parameter in parameters)
     minutes, rest = divmod(round(seconds), 60)
     return (

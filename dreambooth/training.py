@@ -1,23 +1,22 @@
-"""The training step: noise, timesteps, target, loss, optimizer. `train_steps` is the one loop."""
+"""The training loop: `train_steps` is the only one. And what it needs to begin."""
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from dreambooth.config import TrainingConfig, UserError
 from dreambooth.data import Batch
+from dreambooth.diffusion import NoiseScheduler, diffuse, row_losses
 
 # ---- setting up ----
 
@@ -41,8 +40,10 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(
-            f"--mixed_precision {config.mixed_precision} --report_to {config.report_to}: {error}"
+            f"--mixed_precision {config.mixed_precision} --report_to {' '.join(config.report_to)}: {error}"
         ) from error
+    if config.base_precision == "fp16" and accelerator.mixed_precision != "fp16":
+        raise UserError("--base_precision fp16 needs --mixed_precision fp16, which scales the gradients; or use bf16")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level, force=True)
     for noisy in ("httpx", "PIL"):
@@ -54,59 +55,49 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """Return the dtype of frozen weights."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+def steps_per_pass(samples: int, config: TrainingConfig, num_ranks: int) -> int:
+    """Return the optimizer steps of one pass over the instance photos, `samples` in all, rounded up."""
+    return math.ceil(samples / (config.train_batch_size * config.gradient_accumulation_steps * num_ranks))
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainingConfig, num_ranks: int
-) -> torch.optim.Optimizer:
-    """Return AdamW over the factors."""
-    if config.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    else:
-        optimizer_class = torch.optim.AdamW
-    samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * num_ranks
-    return optimizer_class(
-        parameters,
-        lr=config.learning_rate * (samples_per_step if config.scale_lr else 1),
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-
-
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int):
-    """Return the learning-rate schedule, stepped once per optimizer step."""
-    return get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
-
-
-def steps_per_epoch(num_instances: int, config: TrainingConfig, num_ranks: int) -> int:
-    """Return the optimizer steps of one pass over the instance photos, rounded up."""
-    return math.ceil(num_instances / (config.train_batch_size * config.gradient_accumulation_steps * num_ranks))
-
-
-def count_steps(num_instances: int, config: TrainingConfig, num_ranks: int) -> int:
+def count_steps(samples: int, config: TrainingConfig, num_ranks: int) -> int:
     """Return the optimizer steps to train, from max_train_steps or num_train_epochs."""
     if config.max_train_steps is None and config.num_train_epochs is not None:
-        return config.num_train_epochs * steps_per_epoch(num_instances, config, num_ranks)
+        return config.num_train_epochs * steps_per_pass(samples, config, num_ranks)
     return config.max_train_steps or 500
 
 
 # ---- one step ----
 
 
+class Denoiser(nn.Module):
+    """The models that train, as the one module that gradients are synchronised over.
+
+    `encode` maps rows of the list of prompts to their embeddings; `condition` maps embeddings and size conditions to
+    the UNet's keyword arguments, all in which the Stable Diffusion families differ.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        encode: Callable[[Tensor], dict[str, Tensor]],
+        condition: Callable[[dict[str, Tensor], Tensor], dict[str, Any]],
+    ):
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+        self.encode, self.condition = encode, condition
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_rows: Tensor, size_conditions: Tensor) -> Tensor:
+        """Return the UNet's prediction (rows, channels, height, width)."""
+        unet = self.models["unet"]
+        embeddings = {name: tensor.to(unet.dtype) for name, tensor in self.encode(prompt_rows).items()}
+        keywords = self.condition(embeddings, size_conditions)
+        return unet(noisy_latents.to(unet.dtype), timesteps, **keywords).sample
+
+
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did, as this device saw it. Losses are means over the step's forward passes."""
+    """What one optimizer step did. Losses are means over the step's forward passes and over the devices."""
 
     loss: float
     instance_loss: float
@@ -117,10 +108,10 @@ class StepReport:
 
 def train_steps(
     accelerator: Accelerator,
-    unet: nn.Module,
-    vae: AutoencoderKL,
-    noise_scheduler: DDPMScheduler,
-    condition: Callable[[Batch], dict[str, Any]],
+    denoiser: nn.Module,
+    latents_of: Callable[[Batch, Sequence[torch.Generator]], Tensor],
+    noise_scheduler: NoiseScheduler,
+    base_model: Callable[[], AbstractContextManager],
     batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     lr_scheduler: Any,
@@ -128,17 +119,25 @@ def train_steps(
 ) -> Iterator[StepReport]:
     """Train on `batches`, yielding once per optimizer step.
 
-    `condition` maps a batch to the UNet's keyword arguments: all that differs between the Stable Diffusion families.
+    `latents_of` samples a batch's latents, fp32, each row's with its own generator. Inside the context
+    `base_model()` the denoiser is the base model.
     """
     losses = []
     for batch in batches:
         batch = batch.to(accelerator.device)
-        with accelerator.accumulate(unet):
-            noise, timesteps, latents = draw_latents(vae, batch, noise_scheduler.config.num_train_timesteps)
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-            target = training_target(noise_scheduler, latents, noise, timesteps)
-            prediction = unet(noisy_latents, timesteps, **condition(batch)).sample
-            instance_loss, prior_loss = dreambooth_losses(prediction, target, batch.num_instances)
+        with accelerator.accumulate(denoiser):
+            generators = [torch.Generator().manual_seed(seed) for seed in batch.noise_seeds.tolist()]
+            latents = latents_of(batch, generators)
+            noise, timesteps = draw_noise(generators, latents, noise_scheduler.config.num_train_timesteps, config)
+            noisy_latents, unet_timesteps, target = diffuse(noise_scheduler, latents, noise, timesteps)
+            inputs = (noisy_latents, unet_timesteps, batch.prompt_rows, batch.size_conditions)
+            if config.with_prior_preservation and config.prior_source == "base_model":
+                prior_inputs = [tensor[batch.num_instances :] for tensor in inputs]
+                with torch.no_grad(), base_model():
+                    prior = accelerator.unwrap_model(denoiser)(*prior_inputs)
+                target = torch.cat([target[: batch.num_instances], prior.to(target)])
+            rows = row_losses(denoiser(*inputs), target, timesteps, batch.loss_weights, noise_scheduler, config)
+            instance_loss, prior_loss = dreambooth_losses(rows, batch.num_instances)
             loss = instance_loss + config.prior_loss_weight * prior_loss
             accelerator.backward(loss)
             losses.append(torch.stack([loss, instance_loss, prior_loss]).detach())
@@ -146,7 +145,7 @@ def train_steps(
                 continue
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-            learning_rate = lr_scheduler.get_last_lr()[0]
+            learning_rate = optimizer.param_groups[0]["lr"] * optimizer.param_groups[0].get("d", 1)  # d: Prodigy's own
             optimizer.step()
             optimizer.zero_grad()
             lr_scheduler.step()
@@ -155,36 +154,25 @@ def train_steps(
         yield StepReport(*means, learning_rate, float(grad_norm))
 
 
-def draw_latents(vae: AutoencoderKL, batch: Batch, num_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return noise, timesteps and latents of a batch, each row's from its own seed.
-
-    noise, latents: (rows, channels, height, width), the VAE's dtype    timesteps: (rows,) int64
+def draw_noise(
+    generators: Sequence[torch.Generator], latents: Tensor, num_timesteps: int, config: TrainingConfig
+) -> tuple[Tensor, Tensor]:
+    """Return noise like the latents (rows, channels, height, width) and timesteps (rows,), each row's from its own
+    generator.
 
     Drawn on the CPU, so that every device and every split over devices sees the same numbers.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in batch.noise_seeds.tolist()]
-    with torch.no_grad():
-        posterior = vae.encode(batch.pixel_values.to(vae.dtype)).latent_dist
-        shift = vae.config.get("shift_factor") or 0.0
-        latents = (posterior.sample(generators) - shift) * vae.config.scaling_factor
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-    timesteps = torch.cat([torch.randint(num_timesteps, (1,), generator=generator) for generator in generators])
-    return noise.to(latents), timesteps.to(latents.device), latents
+    last = num_timesteps - 1 if config.max_timestep is None else config.max_timestep
+    shape = latents.shape[1:]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    timesteps = [torch.randint(config.min_timestep, last + 1, (1,), generator=generator) for generator in generators]
+    if config.noise_offset:
+        offsets = [torch.randn(shape[0], 1, 1, generator=generator) for generator in generators]
+        noise = noise + config.noise_offset * torch.stack(offsets)
+    return noise.to(latents), torch.cat(timesteps).to(latents.device)
 
 
-def training_target(noise_scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what the UNet should predict, by the scheduler's prediction type."""
-    kind = noise_scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return noise_scheduler.get_velocity(latents, noise, timesteps)
-    raise UserError(f"the base model's scheduler has prediction_type {kind!r}; epsilon and v_prediction can be trained")
-
-
-def dreambooth_losses(prediction: Tensor, target: Tensor, num_instances: int) -> tuple[Tensor, Tensor]:
-    """Return the mean squared errors of the instance rows and of the class rows (0 where there are none), fp32."""
-    squared_errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
-    instance_errors, prior_errors = squared_errors[:num_instances], squared_errors[num_instances:]
-    prior_loss = prior_errors.mean() if len(prior_errors) else squared_errors.new_zeros(())
-    return instance_errors.mean(), prior_loss
+def dreambooth_losses(rows: Tensor, num_instances: int) -> tuple[Tensor, Tensor]:
+    """Return the mean loss of the instance rows and of the class rows (0 where there are none)."""
+    instance_rows, class_rows = rows[:num_instances], rows[num_instances:]
+    return instance_rows.mean(), class_rows.mean() if len(class_rows) else rows.new_zeros(())

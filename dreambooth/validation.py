@@ -1,9 +1,9 @@
 """Sample images: drawn from the encoded prompts, laid out as one labelled sheet."""
 
+import bisect
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
@@ -11,21 +11,52 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dreambooth.config import TrainingConfig
-from dreambooth.data import Stream, seed_of
-from dreambooth.training import steps_per_epoch
+from dreambooth.models import Encode
+from dreambooth.optimizers import evaluating
+from dreambooth.order import Stream, seed_of
+from dreambooth.report import log_image, warn_only
+from dreambooth.training import steps_per_pass
+from dreambooth.vae import draw_images, vae_on_device
 
-CELL = 192  # px; smaller images are enlarged to be seen
-LABEL = 28  # px
+SMALLEST, LARGEST = 192, 512  # px; smaller images are enlarged to be seen, larger ones shrunk to keep the file small
+GAP = 4  # px
+LINE = 21  # px
+MOST_LINES = 4  # of a label; the rest of a prompt is cut off
 
 
-def validation_due(
-    step: int, total_steps: int, num_instances: int, config: TrainingConfig, accelerator: Accelerator
-) -> bool:
-    """Whether this process draws samples after this optimizer step: every so often, and after the last."""
-    epoch_steps = steps_per_epoch(num_instances, config, accelerator.num_processes)
-    every = config.validation_steps or config.validation_epochs * epoch_steps
-    wanted = bool(config.validation_prompt) and (step % every == 0 or step == total_steps)
-    return wanted and accelerator.is_main_process
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline,
+    encode: Encode,
+    prompts: Sequence[str],
+    optimizer: torch.optim.Optimizer,
+    samples: int,
+    total_steps: int,
+    config: TrainingConfig,
+    step: int,
+) -> None:
+    """Draw the validation prompts where they are due after `step`, for OUTPUT_DIR/samples and the trackers.
+
+    `samples` is the number of samples in a pass over the photos. What fails is a warning.
+    """
+    if not accelerator.is_main_process or not validation_due(
+        step, total_steps, steps_per_pass(samples, config, accelerator.num_processes), config
+    ):
+        return
+    with (
+        warn_only(f"no samples of step {step}, training goes on"),
+        evaluating(optimizer),
+        vae_on_device(pipeline, accelerator.device),
+    ):
+        embeddings = encode(torch.arange(len(prompts), device=accelerator.device))
+        save_samples(accelerator, draw_samples(pipeline, embeddings, prompts, config), step, config)
+
+
+def validation_due(step: int, total_steps: int, pass_steps: int, config: TrainingConfig) -> bool:
+    """Whether samples are drawn after this optimizer step: before the first, every so often, and after the last."""
+    every = config.validation_steps or config.validation_epochs * pass_steps
+    return bool(config.validation_prompt) and (step % every == 0 or step == total_steps)
 
 
 def draw_samples(
@@ -34,30 +65,34 @@ def draw_samples(
     """Return a row of images for each validation prompt. Seeds are fixed, so that successive sheets compare.
 
     `embeddings` holds one row for each of `prompts`, under the names of the pipeline's arguments; the prompt "" is
-    the unconditional one.
+    the unconditional one. Images are drawn one at a time, to need no more memory than that.
     """
     pipeline.set_progress_bar_config(disable=True)
-    unconditional = prompts.index("")
+    unconditional = _rows(embeddings, prompts.index(""))
+    if pipeline.config.get("force_zeros_for_empty_prompt"):  # as SDXL's pipeline does where no negative prompt is given
+        unconditional = {name: torch.zeros_like(tensor) for name, tensor in unconditional.items()}
     rows = []
     for number, prompt in enumerate(config.validation_prompt):
-        row = prompts.index(prompt)
-        conditions = {name: tensor[row : row + 1] for name, tensor in embeddings.items()}
-        conditions |= {f"negative_{name}": tensor[unconditional][None] for name, tensor in embeddings.items()}
-        seeds = [
-            seed_of(config.seed, Stream.VALIDATION, number * config.num_validation_images + i)
-            for i in range(config.num_validation_images)
-        ]
-        images = pipeline(
-            **conditions,
-            height=config.resolution,
-            width=config.resolution,
-            num_images_per_prompt=len(seeds),
-            num_inference_steps=config.validation_num_inference_steps,
-            guidance_scale=config.validation_guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
-        rows.append(images)
+        conditions = _rows(embeddings, prompts.index(prompt))
+        conditions |= {f"negative_{name}": tensor for name, tensor in unconditional.items()}
+        row = []
+        for i in range(config.num_validation_images):
+            seed = seed_of(config.seed, Stream.VALIDATION, number * config.num_validation_images + i)
+            row += draw_images(
+                pipeline,
+                **conditions,
+                height=config.resolution,
+                width=config.resolution,
+                num_inference_steps=config.validation_num_inference_steps,
+                guidance_scale=config.validation_guidance_scale,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        rows.append(row)
     return rows
+
+
+def _rows(embeddings: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: tensor[row : row + 1] for name, tensor in embeddings.items()}
 
 
 def save_samples(
@@ -68,43 +103,53 @@ def save_samples(
     path = Path(config.output_dir) / "samples" / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
-        else:
-            tracker.log_images({"samples": [sheet]}, step=step)
+    log_image(accelerator, "samples", sheet, step)
     return path
+
+
+# ---- the sheet ----
 
 
 def draw_sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = "") -> Image.Image:
     """Return one picture: a row of images under each label, the title above all."""
-    cells = [[_enlarged(image) for image in row] for row in rows]
-    width = max(sum(cell.width + 4 for cell in row) for row in cells)
-    heights = [max(cell.height for cell in row) + LABEL for row in cells]
-    top = LABEL if title else 0
+    cells = [[_fitted(image) for image in row] for row in rows]
+    width = max(sum(cell.width + GAP for cell in row) - GAP for row in cells)
+    texts = [_wrap(label, width - 12) for label in labels]
+    heights = [LINE * len(text) + 10 + max(cell.height for cell in row) for text, row in zip(texts, cells)]
+    top = LINE + 8 if title else 0
     sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    _write(draw, title, 4, width)
-    for row, label, height in zip(cells, labels, heights):
-        _write(draw, label, top + 4, width)
+    draw.text((6, 5), title, fill="#656d76", font=ImageFont.load_default(15))
+    for row, lines, height in zip(cells, texts, heights):
+        for number, line in enumerate(lines):
+            draw.text((6, top + 4 + number * LINE), line, fill="black", font=ImageFont.load_default(15))
         left = 0
         for cell in row:
-            sheet.paste(cell, (left, top + LABEL))
-            left += cell.width + 4
+            sheet.paste(cell, (left, top + LINE * len(lines) + 10))
+            left += cell.width + GAP
         top += height
     return sheet
 
 
-def _enlarged(image: Image.Image) -> Image.Image:
-    factor = -(-CELL // max(image.size))
-    return (
-        image if factor == 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
-    )
+def _fitted(image: Image.Image) -> Image.Image:
+    """Return the image with its longer side at least SMALLEST, by a whole factor, and at most LARGEST."""
+    longer = max(image.size)
+    factor = LARGEST / longer if longer > LARGEST else -(-SMALLEST // longer)
+    size = tuple(max(1, round(side * factor)) for side in image.size)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _write(draw: ImageDraw.ImageDraw, text: str, top: int, width: int) -> None:
-    """Write one line, shortened to fit."""
+def _wrap(text: str, width: int) -> list[str]:
+    """Break a text into at most MOST_LINES lines, between words where it can; "…" stands for the rest."""
     font = ImageFont.load_default(15)
-    while text and draw.textlength(text, font) > width - 12:
-        text = text.rstrip("…")[:-1] + "…"
-    draw.text((6, top), text, fill="black", font=font)
+    lines, rest = [], " ".join(text.split())
+    while rest:
+        ends = range(1, len(rest) + 1)
+        end = max(1, bisect.bisect_right(ends, width, key=lambda end: font.getlength(rest[:end])))
+        if end < len(rest) and " " in rest[: end + 1]:
+            end = rest[: end + 1].rindex(" ")
+        line, rest = rest[:end], rest[end:].lstrip()
+        lines.append(line)
+        if rest and len(lines) == MOST_LINES:
+            return [*lines[:-1], line[:-1].rstrip() + "…"]
+    return lines or [""]

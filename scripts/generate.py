@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dreambooth.checkpoint import load_adapted_pipeline
-from dreambooth.config import AdaptedModelConfig, option, parse_options, readable_errors
+from dreambooth.adapters import load_adapted_pipeline
+from dreambooth.config import AdaptedModelConfig, option, readable_errors
+from dreambooth.parsing import parse_options
 from dreambooth.validation import draw_sheet
 from kron_adapter import KroneckerError
 

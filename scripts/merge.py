@@ -12,8 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dreambooth.checkpoint import load_adapted_pipeline
-from dreambooth.config import AdaptedModelConfig, UserError, option, parse_options, readable_errors
+from dreambooth.adapters import load_adapted_pipeline
+from dreambooth.config import AdaptedModelConfig, UserError, option, readable_errors
+from dreambooth.parsing import parse_options
 from kron_adapter import KroneckerError, kronecker_layers, merge_kronecker, remove_kronecker
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = "pytorch_kronecker_weights.safetensors"
 DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"
 
 
@@ -64,6 +67,43 @@ def subject_photos(subject: str, count: int, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def options(tiny_sd, dog_photos, tmp_path) -> dict:
+    """A short run on the five photos of the dog, without prior preservation."""
+    return {
+        "pretrained_model_name_or_path": tiny_sd,
+        "instance_data_dir": dog_photos,
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": tmp_path / "out",
+        "resolution": 64,
+        "max_train_steps": 4,
+        "report_to": "none",
+    }
+
+
+@pytest.fixture
+def prior(tmp_path) -> dict:
+    return {
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "class",
+        "class_prompt": "a photo of dog",
+        "num_class_images": 4,
+        "prior_num_inference_steps": 2,
+    }
+
+
+@pytest.fixture
+def offline_wandb(monkeypatch, tmp_path):
+    """wandb without the network, its files in tmp_path. It reads its settings once in a process, unless torn down."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
 def fresh_accelerator():
     """Accelerate keeps its state in class attributes; a second run in one process needs it cleared."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -96,3 +136,19 @@ def flags(options: dict) -> list[str]:
 
 def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def launch(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run `accelerate launch` as a command line does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, *flags(options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def factors(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / WEIGHTS)
+
+
+def assert_same(left: dict, right: dict, tolerance: float = 0.0) -> None:
+    assert left.keys() == right.keys()
+    worst = max((left[name] - right[name]).abs().max().item() for name in left)
+    assert worst <= tolerance

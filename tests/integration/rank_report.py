@@ -12,17 +12,18 @@ from accelerate import PartialState
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dreambooth_kronecker as script
-from kron_adapter import inject_kronecker, kronecker_state_dict
+from dreambooth.adapters import adapter_state, inject_adapters
 
 folder = sys.argv.pop(1)
-models = []
+trained = []
 
 
-def remember(model, **options):
-    models.append(model)
-    return inject_kronecker(model, **options)
+def remember(models, config):
+    trained.append(models)
+    return inject_adapters(models, config)
 
 
-script.inject_kronecker = remember
+script.inject_adapters = remember
 script.main()
-torch.save(kronecker_state_dict(models[-1]), f"{folder}/rank-{PartialState().process_index}.pt")
+state = {f"{name}.{key}": factor for name, part in adapter_state(trained[-1]).items() for key, factor in part.items()}
+torch.save(state, f"{folder}/rank-{PartialState().process_index}.pt")

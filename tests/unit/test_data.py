@@ -1,32 +1,22 @@
-"""Files to photos, photos to samples, samples to batches: on images that the tests make, and by pixel values."""
+"""Photos to samples, samples to batches: by pixel values that say which photo they are of, and which part of it."""
 
 import dataclasses
-import io
 import itertools
-import struct
-import typing
-import zlib
+import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from dreambooth.config import TrainingConfig, UserError
-from dreambooth.data import (
-    DreamBoothDataset,
-    GlobalSampler,
-    Photo,
-    build_loader,
-    collate,
-    distinct_prompts,
-    read_image,
-    read_photos,
-)
+from dreambooth.config import TrainingConfig
+from dreambooth.data import DreamBoothDataset, build_loader, collate, prompts_of
+from dreambooth.order import GlobalSampler, samples_per_pass
+from dreambooth.photos import Photo
+from dreambooth.shapes import cover, shape_of
 
 RESOLUTION = 16
-WHITE, BLACK, RED, LIME, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
 def make_config(**options):
@@ -34,311 +24,65 @@ def make_config(**options):
     return TrainingConfig(**required | {"resolution": RESOLUTION} | options)
 
 
-def read(folder, **options):
-    return read_photos(str(folder), "--instance_data_dir", "a photo of sks dog", make_config(**options))
-
-
-def warnings_in(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "dreambooth.data"]
-
-
-# ---- files to pixels ----
-
-# Six colours in 2 rows of 3, in blocks that JPEG keeps as they are
-UPRIGHT = np.array([[RED, LIME, BLUE], [WHITE, BLACK, (200, 100, 50)]], np.uint8).repeat(16, 0).repeat(16, 1)
-STORED = {  # EXIF orientation: how a camera that writes it stores the picture
-    1: UPRIGHT,
-    2: UPRIGHT[:, ::-1],
-    3: UPRIGHT[::-1, ::-1],
-    4: UPRIGHT[::-1],
-    5: UPRIGHT.swapaxes(0, 1),
-    6: np.rot90(UPRIGHT),
-    7: UPRIGHT[::-1, ::-1].swapaxes(0, 1),
-    8: np.rot90(UPRIGHT, -1),
-}
-
-
-@pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize(
-    "mode, suffix, how",
-    [
-        ("RGB", ".jpg", {"quality": 100, "subsampling": 0}),
-        ("RGB", ".png", {}),
-        ("RGBA", ".webp", {"lossless": True}),
-        ("RGB", ".tif", {}),
-        ("RGBA", ".tif", {}),
-        ("RGBA", ".tif", {"compression": "tiff_lzw"}),
-    ],
-)
-def test_photos_are_turned_upright(tmp_path, orientation, mode, suffix, how):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / f"photo{suffix}"
-    Image.fromarray(STORED[orientation]).convert(mode).save(path, exif=exif, **how)
-    np.testing.assert_allclose(np.asarray(read_image(path)), UPRIGHT, atol=2 if suffix == ".jpg" else 0)
-
-
-def png_chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-def png(width, height, bits, colour_type, rows):
-    """The bytes of a PNG file, also of kinds that Pillow does not write."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    chunks = (png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def row(mode, *pixels):
-    """An image of one row."""
-    image = Image.new(mode, (len(pixels), 1))
-    image.putdata(pixels)
-    return image
-
-
-def palette(*indices):
-    """An image of one row; its colours are 0 red, 1 lime, 2 blue."""
-    image = row("P", *indices)
-    image.putpalette([*RED, *LIME, *BLUE])
-    return image
-
-
-def array(dtype, *values):
-    return Image.fromarray(np.array([values], dtype))
-
-
-def save(suffix, image, **how):
-    return lambda folder: image.save(folder / f"image{suffix}", **how)
-
-
-def write(suffix, content):
-    return lambda folder: (folder / f"image{suffix}").write_bytes(content)
-
-
-HALF_BLUE = (127, 127, 255)  # blue at half alpha, on white
-VEILED = row("RGBA", (*RED, 0), (*BLUE, 128), (*LIME, 255))  # red must never be seen
-VEILED_GREY = row("LA", (0, 0), (0, 128), (100, 255))
-FRAMES = [Image.new("RGB", (1, 1), colour) for colour in (RED, LIME, BLUE)]
-ANIMATED = {"save_all": True, "append_images": FRAMES[1:]}
-RGB16 = png(3, 1, 16, 2, b"\0" + struct.pack(">9H", 65535, 0, 0, 0x8000, 0x4000, 0xC0FF, 0, 0, 0))
-RGBA16 = png(2, 1, 16, 6, b"\0" + struct.pack(">8H", 65535, 0, 0, 0, 0, 0, 65535, 65535))
-
-
-KINDS = {  # a kind of file: what makes one, and the pixels to be read from it
-    "RGBA PNG": (save(".png", VEILED), [WHITE, HALF_BLUE, LIME]),
-    "RGBA TIFF": (save(".tif", VEILED), [WHITE, HALF_BLUE, LIME]),
-    "RGBA WebP": (save(".webp", VEILED, lossless=True, exact=True), [WHITE, HALF_BLUE, LIME]),
-    "LA PNG": (save(".png", VEILED_GREY), [WHITE, (127,) * 3, (100,) * 3]),
-    "palette with a transparent colour, PNG": (save(".png", palette(0, 1, 2), transparency=0), [WHITE, LIME, BLUE]),
-    "palette with a transparent colour, GIF": (save(".gif", palette(0, 1, 2), transparency=0), [WHITE, LIME, BLUE]),
-    "palette with an alpha table": (
-        save(".png", palette(0, 1, 2), transparency=bytes([0, 255, 128])),
-        [WHITE, LIME, HALF_BLUE],
-    ),
-    "RGB with a transparent colour": (save(".png", row("RGB", RED, BLUE), transparency=RED), [WHITE, BLUE]),
-    "grey with a transparent shade": (save(".png", row("L", 10, 40), transparency=10), [WHITE, (40,) * 3]),
-    "16-bit RGBA PNG": (write(".png", RGBA16), [WHITE, BLUE]),
-    "RGB JPEG": (save(".jpg", Image.new("RGB", (8, 8), (200, 200, 200)), quality=100), [(200,) * 3] * 64),
-    "grey JPEG": (save(".jpeg", Image.new("L", (8, 8), 200), quality=100), [(200,) * 3] * 64),
-    "CMYK JPEG": (save(".jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=100), [RED] * 64),
-    "CMYK TIFF": (save(".tif", row("CMYK", (0, 255, 255, 0), (0, 0, 0, 255))), [RED, BLACK]),
-    "palette": (save(".png", palette(2, 0, 1)), [BLUE, RED, LIME]),
-    "1 bit": (save(".png", row("1", 0, 255)), [BLACK, WHITE]),
-    "16-bit RGB PNG": (write(".png", RGB16), [RED, (0x80, 0x40, 0xC0), BLACK]),
-    "16-bit grey PNG": (save(".png", array("<u2", 0, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
-    "16-bit grey TIFF": (save(".tif", array("<u2", 0, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
-    "16-bit grey TIFF, big-endian": (save(".tiff", array(">u2", 0, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
-    "dark 16-bit grey PNG stays dark": (save(".png", array("<u2", 0, 128, 255)), [BLACK, BLACK, (1,) * 3]),
-    "32-bit grey TIFF": (save(".tif", array("<i4", -5, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
-    "float TIFF, 0 to 1": (save(".tif", array("<f4", -1, 0.5, 1)), [BLACK, (128,) * 3, WHITE]),
-    "float TIFF, 0 to 255": (save(".tif", array("<f4", np.nan, 128, 255)), [BLACK, (128,) * 3, WHITE]),
-    "float TIFF, 0 to 65535": (save(".tif", array("<f4", 0, 32768, 65535)), [BLACK, (128,) * 3, WHITE]),
-    "animated GIF": (save(".gif", FRAMES[0], **ANIMATED), [RED]),
-    "animated WebP": (save(".webp", FRAMES[0], lossless=True, **ANIMATED), [RED]),
-    "animated PNG": (save(".png", FRAMES[0], **ANIMATED), [RED]),
-    "TIFF of several pages": (save(".tif", FRAMES[0], **ANIMATED), [RED]),
-    "PNG that calls itself JPEG": (save(".jpg", row("RGB", RED, BLUE), format="PNG"), [RED, BLUE]),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_pixels_of_every_kind_of_file(tmp_path, kind):
-    make, expected = KINDS[kind]
-    make(tmp_path)
-    (path,) = tmp_path.iterdir()
-    image = read_image(path)
-    assert image.mode == "RGB"
-    assert [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()] == expected
-
-
-# ---- folders to photos ----
-
-
-def encoded(kind):
-    """The bytes of an image of noise, so that they are many."""
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def dangling_link(folder):
-    (folder / "image.jpg").symlink_to(folder / "moved-away.jpg")
-
-
-DAMAGED = {  # what makes a file that cannot be trained on, and what its name and the reason say
-    "truncated JPEG": (write(".jpg", encoded("JPEG")[:2000]), "image.jpg: image file is truncated"),
-    "truncated PNG": (write(".png", encoded("PNG")[:2000]), "image.png: image file is truncated"),
-    "truncated GIF": (write(".gif", encoded("GIF")[:2000]), "image.gif: image file is truncated"),
-    "truncated WebP": (write(".webp", encoded("WEBP")[:2000]), "image.webp: "),
-    "zero bytes": (write(".png", b""), "image.png: cannot identify image file"),
-    "text": (write(".JPG", b"<html>404 Not Found</html>"), "image.JPG: cannot identify image file"),
-    "HEIC": (write(".HEIC", b"ftypheic"), "image.HEIC: HEIC is not supported; convert it to JPEG or PNG"),
-    "decompression bomb": (write(".png", png(60000, 60000, 8, 2, b"")), "image.png: Image size (3600000000 pixels)"),
-    "a line": (save(".png", Image.new("RGB", (2000, 1))), "image.png: 2000 x 1 px is too elongated"),
-    "link to nowhere": (dangling_link, "image.jpg: [Errno 2] No such file"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_image_beside_a_good_one_is_named_in_a_warning(tmp_path, caplog, kind):
-    make, words = DAMAGED[kind]
-    make(tmp_path)
-    Image.new("RGB", (20, 20)).save(tmp_path / "good.png")
-    assert [photo.path.name for photo in read(tmp_path)] == ["good.png"]
-    (warning,) = warnings_in(caplog)
-    assert warning.startswith(f"--instance_data_dir {tmp_path}: ") and words in warning and "good" not in warning
-
-
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_image_alone_is_an_error_that_names_it(tmp_path, kind):
-    make, words = DAMAGED[kind]
-    make(tmp_path)
-    with pytest.raises(UserError) as error:
-        read(tmp_path)
-    assert str(error.value).startswith(f"--instance_data_dir {tmp_path}: ") and words in str(error.value)
-
-
-def test_all_damaged_images_are_named(tmp_path):
-    names = ["a.jpg", "b.png", "c.heic"]
-    for name in names:
-        (tmp_path / name).touch()
-    with pytest.raises(UserError) as error:
-        read(tmp_path)
-    assert all(f"{name}: " in str(error.value) for name in names)
-
-
-@pytest.fixture
-def strays(tmp_path):
-    """A folder with what operating systems, editors and people leave in folders of photos."""
-    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._a.jpg", "notes.txt", "a.txt", "a.json", "movie.mp4"):
-        (tmp_path / name).write_bytes(b"not a photo")
-    for name in (".ipynb_checkpoints", "more photos", "album.png"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (20, 20)).save(tmp_path / name / "a-checkpoint.jpg")
-    return tmp_path
-
-
-def test_stray_files_are_ignored_in_silence(strays, caplog):
-    Image.new("RGB", (20, 20)).save(strays / "a.jpg")
-    assert [photo.path for photo in read(strays)] == [strays / "a.jpg"]
-    assert not warnings_in(caplog)
-
-
-def test_a_folder_of_stray_files_is_an_error(strays):
-    with pytest.raises(UserError, match="--instance_data_dir .*there is no readable image .*it holds no image files"):
-        read(strays)
-
-
-def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="--instance_data_dir .*there is no readable image .*it holds no image files"):
-        read(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["missing", "file.png"])
-def test_a_folder_that_is_none_is_an_error(tmp_path, name):
-    Image.new("RGB", (20, 20)).save(tmp_path / "file.png")
-    with pytest.raises(UserError, match=f"--instance_data_dir .*{name}: there is no such folder"):
-        read(tmp_path / name)
-
-
-def test_photos_come_in_the_order_of_their_names_with_the_prompt(tmp_path):
-    names = ["b.JPG", "c.png", "a.webp", "B.bmp"]
-    for name in names:
-        Image.new("RGB", (20, 20)).save(tmp_path / name)
-    photos = read(tmp_path)
-    assert [photo.path.name for photo in photos] == sorted(names)
-    assert {photo.prompt for photo in photos} == {"a photo of sks dog"}
-
-
-# ---- sizes ----
-
-
-@pytest.mark.parametrize("resolution", [8, 64])
-@pytest.mark.parametrize(
-    "width, height", [(100, 60), (60, 100), (64, 64), (7, 9), (1, 1), (49, 60), (333, 331), (500, 9), (9, 500)]
-)
-def test_the_shorter_side_is_the_resolution_and_the_aspect_is_kept(tmp_path, width, height, resolution):
-    Image.new("RGB", (width, height), RED).save(tmp_path / "photo.png")
-    pixels = read(tmp_path, resolution=resolution)[0].pixels
-    scale = resolution / min(width, height)
-    assert pixels.dtype == np.uint8 and pixels.shape[2] == 3 and min(pixels.shape[:2]) == resolution
-    assert abs(pixels.shape[0] - height * scale) < 1 and abs(pixels.shape[1] - width * scale) < 1
-    assert (pixels == RED).all()
-
-
-def test_a_photo_of_the_right_size_is_kept_bit_for_bit(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (RESOLUTION, 2 * RESOLUTION, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "photo.png")
-    assert np.array_equal(read(tmp_path)[0].pixels, noise)
-
-
-@pytest.mark.parametrize("mode", typing.get_args(typing.get_type_hints(TrainingConfig)["image_interpolation_mode"]))
-def test_every_interpolation_mode_is_pillow_s(tmp_path, mode):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8))
-    noise.save(tmp_path / "photo.png")
-    expected = noise.resize((24, 16), getattr(Image.Resampling, mode.upper()))
-    assert np.array_equal(read(tmp_path, image_interpolation_mode=mode)[0].pixels, np.asarray(expected))
-
-
 # ---- photos to samples ----
 
 
-def make_photos(numbers, height=24, width=40):
-    """Photos whose pixels say (number of the photo, row, column), each with a prompt of its own."""
+def make_photo(number, height=24, width=40, original_size=None, prompt=None, mask=None):
+    """A photo whose pixels say (its number, row, column), with prompts of its own."""
     rows, columns = np.indices((height, width))
-    pixels = {i: np.stack([np.full_like(rows, i), rows, columns], -1).astype(np.uint8) for i in numbers}
-    return [Photo(Path(f"{i}.png"), pixels[i], f"photo {i}") for i in numbers]
+    pixels = np.stack([np.full_like(rows, number), rows, columns], -1).astype(np.uint8)
+    prompt = f"photo {number}" if prompt is None else prompt
+    return Photo(Path(f"{number}.png"), pixels, prompt, f"class of {number}", original_size or (height, width), mask)
+
+
+def make_photos(numbers):
+    return [make_photo(number) for number in numbers]
 
 
 INSTANCES, CLASSES = range(5), range(100, 103)
 
 
-def make_dataset(instances=INSTANCES, classes=CLASSES, **options):
+def dataset_of(photos, class_photos, **options):
     """A dataset whose prompts are encoded in another order than that of the photos."""
-    photos = [*make_photos(instances), *make_photos(classes)]
-    prompts = ["", *sorted(distinct_prompts(photos, "a validation prompt"), reverse=True)]
     config = make_config(**options)
-    return DreamBoothDataset(photos[: len(instances)], photos[len(instances) :], prompts, config), prompts, config
+    prompts = ["", *sorted({*prompts_of(photos, class_photos, config), "unused"} - {""}, reverse=True)]
+    return DreamBoothDataset(photos, class_photos, prompts, config), prompts, config
+
+
+def make_dataset(instances=INSTANCES, classes=CLASSES, **options):
+    return dataset_of(make_photos(instances), make_photos(classes), **options)
 
 
 def decode(pixel_values):
-    """Return (number of the photo, top, left) of a crop that is whole and one piece."""
+    """Return (number of the photo, top, left) of a crop that is whole and one piece, and not mirrored."""
+    *place, mirrored = decode_mirrored(pixel_values)
+    assert not mirrored
+    return tuple(place)
+
+
+def decode_mirrored(pixel_values):
+    """Return (number of the photo, top, left, whether it is mirrored) of a crop that is whole and one piece."""
     pixels = ((pixel_values + 1) * 127.5).round().int()
+    mirrored = bool(pixels[2, 0, 0] > pixels[2, 0, -1])
+    pixels = pixels.flip(2) if mirrored else pixels
     number, top, left = pixels[:, 0, 0].tolist()
-    rows, columns = torch.meshgrid(torch.arange(RESOLUTION), torch.arange(RESOLUTION), indexing="ij")
+    rows, columns = torch.meshgrid(*map(torch.arange, pixels.shape[1:]), indexing="ij")
     assert torch.equal(pixels, torch.stack([torch.full_like(rows, number), top + rows, left + columns]).int())
-    return number, top, left
+    return number, top, left, mirrored
 
 
 def draws(dataset, kind, count):
     """What samples 0 to count - 1 show of one kind (0 instance, 1 class): [(number, top, left)]."""
-    return [decode(dataset[k][kind][0]) for k in range(count)]
+    return [decode(dataset[k][kind].pixel_values) for k in range(count)]
 
 
 def make_loader(rank=0, num_ranks=1, first_step=0, **options):
     dataset, _, config = make_dataset(**options)
     return build_loader(dataset, config, rank, num_ranks, first_step)
+
+
+def batches_of(dataset, config, count):
+    return list(itertools.islice(build_loader(dataset, config, 0, 1, 0), count))
 
 
 def assert_equal(batch, other):
@@ -360,15 +104,22 @@ def test_every_row_has_the_prompt_of_its_photo(batch_size, classes):
 
 
 def test_a_batch_is_what_the_training_step_expects():
-    halves = Photo(Path("halves.png"), np.array([[BLACK, WHITE]], np.uint8).repeat(20, 0).repeat(10, 1), "")
-    dataset = DreamBoothDataset([halves], [], [""], make_config(center_crop=True))
+    halves = np.array([[(0,) * 3, (255,) * 3]], np.uint8).repeat(20, 0).repeat(10, 1)
+    photo = Photo(Path("halves.png"), halves, "", None, (40, 40), np.full((20, 20), 255, np.uint8))
+    dataset = DreamBoothDataset([photo], [], [""], make_config(center_crop=True))
     batch = collate([dataset[0], dataset[1]])
     assert batch.pixel_values.shape == (2, 3, RESOLUTION, RESOLUTION) and batch.pixel_values.dtype == torch.float32
     assert batch.pixel_values.unique().tolist() == [-1, 1]
+    assert batch.moments is None
     assert batch.prompt_rows.shape == batch.noise_seeds.shape == (2,)
     assert batch.prompt_rows.dtype == batch.noise_seeds.dtype == torch.int64
+    assert batch.size_conditions.tolist() == [[40, 40, 2, 2, 16, 16]] * 2
+    assert batch.size_conditions.dtype == batch.loss_weights.dtype == torch.float32
+    assert batch.loss_weights.shape == (2, 1, RESOLUTION, RESOLUTION)
     moved = batch.to(torch.device("meta"))
-    assert moved.pixel_values.is_meta and moved.prompt_rows.is_meta and moved.num_instances == 2
+    for name in ("pixel_values", "prompt_rows", "size_conditions", "loss_weights"):
+        assert getattr(moved, name).is_meta
+    assert moved.num_instances == 2 and moved.moments is None
     assert torch.equal(moved.noise_seeds, batch.noise_seeds)  # the noise is drawn on the CPU
 
 
@@ -419,7 +170,7 @@ def test_the_seed_changes_order_crops_and_noise():
     for kind in (0, 1):
         ours, theirs = np.array(draws(one, kind, 30)), np.array(draws(other, kind, 30))
         assert (ours != theirs).any(0).all()  # the photos, the tops and the lefts
-        assert all(one[k][kind][2] != other[k][kind][2] for k in range(30))
+        assert all(one[k][kind].noise_seed != other[k][kind].noise_seed for k in range(30))
 
 
 def test_a_sample_depends_on_nothing_but_its_number():
@@ -478,10 +229,319 @@ def test_a_later_start_continues_where_the_run_was_also_with_workers(num_workers
         assert_equal(batch, same)
 
 
+@pytest.mark.parametrize("batch_size, accumulation, num_ranks", [(2, 1, 1), (2, 1, 3), (2, 2, 1), (2, 3, 2)])
+def test_batches_with_buckets_are_the_same_however_they_are_split(batch_size, accumulation, num_ranks):
+    def first_batches(rank, num_ranks, count, **options):
+        dataset, _, config = bucket_dataset(train_batch_size=batch_size, random_flip=True, **options)
+        return list(itertools.islice(build_loader(dataset, config, rank, num_ranks, 0), count))
+
+    whole = first_batches(0, 1, 12)
+    options = {"gradient_accumulation_steps": accumulation}
+    shares = [first_batches(rank, num_ranks, 12 // num_ranks, **options) for rank in range(num_ranks)]
+    for batch, same in zip(whole, itertools.chain(*zip(*shares)), strict=True):
+        assert_equal(batch, same)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_later_start_continues_with_all_options(num_workers):
+    options = {"train_batch_size": 2, "random_flip": True, "repeats": 2, "caption_dropout_probability": 0.5}
+    dataset, _, config = bucket_dataset(gradient_accumulation_steps=2, dataloader_num_workers=num_workers, **options)
+    run = itertools.islice(build_loader(dataset, config, 1, 2, 0), 14)
+    resumed = build_loader(bucket_dataset(gradient_accumulation_steps=2, **options)[0], config, 1, 2, 5)
+    for batch, same in zip(itertools.islice(run, 10, None), itertools.islice(resumed, 4), strict=True):
+        assert_equal(batch, same)
+
+
 # ---- prompts ----
 
 
-def test_distinct_prompts_are_in_the_order_of_their_first_use():
-    photos = [dataclasses.replace(photo, prompt=prompt) for photo, prompt in zip(make_photos(range(4)), "baba")]
-    assert distinct_prompts(photos, "c", "a", "") == ["b", "a", "c", ""]
-    assert distinct_prompts([], "") == [""]
+def test_every_prompt_is_there_once_in_the_order_of_its_first_use():
+    photos = [make_photo(number, prompt=prompt) for number, prompt in enumerate("baba")]
+    class_photos = [make_photo(number, prompt=prompt) for number, prompt in enumerate("dad")]
+    config = make_config(validation_prompt=["v", "a"])
+    assert prompts_of(photos, class_photos, config) == ["b", "a", "d", "v", ""]
+    assert prompts_of(photos, [], make_config()) == ["b", "a", ""]
+    assert prompts_of([make_photo(0, prompt="")], [], config) == ["", "v", "a"]
+
+
+def test_the_prompts_of_the_class_are_those_that_are_trained_on():
+    photos = make_photos(range(2))
+    base_model = {"prior_source": "base_model", "class_prompt": "a dog"}
+    wanted = ["photo 0", "photo 1", "class of 0", "class of 1", ""]
+    assert prompts_of(photos, [], make_config(with_prior_preservation=True, **base_model)) == wanted
+    assert prompts_of(photos, [], make_config(**base_model)) == ["photo 0", "photo 1", ""]
+
+
+PRIORS = {
+    "images": {"with_prior_preservation": True, "class_prompt": "a dog"},
+    "base_model": {"with_prior_preservation": True, "class_prompt": "a dog", "prior_source": "base_model"},
+}
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("buckets", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_class_row_has_the_class_prompt_and_the_instance_row_its_own(batch_size, buckets, prior):
+    classes = [make_photo(number, 192, 192) for number in CLASSES] if prior == "images" else []
+    make = bucket_dataset if buckets else square_dataset
+    dataset, prompts, config = make(class_photos=classes, train_batch_size=batch_size, **PRIORS[prior])
+    for batch in batches_of(dataset, config, 12):
+        numbers = [int(value) for value in ((batch.pixel_values[:, 0, 0, 0] + 1) * 127.5).round()]
+        words = [prompts[row] for row in batch.prompt_rows]
+        assert batch.num_instances == batch_size and len(words) == 2 * batch_size
+        assert words[:batch_size] == [f"photo {number}" for number in numbers[:batch_size]]
+        assert all(number < 100 for number in numbers[:batch_size])
+        if prior == "images":
+            assert words[batch_size:] == [f"photo {number}" for number in numbers[batch_size:]]
+            assert all(number >= 100 for number in numbers[batch_size:])
+        else:
+            assert words[batch_size:] == [f"class of {number}" for number in numbers[batch_size:]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("buckets", [False, True])
+def test_with_the_base_model_as_prior_the_class_row_is_the_instance_row_but_for_its_prompt(batch_size, buckets):
+    make = bucket_dataset if buckets else square_dataset
+    options = {"random_flip": True, "caption_dropout_probability": 0.5, "train_batch_size": batch_size}
+    dataset, prompts, config = make(**options, **PRIORS["base_model"])
+    for batch in batches_of(dataset, config, 8):
+        for name in ("pixel_values", "noise_seeds", "size_conditions"):
+            rows = getattr(batch, name)
+            assert torch.equal(rows[:batch_size], rows[batch_size:])
+        assert all(prompts[row].startswith("class of") for row in batch.prompt_rows[batch_size:])
+
+
+# ---- captions that are dropped ----
+
+
+@pytest.mark.parametrize("prior", [None, *PRIORS])
+@pytest.mark.parametrize("probability, share", [(0.0, 0), (0.3, 0.3), (1.0, 1)])
+def test_captions_are_dropped_from_instance_rows_alone(probability, share, prior):
+    classes = CLASSES if prior == "images" else []
+    dataset, prompts, _ = make_dataset(
+        classes=classes, caption_dropout_probability=probability, **PRIORS.get(prior, {})
+    )
+    samples = [dataset[k] for k in range(1000)]
+    dropped = [prompts[instance.prompt_row] == "" for instance, *_ in samples]
+    assert sum(dropped) / 1000 == pytest.approx(share, abs=0.05 if 0 < share < 1 else 0)
+    assert all(prompts[row.prompt_row] for _, *class_rows in samples for row in class_rows)
+
+
+def test_dropping_captions_changes_nothing_else():
+    plain, dropping = make_dataset()[0], make_dataset(caption_dropout_probability=0.5)[0]
+    for k in range(20):
+        for row, other in zip(plain[k], dropping[k]):
+            assert torch.equal(row.pixel_values, other.pixel_values) and row.noise_seed == other.noise_seed
+
+
+# ---- sizes, flips and masks ----
+
+
+def square_dataset(class_photos=(), **options):
+    """Photos of one shape, larger than their crops, which were once larger still."""
+    photos = [make_photo(i, 30, 40, original_size=(300 + i, 400 + i)) for i in INSTANCES]
+    return dataset_of(photos, list(class_photos), **options)
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_every_row_has_its_own_sizes(batch_size, center_crop):
+    """What SDXL is told is of the image in that row, also where it is a class image."""
+    classes = [make_photo(i, 20, 16 + i - 100, original_size=(100, i)) for i in CLASSES]
+    options = {"train_batch_size": batch_size, "center_crop": center_crop, "random_flip": True}
+    dataset, _, config = square_dataset(class_photos=classes, **options)
+    originals = {i: (300 + i, 400 + i) for i in INSTANCES} | {i: (100, i) for i in CLASSES}
+    widths = {i: 40 for i in INSTANCES} | {i: i - 84 for i in CLASSES}
+    for batch in batches_of(dataset, config, 20):
+        for pixel_values, sizes in zip(batch.pixel_values, batch.size_conditions.tolist(), strict=True):
+            number, top, left, mirrored = decode_mirrored(pixel_values)
+            left = widths[number] - left - RESOLUTION if mirrored else left
+            assert sizes == [*originals[number], top, left, RESOLUTION, RESOLUTION]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_half_of_the_samples_are_mirrored(kind):
+    plain, flipping = make_dataset()[0], make_dataset(random_flip=True)[0]
+    mirrored = 0
+    for k in range(400):
+        *place, flipped = decode_mirrored(flipping[k][kind].pixel_values)
+        assert tuple(place) == decode(plain[k][kind].pixel_values)  # all else stays
+        assert flipping[k][kind].noise_seed == plain[k][kind].noise_seed
+        mirrored += flipped
+    assert 160 < mirrored < 240
+
+
+def test_instances_and_class_images_are_mirrored_apart():
+    dataset = make_dataset(random_flip=True)[0]
+    flips = [[decode_mirrored(row.pixel_values)[3] for row in dataset[k]] for k in range(100)]
+    assert 30 < sum(a == b for a, b in flips) < 70
+
+
+def test_a_mirrored_crop_is_a_crop_of_the_mirrored_photo():
+    """Its left edge is where diffusers' own example would have cropped the photo after it mirrored it."""
+    photo = make_photo(7, 24, 40)
+    dataset, _, _ = dataset_of([photo], [], random_flip=True)
+    for k in range(40):
+        row = dataset[k][0]
+        top, left = row.size_conditions[2:4]
+        pixels = photo.pixels[:, ::-1] if decode_mirrored(row.pixel_values)[3] else photo.pixels
+        expected = pixels[top : top + RESOLUTION, left : left + RESOLUTION]
+        assert np.array_equal(((row.pixel_values + 1) * 127.5).round().permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("unmasked_weight", [0.0, 0.25, 1.0, 3.0])
+def test_the_mask_is_cropped_and_mirrored_with_its_photo(unmasked_weight):
+    """The mask is as white as the column's number, which the third channel holds too."""
+    mask = np.tile(np.arange(40, dtype=np.uint8) * 6, (24, 1))
+    dataset, _, _ = dataset_of([make_photo(1, mask=mask)], [], random_flip=True, unmasked_weight=unmasked_weight)
+    for k in range(30):
+        row = dataset[k][0]
+        inside = (row.pixel_values[2:] + 1) * 127.5 * 6 / 255
+        torch.testing.assert_close(row.loss_weights, inside + unmasked_weight * (1 - inside))
+
+
+def test_without_masks_there_are_no_loss_weights():
+    dataset, _, config = make_dataset(train_batch_size=2)
+    assert all(batch.loss_weights is None for batch in batches_of(dataset, config, 5))
+
+
+@pytest.mark.parametrize("prior", [None, *PRIORS])
+def test_rows_without_a_mask_weigh_one_everywhere(prior):
+    photos = [make_photo(1, mask=np.full((24, 40), 51, np.uint8)), make_photo(2)]
+    classes = make_photos(CLASSES) if prior == "images" else []
+    dataset, _, config = dataset_of(photos, classes, train_batch_size=2, **PRIORS.get(prior, {}))
+    for batch in batches_of(dataset, config, 10):
+        numbers = [int(value) for value in ((batch.pixel_values[:, 0, 0, 0] + 1) * 127.5).round()]
+        masked = [number == 1 and row < batch.num_instances for row, number in enumerate(numbers)]
+        assert batch.loss_weights.shape == (len(numbers), 1, RESOLUTION, RESOLUTION)
+        for weights, is_masked in zip(batch.loss_weights, masked):
+            torch.testing.assert_close(weights, torch.full_like(weights, 0.2 if is_masked else 1))
+
+
+# ---- repeats and passes ----
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 7])
+def test_every_pass_shows_every_photo_so_many_times(repeats):
+    dataset, _, config = make_dataset(repeats=repeats)
+    length = samples_per_pass(dataset.photos, config)
+    assert length == 5 * repeats
+    numbers = [number for number, _, _ in draws(dataset, 0, 4 * length)]
+    for first in range(0, len(numbers), length):
+        assert set(Counter(numbers[first : first + length]).values()) == {repeats}
+    for first in range(0, len(numbers), 5):  # and is never far away
+        assert len(set(numbers[first : first + 5])) == 5
+
+
+# ---- buckets ----
+
+BUCKET_SIZES = [(128, 256), (192, 192), (140, 256), (200, 192), (192, 220), (256, 130), (128, 256)]
+
+
+def bucket_dataset(class_photos=(), sizes=BUCKET_SIZES, **options):
+    """Photos for the three buckets of 192: (128, 256), (192, 192), (256, 128)."""
+    photos = [make_photo(i, *size, original_size=(3 * size[0], 3 * size[1])) for i, size in enumerate(sizes)]
+    return dataset_of(photos, list(class_photos), **{"resolution": 192, "aspect_ratio_buckets": True} | options)
+
+
+def test_without_buckets_all_shapes_are_square():
+    dataset, _, config = bucket_dataset(sizes=[(192, 220), (220, 192)], aspect_ratio_buckets=False)
+    assert {batch.pixel_values.shape for batch in batches_of(dataset, config, 5)} == {(1, 3, 192, 192)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_every_batch_is_of_one_bucket_and_every_pass_shows_every_photo(batch_size, repeats):
+    dataset, _, config = bucket_dataset(train_batch_size=batch_size, repeats=repeats)
+    counts = Counter(shape_of(photo.original_size, config) for photo in dataset.photos)
+    assert counts == {(128, 256): 3, (192, 192): 3, (256, 128): 1}
+    length = samples_per_pass(dataset.photos, config)
+    assert length == sum(batch_size * math.ceil(count * repeats / batch_size) for count in counts.values())
+    batches = batches_of(dataset, config, 3 * length // batch_size)
+    for first in range(0, len(batches), length // batch_size):
+        seen = Counter()
+        for batch in batches[first : first + length // batch_size]:
+            for pixel_values, sizes in zip(batch.pixel_values, batch.size_conditions.tolist()):
+                number = decode(pixel_values)[0]
+                seen[number] += 1
+                assert tuple(sizes[4:]) == tuple(pixel_values.shape[1:]) == dataset.shapes[number]
+                assert tuple(sizes[:2]) == dataset.photos[number].original_size
+        assert set(seen) == set(range(7)) and sum(seen.values()) == length
+        assert min(seen.values()) == repeats  # what fills a last batch comes on top
+        for shape, count in counts.items():
+            same_shape = [seen[number] for number in seen if dataset.shapes[number] == shape]
+            assert sum(same_shape) - count * repeats < batch_size
+            assert max(same_shape) - min(same_shape) <= math.ceil(batch_size / count)
+
+
+def test_the_order_of_buckets_is_mixed_and_differs_between_passes():
+    dataset, _, config = bucket_dataset()
+    shapes = [tuple(batch.pixel_values.shape[2:]) for batch in batches_of(dataset, config, 10 * 7)]
+    passes = {tuple(shapes[first : first + 7]) for first in range(0, len(shapes), 7)}
+    assert len(passes) > 5
+
+
+def test_photos_of_one_bucket_come_as_they_would_without_buckets():
+    options = {"resolution": 64, "center_crop": True}
+    one = bucket_dataset(sizes=[(64, 64)] * 5, **options)[0]
+    other = bucket_dataset(sizes=[(64, 64)] * 5, aspect_ratio_buckets=False, **options)[0]
+    assert draws(one, 0, 20) == draws(other, 0, 20)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_class_images_take_the_shape_of_their_batch(batch_size, center_crop):
+    """A square class image covers each bucket, and is cropped to it; it keeps its own original size."""
+    classes = [make_photo(i, 100 + i, 100, original_size=(100 + i, 100)) for i in (0, 60)]
+    options = {"train_batch_size": batch_size, "center_crop": center_crop, "image_interpolation_mode": "nearest"}
+    dataset, _, config = bucket_dataset(class_photos=classes, **options)
+    shapes = set()
+    for batch in batches_of(dataset, config, 12):
+        shape = tuple(batch.pixel_values.shape[2:])
+        shapes.add(shape)
+        for pixel_values, sizes in list(zip(batch.pixel_values, batch.size_conditions.tolist()))[batch_size:]:
+            number, *corner = ((pixel_values[:, 0, 0] + 1) * 127.5).round().int().tolist()
+            original = (100 + number, 100)
+            resized = cover(original, shape)
+            assert min(np.subtract(resized, shape)) == 0
+            assert tuple(sizes[:2]) == original and tuple(sizes[4:]) == shape
+            top, left = sizes[2:4]
+            assert 0 <= top <= resized[0] - shape[0] and 0 <= left <= resized[1] - shape[1]
+            if center_crop:
+                assert (top, left) == ((resized[0] - shape[0]) // 2, (resized[1] - shape[1]) // 2)
+            expected = (top * original[0] / resized[0], left * original[1] / resized[1])
+            assert corner == pytest.approx(expected, abs=1)  # the pixels say which part of the image they are
+    assert len(shapes) == 3
+
+
+# ---- crops that stay ----
+
+
+def test_crops_that_are_to_be_encoded_once_are_drawn_once():
+    dataset = make_dataset(cache_latents="on")[0]
+    corners = {}
+    for kind in (0, 1):
+        for number, top, left in draws(dataset, kind, 60):
+            corners.setdefault(number, set()).add((top, left))
+    assert set(corners) == {*INSTANCES, *CLASSES}
+    assert all(len(places) == 1 for places in corners.values())
+    assert len(set.union(*corners.values())) > 4  # each photo has its own
+
+
+@pytest.mark.parametrize("options", [{"center_crop": True}, {"cache_latents": "on"}])
+@pytest.mark.parametrize("random_flip", [False, True])
+def test_fixed_crops_are_all_that_samples_show(options, random_flip):
+    classes = [make_photo(i, 192, 192) for i in CLASSES]
+    dataset, _, config = bucket_dataset(class_photos=classes, random_flip=random_flip, **options)
+    crops = dataset.fixed_crops()
+    assert len(crops) == len(set(crops)) == (7 + 3 * 3) * (2 if random_flip else 1)
+    dataset.moments = {crop: torch.tensor(number) for number, crop in enumerate(crops)}
+    rows = [row for k in range(500) for row in dataset[k]]
+    assert all(row.pixel_values is None for row in rows)
+    assert {row.moments.item() for row in rows} == set(range(len(crops)))
+
+
+def test_photos_of_their_crop_s_size_have_fixed_crops():
+    assert len(dataset_of([make_photo(0, 16, 16), make_photo(1, 16, 16)], [])[0].fixed_crops()) == 2
+    assert dataset_of([make_photo(0, 16, 16), make_photo(1, 16, 17)], [])[0].fixed_crops() is None
+    assert dataset_of([make_photo(0, 16, 16)], make_photos(CLASSES))[0].fixed_crops() is None

@@ -8,7 +8,7 @@ from conftest import ROOT
 # Each module may import these of the project's own; scripts may import all.
 ALLOWED = {
     "kron_adapter": set(),
-    "dreambooth.checkpoint": {"dreambooth", "kron_adapter"},
+    "dreambooth.adapters": {"dreambooth", "kron_adapter"},
     "dreambooth": {"dreambooth"},
     "toyworld": {"toyworld"},
 }

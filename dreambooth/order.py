@@ -1,0 +1,100 @@
+"""Which sample shows which photo, and which device gets it: functions of the seed and a number, without memory."""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+
+import numpy as np
+
+from dreambooth.config import TrainingConfig
+from dreambooth.photos import Photo
+from dreambooth.shapes import Size, shape_of
+
+# ---- random numbers ----
+
+
+class Stream(IntEnum):
+    """What a random number is for. Each gets a stream of its own, so that one more draw here moves nothing there."""
+
+    INSTANCE_ORDER = 0
+    CLASS_ORDER = 1
+    INSTANCE_CROP = 2
+    CLASS_CROP = 3
+    INSTANCE_NOISE = 4
+    CLASS_NOISE = 5
+    CLASS_IMAGE = 6
+    VALIDATION = 7
+    INSTANCE_FLIP = 8
+    CLASS_FLIP = 9
+    CAPTION_DROPOUT = 10
+    BUCKET_ORDER = 11
+
+
+def seed_of(seed: int, stream: Stream, index: int) -> int:
+    """Return the 64-bit seed of draw `index` in a stream of a run."""
+    return int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0])
+
+
+def generator_of(seed: int, stream: Stream, index: int) -> np.random.Generator:
+    return np.random.default_rng(seed_of(seed, stream, index))
+
+
+# ---- the order of photos ----
+
+
+def samples_per_pass(photos: Sequence[Photo], config: TrainingConfig) -> int:
+    """Return the samples in which every photo occurs `repeats` times, and with buckets, every batch is full."""
+    counts = Counter(shape_of(photo.original_size, config) for photo in photos)
+    unit = batch_unit(config)
+    return sum(math.ceil(count * config.repeats / unit) * unit for count in counts.values())
+
+
+def batch_unit(config: TrainingConfig) -> int:
+    """Return how many samples in a row have to be of one shape."""
+    return config.train_batch_size if config.aspect_ratio_buckets else 1
+
+
+@functools.lru_cache(maxsize=4)  # every sample of a pass asks for it
+def order_of_pass(seed: int, number: int, shapes: tuple[Size, ...], repeats: int, unit: int) -> tuple[int, ...]:
+    """Return the photos of a pass in their order, by number; `shapes` are the photos' own.
+
+    Each run of `unit` samples is of one shape. Where a shape's photos do not fill its last run, its first ones of this
+    pass occur once more.
+    """
+    queues: dict[Size, list[int]] = {}
+    for part in range(repeats):
+        for photo in generator_of(seed, Stream.INSTANCE_ORDER, number * repeats + part).permutation(len(shapes)):
+            queues.setdefault(shapes[photo], []).append(int(photo))
+    runs = {shape: _runs(queue, unit) for shape, queue in sorted(queues.items())}
+    turns = [shape for shape in runs for _ in range(math.ceil(len(queues[shape]) / unit))]
+    turns = [turns[i] for i in generator_of(seed, Stream.BUCKET_ORDER, number).permutation(len(turns))]
+    return tuple(photo for shape in turns for photo in next(runs[shape]))
+
+
+def _runs(queue: list[int], unit: int) -> Iterator[list[int]]:
+    for first in range(0, len(queue), unit):
+        yield [queue[i % len(queue)] for i in range(first, first + unit)]
+
+
+# ---- samples to devices ----
+
+
+class GlobalSampler:
+    """Yields, without end, this device's share of the samples: lists of `batch_size` numbers k.
+
+    Optimizer step s uses the samples s·G to (s+1)·G - 1, G = devices · accumulation · batch size, whatever the split.
+    Every list begins at a multiple of the batch size, as buckets need it.
+    """
+
+    def __init__(self, batch_size: int, accumulation: int, rank: int, num_ranks: int, first_step: int):
+        self.batch_size, self.rank, self.num_ranks = batch_size, rank, num_ranks
+        self.first_forward = first_step * accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        forward = self.first_forward
+        while True:
+            first = (forward * self.num_ranks + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+            forward += 1

@@ -1,0 +1,70 @@
+"""The options of photos, captions, priors and latents: what goes together, and what is refused in which words."""
+
+import pytest
+
+from dreambooth.checks import check_config
+from dreambooth.config import TrainingConfig, UserError, save_config
+from dreambooth.parsing import parse_config
+
+PHOTOS = {"instance_data_dir": "photos"}
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog"}
+
+
+def make_config(**options):
+    return TrainingConfig(pretrained_model_name_or_path="base", instance_prompt="sks dog", **options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "--instance_data_dir.* or --dataset_name is needed"),
+        (PHOTOS | {"dataset_name": "dogs"}, "--instance_data_dir and --dataset_name both"),
+        (PHOTOS | {"dataset_config_name": "x"}, "--dataset_config_name needs --dataset_name"),
+        (PHOTOS | {"image_column": "photo"}, "--image_column needs --dataset_name"),
+        (
+            PHOTOS | {"caption_dropout_probability": 1.01},
+            "--caption_dropout_probability is 1.01; it has to be at most 1",
+        ),
+        (PHOTOS | {"caption_dropout_probability": -0.1}, "--caption_dropout_probability is -0.1; .*negative"),
+        (PHOTOS | {"repeats": 0}, "--repeats is 0; it has to be at least 1"),
+        (PHOTOS | {"unmasked_weight": -1.0}, "--unmasked_weight is -1.0; .*negative"),
+        (PHOTOS | {"aspect_ratio_buckets": True, "resolution": 56}, "--aspect_ratio_buckets .*--resolution .* not 56"),
+        (
+            PHOTOS | {"cache_latents": "off", "cache_latents_to_disk": "cache"},
+            "--cache_latents_to_disk does not go with --cache_latents off",
+        ),
+        (PHOTOS | {"prior_source": "base_model"}, "--prior_source base_model needs --with_prior_preservation"),
+        (
+            PHOTOS | PRIOR | {"prior_source": "base_model", "class_data_dir": "class"},
+            "--class_data_dir does not go with --prior_source base_model",
+        ),
+        (
+            PHOTOS | {"with_prior_preservation": True, "prior_source": "base_model"},
+            "--with_prior_preservation needs --class_prompt",
+        ),
+        (PHOTOS | PRIOR, "--with_prior_preservation needs --class_data_dir"),
+        ({"dataset_name": "dogs"} | PRIOR, "--with_prior_preservation needs --class_data_dir"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_by_name(options, words):
+    with pytest.raises(UserError, match=words):
+        check_config(make_config(**options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dataset_name": "dogs", "dataset_config_name": "x", "image_column": "photo", "caption_column": "text"},
+        {"dataset_name": "dogs", "class_data_dir": "class"} | PRIOR,
+        PHOTOS | PRIOR | {"prior_source": "base_model"},
+        PHOTOS | {"aspect_ratio_buckets": True, "resolution": 64},
+        PHOTOS | {"caption_dropout_probability": 1.0, "repeats": 100, "unmasked_weight": 0.0},
+        PHOTOS | {"cache_latents": "on", "cache_latents_to_disk": "cache"},
+        PHOTOS | {"cache_latents_to_disk": "cache", "caption_column": "text"},
+    ],
+)
+def test_the_rest_goes_together_and_round_again(tmp_path, options):
+    config = make_config(**options)
+    check_config(config)
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_config(TrainingConfig, "", ["--config", str(tmp_path / "config.yaml")]) == config

@@ -1,0 +1,363 @@
+"""Photos to moments: encoded once or at every step, the same bit for bit; in memory and in a folder."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from dreambooth.config import TrainingConfig, UserError
+from dreambooth.data import DreamBoothDataset, build_loader, prompts_of
+from dreambooth.latents import cache_latents, encode_moments, load_moments, save_moments, vae_identity
+from dreambooth.photos import Photo
+
+RESOLUTION = 64
+FIXED = {"center_crop": True}
+
+
+def make_config(**options):
+    required = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos", "instance_prompt": "sks dog"}
+    return TrainingConfig(**required | {"resolution": RESOLUTION} | options)
+
+
+def make_photo(number, height=64, width=64):
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    return Photo(Path(f"{number}.png"), pixels, f"photo {number}", "a dog", (height, width))
+
+
+PHOTOS = [make_photo(0, 64, 80), make_photo(1, 72, 64), make_photo(2)]
+CLASS_PHOTOS = [make_photo(100, 64, 70), make_photo(101)]
+
+
+def make_dataset(photos=PHOTOS, class_photos=(), **options):
+    config = make_config(**options)
+    return DreamBoothDataset(photos, class_photos, prompts_of(photos, class_photos, config), config), config
+
+
+class CountingVae(AutoencoderKL):
+    """A VAE that counts the images it encodes."""
+
+    encoded = 0
+
+    def encode(self, x, **kwargs):
+        type(self).encoded += len(x)
+        return super().encode(x, **kwargs)
+
+
+@pytest.fixture
+def make_vae(monkeypatch):
+    """Make VAEs with the same weights for the same seed; `CountingVae.encoded` begins at 0."""
+    monkeypatch.setattr(CountingVae, "encoded", 0)
+
+    def make(seed=0, **options):
+        torch.manual_seed(seed)
+        shape = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        return CountingVae(**shape | blocks | options)
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These images are so small that threads on a busy machine only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def accelerator(rank=0, num_ranks=1):
+    """What cache_latents asks of an accelerator."""
+    return SimpleNamespace(
+        process_index=rank, num_processes=num_ranks, is_main_process=rank == 0, wait_for_everyone=lambda: None
+    )
+
+
+def batches_of(dataset, config, count):
+    return list(itertools.islice(build_loader(dataset, config, 0, 1, 0), count))
+
+
+def warnings_in(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "dreambooth.latents"]
+
+
+# ---- cached or not, the same ----
+
+SETTINGS = {
+    "instances": ({}, ()),
+    "flips": ({"random_flip": True}, ()),
+    "class images": ({"random_flip": True, "with_prior_preservation": True}, CLASS_PHOTOS),
+    "frozen crops": ({"center_crop": False, "cache_latents": "on", "random_flip": True}, CLASS_PHOTOS),
+    "base model": ({"random_flip": True, "with_prior_preservation": True, "prior_source": "base_model"}, ()),
+    "buckets": ({"aspect_ratio_buckets": True, "resolution": 192, "random_flip": True}, CLASS_PHOTOS),
+}
+
+
+def assert_cached_is_uncached(dataset, reference, config, vae):
+    for cached, batch in zip(batches_of(dataset, config, 6), batches_of(reference, config, 6), strict=True):
+        assert cached.pixel_values is None and batch.moments is None
+        assert cached.moments.dtype == torch.float32 and cached.moments.device.type == "cpu"
+        assert torch.equal(cached.moments, encode_moments(vae, batch.pixel_values, "a batch"))
+        for name in ("prompt_rows", "noise_seeds", "size_conditions"):
+            assert torch.equal(getattr(cached, name), getattr(batch, name))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_cached_moments_are_those_of_the_step_bit_for_bit(make_vae, tmp_path, setting, batch_size, to_disk):
+    options, class_photos = SETTINGS[setting]
+    photos = [make_photo(0, 128, 256), make_photo(1, 192, 192)] if setting == "buckets" else PHOTOS
+    options = FIXED | options | {"train_batch_size": batch_size}
+    if to_disk:
+        options["cache_latents_to_disk"] = str(tmp_path / "cache")
+    dataset, config = make_dataset(photos, class_photos, **options)
+    reference, _ = make_dataset(photos, class_photos, **options)
+    vae = make_vae()
+    assert cache_latents(dataset, vae, config, accelerator()) is True
+    assert_cached_is_uncached(dataset, reference, config, vae)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_a_half_precision_vae_are_the_step_s(make_vae, dtype):
+    vae = make_vae().to(dtype)
+    dataset, config = make_dataset(**FIXED, train_batch_size=3)
+    assert cache_latents(dataset, vae, config, accelerator())
+    assert_cached_is_uncached(dataset, make_dataset(**FIXED)[0], config, vae)
+
+
+def test_moments_are_the_vae_s_own(make_vae):
+    vae = make_vae()
+    pixel_values = torch.stack([make_dataset(**FIXED)[0][k][0].pixel_values for k in range(3)])
+    moments = encode_moments(vae, pixel_values, "a batch")
+    assert moments.shape == (3, 8, 8, 8) and not moments.requires_grad
+    for row, image in zip(moments, pixel_values):
+        assert torch.equal(row, vae.encode(image[None]).latent_dist.parameters[0])
+
+
+@pytest.mark.parametrize("random_flip, encoded", [(False, 5), (True, 10)])
+def test_every_crop_is_encoded_once(make_vae, random_flip, encoded):
+    dataset, config = make_dataset(PHOTOS, CLASS_PHOTOS, **FIXED, random_flip=random_flip)
+    cache_latents(dataset, make_vae(), config, accelerator())
+    batches_of(dataset, config, 30)
+    assert CountingVae.encoded == encoded
+
+
+# ---- whether to cache ----
+
+
+@pytest.mark.parametrize(
+    "photos, options, cached",
+    [
+        (PHOTOS, {}, False),
+        (PHOTOS, {"center_crop": True}, True),
+        (PHOTOS, {"cache_latents": "on"}, True),
+        (PHOTOS, {"center_crop": True, "cache_latents": "off"}, False),
+        (PHOTOS[2:], {}, True),
+        (PHOTOS[2:], {"random_flip": True}, True),
+        (PHOTOS[2:], {"cache_latents": "off"}, False),
+    ],
+)
+def test_latents_are_cached_where_the_options_and_crops_allow(make_vae, photos, options, cached):
+    dataset, config = make_dataset(photos, **options)
+    assert cache_latents(dataset, make_vae(), config, accelerator()) is cached
+    assert bool(CountingVae.encoded) == cached
+    assert (dataset[0][0].pixel_values is None) == cached and (dataset[0][0].moments is not None) == cached
+
+
+def test_a_folder_that_nothing_can_be_kept_in_is_worth_a_warning(make_vae, tmp_path, caplog):
+    dataset, config = make_dataset(cache_latents_to_disk=str(tmp_path / "cache"))
+    assert not cache_latents(dataset, make_vae(), config, accelerator())
+    (warning,) = warnings_in(caplog)
+    assert "--cache_latents_to_disk" in warning and "--center_crop or --cache_latents on" in warning
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_latents_that_are_not_finite_are_an_error_that_names_the_photo(make_vae, tmp_path, value):
+    photos = [PHOTOS[2], dataclasses.replace(PHOTOS[2], path=Path("overflows.png"), pixels=PHOTOS[2].pixels // 2)]
+    vae = make_vae()
+    encode = vae.encode
+
+    def overflow(x):
+        posterior = encode(x)
+        if x.max() < 0.1:
+            posterior.latent_dist.parameters[0, 0, 0, 0] = value
+        return posterior
+
+    vae.encode = overflow
+    dataset, config = make_dataset(photos, cache_latents_to_disk=str(tmp_path))
+    words = "overflows.png are not finite; use --vae_precision fp32, or --pretrained_vae_model_name_or_path .*fp16-fix"
+    with pytest.raises(UserError, match=words):
+        cache_latents(dataset, vae, config, accelerator())
+    assert len(list(tmp_path.iterdir())) == 1  # what is not finite is not kept
+
+
+# ---- in a folder ----
+
+
+@pytest.fixture
+def run(make_vae, tmp_path):
+    """Cache latents in a folder, as a new run does; return the images that were encoded, and the dataset."""
+
+    def run(photos=PHOTOS, vae=None, ranks=None, **options):
+        CountingVae.encoded = 0
+        folder = {"cache_latents_to_disk": str(tmp_path / "a" / "cache")}
+        dataset, config = make_dataset(photos, **FIXED | folder | options)
+        assert cache_latents(dataset, vae or make_vae(), config, ranks or accelerator())
+        return CountingVae.encoded, dataset
+
+    return run
+
+
+def files(folder):
+    return sorted((folder / "a" / "cache").iterdir())
+
+
+def assert_same_moments(dataset, other):
+    assert dataset.moments.keys() == other.moments.keys()
+    assert all(torch.equal(dataset.moments[crop], other.moments[crop]) for crop in dataset.moments)
+
+
+def test_a_second_run_encodes_nothing(run, tmp_path):
+    count, first = run()
+    assert count == 3 and len(files(tmp_path)) == 3 and {path.suffix for path in files(tmp_path)} == {".safetensors"}
+    count, second = run()
+    assert count == 0
+    assert_same_moments(first, second)
+
+
+def test_the_same_pixels_are_known_by_another_name_and_in_another_order(run):
+    run()
+    renamed = [dataclasses.replace(photo, path=Path("renamed.png"), prompt="another") for photo in reversed(PHOTOS)]
+    assert run(renamed)[0] == 0
+
+
+def test_a_photo_that_changed_by_one_pixel_is_encoded_again(run):
+    run()
+    pixels = PHOTOS[1].pixels.copy()
+    pixels[20, 20, 1] ^= 1
+    changed = [PHOTOS[0], dataclasses.replace(PHOTOS[1], pixels=pixels), PHOTOS[2]]
+    count, dataset = run(changed)
+    assert count == 1
+    assert_same_moments(dataset, run(changed, cache_latents_to_disk=None)[1])
+
+
+@pytest.mark.parametrize(
+    "options, count",
+    [
+        ({"random_flip": True}, 3),  # the mirrored ones
+        ({"center_crop": False, "cache_latents": "on"}, 2),  # the square photo has one crop only
+        ({"resolution": 56}, 3),
+        ({"repeats": 3, "seed": 5, "train_batch_size": 2}, 0),
+    ],
+)
+def test_another_crop_is_encoded_and_another_order_is_not(run, options, count):
+    run()
+    encoded, dataset = run(**options)
+    assert encoded == count
+    assert_same_moments(dataset, run(**options, cache_latents_to_disk=None)[1])
+
+
+def test_another_vae_encodes_again(run, make_vae):
+    run()
+    assert run(vae=make_vae(seed=1))[0] == 3
+    assert run(vae=make_vae().to(torch.bfloat16))[0] == 3
+    assert run(vae=make_vae(scaling_factor=0.5))[0] == 3
+    assert run()[0] == 0
+
+
+def test_a_vae_is_known_by_its_content(make_vae, tmp_path):
+    vae = make_vae()
+    vae.save_pretrained(tmp_path)
+    identity = vae_identity(vae)
+    assert vae_identity(CountingVae.from_pretrained(tmp_path)) == identity
+    assert vae_identity(make_vae().to(memory_format=torch.channels_last)) == identity
+    with torch.no_grad():
+        list(vae.parameters())[-1].view(-1)[-1] += 1e-3
+    assert vae_identity(vae) != identity
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def change_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def rename_the_tensor(path):
+    path.write_bytes(path.read_bytes().replace(b"moments", b"momentz"))
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, change_a_bit, rename_the_tensor, lambda path: path.write_bytes(b""), Path.unlink]
+)
+def test_a_damaged_file_is_encoded_again(run, tmp_path, damage):
+    _, first = run()
+    damage(files(tmp_path)[1])
+    count, second = run()
+    assert count == 1
+    assert_same_moments(first, second)
+    assert run()[0] == 0
+
+
+def test_an_unfinished_file_is_no_file(run, tmp_path, monkeypatch):
+    def stop(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", stop)
+        run()
+    assert not [path for path in files(tmp_path) if path.suffix == ".safetensors"]
+    assert run()[0] == 3
+
+
+@pytest.mark.parametrize("path", ["file", "file/inside"])
+def test_a_folder_that_cannot_be_made_is_named(make_vae, tmp_path, path):
+    (tmp_path / "file").touch()
+    dataset, config = make_dataset(**FIXED, cache_latents_to_disk=str(tmp_path / path))
+    with pytest.raises(UserError, match=f"--cache_latents_to_disk {tmp_path / path}: "):
+        cache_latents(dataset, make_vae(), config, accelerator())
+
+
+def test_moments_come_back_as_they_were_written(tmp_path):
+    moments = torch.randn(8, 4, 6)
+    save_moments(moments, tmp_path / "a.safetensors")
+    assert torch.equal(load_moments(tmp_path / "a.safetensors"), moments)
+    assert load_moments(tmp_path / "b.safetensors") is None
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_devices_share_the_work_and_all_have_everything(run, num_ranks):
+    """Each comes to the barrier with its share written, and goes on when all shares are there."""
+    alone = run(cache_latents_to_disk=None)[1]
+    shares = []
+
+    def barrier():
+        shares.append(CountingVae.encoded)
+        raise StopIteration
+
+    for rank in range(num_ranks):
+        ranks = accelerator(rank, num_ranks)
+        ranks.wait_for_everyone = barrier
+        with pytest.raises(StopIteration):
+            run(ranks=ranks)
+    assert sum(shares) == 3 and max(shares) - min(shares) <= 1
+    for rank in range(num_ranks):
+        count, dataset = run(ranks=accelerator(rank, num_ranks))
+        assert count == 0
+        assert_same_moments(dataset, alone)
+
+
+def test_devices_that_do_not_share_the_folder_encode_the_rest_themselves(run):
+    count, dataset = run(ranks=accelerator(1, 2))
+    assert count == 3
+    assert_same_moments(dataset, run(cache_latents_to_disk=None)[1])

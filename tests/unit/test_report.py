@@ -1,0 +1,365 @@
+"""Metrics, their picture, trackers side by side, what happens when one fails, and what none of them may see."""
+
+import dataclasses
+import json
+import logging
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from PIL import Image, ImageColor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dreambooth import checks
+from dreambooth.checks import check_config
+from dreambooth.config import TrainingConfig, UserError, public_options, save_config
+from dreambooth.curves import COLOURS, draw_curves, running_mean, tick_label, ticks
+from dreambooth.report import (
+    Progress,
+    closing_line,
+    log_image,
+    log_values,
+    read_metrics,
+    save_curves,
+    start_trackers,
+)
+from dreambooth.training import StepReport
+
+SECRET = "hf_nobodyMayReadThis"
+
+
+@dataclasses.dataclass
+class Report:
+    """A step report as a run with text encoders has it."""
+
+    loss: float
+    learning_rate: float
+    text_encoder_learning_rate: float | None = None
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainingConfig:
+    return TrainingConfig(
+        pretrained_model_name_or_path="base",
+        instance_data_dir="photos",
+        instance_prompt="a photo of sks dog",
+        output_dir=str(tmp_path),
+        report_to=["none"],
+        hub_token=SECRET,
+    )
+
+
+@pytest.fixture
+def accelerate(tmp_path, fresh_accelerator):
+    """Return an accelerator that logs to the named trackers, in this test's folder."""
+
+    def start(*names: str) -> Accelerator:
+        return Accelerator(cpu=True, log_with=list(names) or None, project_dir=str(tmp_path))
+
+    return start
+
+
+class FakeTracker:
+    """A tracker that remembers what it is told, or fails at one of the verbs."""
+
+    def __init__(self, name: str = "fake", fails_at: str = ""):
+        self.name, self.fails_at, self.told = name, fails_at, []
+
+    def __getattr__(self, verb):
+        def act(*arguments, **options):
+            self.told.append((verb, *arguments, options.get("step")))
+            if verb == self.fails_at:
+                raise ConnectionError("the network is down")
+
+        return act
+
+    def verbs(self):
+        return [entry[0] for entry in self.told]
+
+
+def reports(*losses: float):
+    return (StepReport(loss, loss, 0.0, 1e-3, 0.5) for loss in losses)
+
+
+def train(accelerator, config, first_step, *losses):
+    progress = Progress(accelerator, config, first_step, first_step + len(losses))
+    for step, report in progress.steps(reports(*losses)):
+        progress.update(step, report)
+    progress.close()
+
+
+# ---- metrics.jsonl ----
+
+
+def test_every_step_is_one_line(config, accelerate, tmp_path):
+    train(accelerate(), config, 0, 0.5, 0.25)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(first) == [
+        "step", "loss", "instance_loss", "prior_loss", "learning_rate", "grad_norm", "step_time",
+    ]  # fmt: skip
+    assert (first["step"], first["loss"]) == (1, 0.5) and (second["step"], second["loss"]) == (2, 0.25)
+
+
+def test_fields_of_the_report_are_written_as_they_are_and_none_is_left_out(config, accelerate, tmp_path):
+    progress = Progress(accelerate(), config, 0, 2)
+    progress.update(1, Report(0.5, 1e-3))
+    progress.update(2, Report(0.5, 1e-3, 1e-4))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert "text_encoder_learning_rate" not in rows[0] and rows[1]["text_encoder_learning_rate"] == 1e-4
+
+
+def test_the_clock_counts_the_step_and_not_what_comes_between(config, accelerate, tmp_path, monkeypatch):
+    now = SimpleNamespace(time=100.0)
+    monkeypatch.setattr("dreambooth.report.time.monotonic", lambda: now.time)
+
+    def slow_steps():
+        for seconds in (2.0, 3.0):
+            now.time += seconds
+            yield from reports(0.1)
+
+    progress = Progress(accelerate(), config, 0, 2)
+    for step, report in progress.steps(slow_steps()):
+        progress.update(step, report)
+        now.time += 50.0  # samples, a checkpoint
+    assert [row["step_time"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 3.0]
+    assert progress.seconds == 105.0
+
+
+def test_no_step_is_computed_beyond_the_last(config, accelerate):
+    source = reports(0.1, 0.2, 0.3)
+    list(Progress(accelerate(), config, 5, 7).steps(source))
+    assert next(source).loss == 0.3
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', "\0\0\0", "\n\n"])
+def test_resuming_keeps_the_lines_up_to_its_step_by_their_number(torn, config, accelerate, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": float(step)} for step in (2, 3, 4, 5)]  # no line of step 1
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
+    train(accelerate(), config, 3, 0.5)
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(2, 2.0), (3, 3.0), (4, 0.5)]
+    assert path.read_text().count("\n") == 3
+
+
+def test_a_new_run_drops_an_earlier_one_s_lines(config, accelerate, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    train(accelerate(), config, 0, 0.5)
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.5]
+
+
+def test_numbers_that_json_lacks_become_null(config, accelerate, tmp_path):
+    train(accelerate(), config, 0, math.nan, math.inf)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in text.splitlines()] == [None, None]
+
+
+# ---- training.png ----
+
+
+def curve_rows(count: int, **values) -> list[dict]:
+    return [{"step": step, **{name: value(step) for name, value in values.items()}} for step in range(1, count + 1)]
+
+
+def has_colour(picture: Image.Image, colour: str, top: int, bottom: int) -> bool:
+    """Whether a thick stroke of the colour is there: at least at half its strength on white, thin ones are paler."""
+    full = 255.0 - np.array(ImageColor.getrgb(colour))
+    found = 255.0 - np.asarray(picture)[top:bottom]
+    strength = (found @ full) / (full @ full)
+    return bool(((np.abs(found - strength[..., None] * full).max(-1) < 8) & (strength > 0.5)).any())
+
+
+def test_running_mean_is_that_of_the_last_values_that_there_are():
+    assert running_mean(np.array([1.0, 2.0, 6.0, np.nan, 10.0]), 2).tolist() == [1.0, 1.5, 4.0, 6.0, 10.0]
+    assert np.isnan(running_mean(np.array([np.nan, 1.0]), 1)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0, 5.4e-4, [0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4]),
+        (1.0, 60.0, [10, 20, 30, 40, 50, 60]),
+        (400.0, 402.0, [400, 400.5, 401, 401.5, 402]),
+    ],
+)
+def test_ticks_are_round_numbers_in_the_range(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.0, "0"), (0.25, "0.25"), (3 * 0.1, "0.3"), (5e-4, "5e-4"), (20000.0, "20,000"), (1e7, "1e7"), (-0.5, "-0.5")],
+)
+def test_tick_labels_are_short(value, text):
+    assert tick_label(value) == text
+
+
+def test_each_metric_that_a_run_has_is_drawn_and_no_other():
+    plain = curve_rows(40, loss=lambda s: 1 / s, learning_rate=lambda s: 1e-3)
+    alone = draw_curves([{**row, "instance_loss": row["loss"], "prior_loss": 0.0} for row in plain])
+    assert has_colour(alone, COLOURS[0], 0, 260) and not has_colour(alone, COLOURS[1], 0, alone.height)
+    both = draw_curves([{**row, "instance_loss": 0.1, "prior_loss": 0.2} for row in plain])
+    assert all(has_colour(both, colour, 40, 230) for colour in COLOURS)
+    with_norm = draw_curves([{**row, "grad_norm": 1.0} for row in plain])
+    assert with_norm.height > alone.height == both.height
+
+
+def test_a_curve_goes_where_its_values_are():
+    """A loss that falls in the middle of the run: left half near the top of the frame, right half near its bottom."""
+    picture = draw_curves(curve_rows(200, loss=lambda s: 1.0 if s <= 100 else 0.1))
+    upper, lower = (46, 120), (190, 226)
+    left, right = (picture.crop((200, 0, 400, 260)), picture.crop((800, 0, 1000, 260)))
+    assert has_colour(left, COLOURS[0], *upper) and not has_colour(left, COLOURS[0], *lower)
+    assert has_colour(right, COLOURS[0], *lower) and not has_colour(right, COLOURS[0], *upper)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 500])
+def test_any_number_of_steps_is_drawn_with_gaps(count):
+    rows = curve_rows(count, loss=lambda s: None if s % 7 == 0 else 0.5, grad_norm=lambda s: 1e-9 * s)
+    assert has_colour(draw_curves(rows), COLOURS[0], 30, 260)
+
+
+def test_without_metrics_there_is_a_warning_and_no_picture(config, tmp_path, caplog):
+    save_curves(config)
+    assert "training.png was not drawn: ValueError: there are no metrics" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_picture_lies_beside_the_metrics(config, accelerate, tmp_path):
+    train(accelerate(), config, 0, 0.5, 0.25)
+    save_curves(config)
+    assert Image.open(tmp_path / "training.png").width > 1000
+
+
+# ---- trackers ----
+
+
+def test_several_trackers_hear_the_same(config, accelerate):
+    accelerator = accelerate()
+    first, second = FakeTracker("one"), FakeTracker("two")
+    accelerator.trackers.extend([first, second])
+    log_values(accelerator, {"loss": 0.5}, 3)
+    log_image(accelerator, "samples", Image.new("RGB", (8, 8)), 3)
+    assert first.told == second.told and first.verbs() == ["log", "log_images"]
+
+
+@pytest.mark.parametrize("verb", ["start", "store_init_configuration", "log", "log_images", "finish"])
+def test_a_tracker_that_fails_is_let_go_with_one_warning(verb, config, accelerate, monkeypatch, caplog):
+    bad, good = FakeTracker("wandb", fails_at=verb), FakeTracker("tensorboard")
+    fakes = {"wandb": lambda *_, **__: bad, "tensorboard": lambda *_, **__: good}
+    monkeypatch.setattr("dreambooth.report.LOGGER_TYPE_TO_CLASS", fakes)
+    accelerator = accelerate("wandb", "tensorboard")
+    progress = Progress(accelerator, config, 0, 2)
+    for step, report in progress.steps(reports(0.5, 0.25)):
+        progress.update(step, report)
+        log_image(accelerator, "samples", Image.new("RGB", (8, 8)), step)
+    progress.close()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "--report_to wandb failed; training goes on without it: ConnectionError: the network is down" in warnings[0]
+    assert bad.verbs()[-1] == verb
+    assert good.verbs() == ["start", "store_init_configuration", "log", "log_images", "log", "log_images", "finish"]
+
+
+def scalars(folder) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder), purge_orphaned_data=True)
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+def test_tensorboard_shows_each_step_once_after_resuming(config, accelerate, tmp_path):
+    train(accelerate("tensorboard"), config, 0, 0.5, 0.25, 0.125)
+    folder = next(tmp_path.rglob("events.out.tfevents.*")).parent
+    assert scalars(folder) == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    train(accelerate("tensorboard"), config, 1, 0.75)
+    assert scalars(folder) == [(1, 0.5), (2, 0.75)]
+
+
+def test_trackio_gets_pictures_of_its_own_kind(accelerate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda image: ("picture", image.size)))
+    accelerator = accelerate()
+    accelerator.trackers.append(tracker := FakeTracker("trackio"))
+    log_image(accelerator, "samples", Image.new("RGB", (8, 4)), 3)
+    assert tracker.told == [("log", {"samples": ("picture", (8, 4))}, 3)]
+
+
+def test_trackio_runs(config, accelerate, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="an optional package")
+    accelerator = accelerate("trackio")
+    start_trackers(accelerator, config, 0)
+    log_values(accelerator, {"loss": 0.5}, 1)
+    log_image(accelerator, "samples", Image.new("RGB", (8, 4)), 1)
+    assert accelerator.trackers  # none was let go
+    accelerator.end_training()
+    assert any((tmp_path / "trackio").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["all"], "--report_to all: it can be tensorboard, wandb, trackio or none"),
+        (["wandb", "comet_ml"], "--report_to comet_ml: it can be"),
+        (["none", "wandb"], "--report_to none does not go with other trackers"),
+        (["tensorboard", "trackio"], "--report_to trackio needs a package .* pip install trackio"),
+    ],
+)
+def test_a_tracker_that_cannot_be_is_refused(names, words, config, monkeypatch):
+    def version(name):
+        if name == "trackio":
+            raise checks.PackageNotFoundError(name)
+
+    monkeypatch.setattr(checks, "version", version)
+    with pytest.raises(UserError, match=words):
+        check_config(dataclasses.replace(config, report_to=names))
+
+
+def test_trackers_go_together(config, monkeypatch):
+    monkeypatch.setattr(checks, "version", lambda name: "1.0")
+    check_config(dataclasses.replace(config, report_to=["tensorboard", "wandb", "trackio"]))
+
+
+# ---- what nobody may read ----
+
+
+def test_tokens_and_keys_are_not_public(config, tmp_path):
+    assert public_options(config)["instance_prompt"] == "a photo of sks dog"
+    assert set(vars(config)) - set(public_options(config)) == {"hub_token"}
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config(TrainingConfig):
+        wandb_api_key: str = SECRET
+        other_token_file: str = SECRET
+
+    assert SECRET not in str(public_options(Config(**vars(config))))
+    save_config(config, tmp_path / "config.yaml")
+    assert SECRET not in (tmp_path / "config.yaml").read_text()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["instance_prompt"] == "a photo of sks dog"
+
+
+def test_no_tracker_writes_the_token_not_even_from_the_command_line(
+    config, accelerate, offline_wandb, monkeypatch, tmp_path, capfd, caplog
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", SECRET])
+    train(accelerate("tensorboard", "wandb"), config, 0, 0.5)
+    save_config(config, tmp_path / "config.yaml")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {".wandb", ".yaml", ".jsonl", ".yml"} <= {path.suffix for path in files}
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert SECRET not in "".join(capfd.readouterr()) + caplog.text
+
+
+# ---- the closing line ----
+
+
+def test_the_closing_line_counts_all_groups(tmp_path):
+    groups = [[torch.nn.Parameter(torch.zeros(1000))], [torch.nn.Parameter(torch.zeros(24, 1))]]
+    parameters = (parameter for group in groups for parameter in group)
+    line = closing_line(parameters, 800, 125.4, tmp_path / "a.safetensors", torch.device("cpu"))
+    assert line.startswith("Trained 1,024 parameters (0.00 MiB in fp32) for 800 steps in 2 min 5 s; peak memory ")
+    assert line.endswith(f"GiB on cpu; the adapter is {tmp_path / 'a.safetensors'}")

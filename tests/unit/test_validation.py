@@ -1,0 +1,238 @@
+"""Sample images: when they are due, which they are, how their sheet looks, and that none of it ends training."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from dreambooth.config import TrainingConfig
+from dreambooth.order import Stream, seed_of
+from dreambooth.training import steps_per_pass
+from dreambooth.validation import GAP, LINE, _wrap, draw_samples, draw_sheet, save_samples, validate, validation_due
+
+PROMPTS = ["a photo of a cat", "", "sks dog in snow"]
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainingConfig:
+    return TrainingConfig(
+        pretrained_model_name_or_path="base",
+        instance_data_dir="photos",
+        instance_prompt="a photo of sks dog",
+        output_dir=str(tmp_path),
+        resolution=64,
+        validation_prompt=["sks dog in snow", "a photo of a cat"],
+        num_validation_images=2,
+        validation_num_inference_steps=2,
+        validation_steps=100,
+    )
+
+
+@pytest.fixture
+def accelerator():
+    return SimpleNamespace(is_main_process=True, num_processes=1, trackers=[], device=torch.device("cpu"))
+
+
+# ---- when ----
+
+
+@pytest.mark.parametrize(
+    "change, due",
+    [
+        ({}, [0, 100, 200, 250]),
+        ({"validation_steps": None, "validation_epochs": 30}, [0, 60, 120, 180, 240, 250]),  # 2 steps in an epoch
+        ({"validation_prompt": []}, []),
+    ],
+)
+def test_samples_are_due_before_the_first_step_now_and_then_and_after_the_last(change, due, config):
+    config = dataclasses.replace(config, train_batch_size=3, **change)
+    assert [step for step in range(251) if validation_due(step, 250, steps_per_pass(5, config, 1), config)] == due
+
+
+def test_one_process_draws(config, accelerator, tmp_path):
+    accelerator.is_main_process = False
+    run_validate(FakePipeline(), config, accelerator)
+    assert not (tmp_path / "samples").exists()
+
+
+# ---- which ----
+
+
+def encode(pipeline) -> dict[str, torch.Tensor]:
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        prompts, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        return {"prompt_embeds": prompts, "pooled_prompt_embeds": pooled}
+    return {"prompt_embeds": pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=False)[0]}
+
+
+@pytest.mark.parametrize(
+    "pipeline_class, base", [(StableDiffusionPipeline, "tiny_sd"), (StableDiffusionXLPipeline, "tiny_sdxl")]
+)
+def test_images_are_those_that_diffusers_draws_for_the_prompts(pipeline_class, base, config, request):
+    pipeline = pipeline_class.from_pretrained(request.getfixturevalue(base))
+    with torch.no_grad():
+        rows = draw_samples(pipeline, encode(pipeline), PROMPTS, config)
+    assert [len(row) for row in rows] == [2, 2]
+    for number, prompt in enumerate(config.validation_prompt):
+        for i in range(2):
+            theirs = pipeline(
+                prompt,
+                height=64,
+                width=64,
+                num_inference_steps=2,
+                guidance_scale=7.5,
+                generator=torch.Generator().manual_seed(seed_of(config.seed, Stream.VALIDATION, 2 * number + i)),
+            ).images[0]
+            difference = np.abs(np.asarray(rows[number][i], float) - np.asarray(theirs, float))
+            assert difference.max() <= 1, (prompt, i)
+    again = draw_samples(pipeline, encode(pipeline), PROMPTS, dataclasses.replace(config, num_validation_images=1))
+    assert np.array_equal(np.asarray(again[0][0]), np.asarray(rows[0][0]))
+
+
+class FakePipeline:
+    """Draws one flat image a call, and remembers with what."""
+
+    config: dict = {}
+
+    def __init__(self):
+        self.calls = []
+        self.vae = torch.nn.Linear(1, 1)  # it is moved to the device and back
+        self.vae.device, self.vae.dtype, self.vae.config = torch.device("cpu"), torch.float32, {"scaling_factor": 1.0}
+        self.vae.decode = lambda latents: SimpleNamespace(sample=latents)
+        self.image_processor = VaeImageProcessor()
+
+    def set_progress_bar_config(self, **_):
+        pass
+
+    def __call__(self, **arguments):
+        self.calls.append(arguments)
+        colour = torch.tensor([40 * len(self.calls) / 127.5 - 1, -1, -1])
+        return SimpleNamespace(images=colour[None, :, None, None].expand(1, 3, 64, 64))
+
+
+def test_every_embedding_goes_under_its_own_name_with_its_own_row(config):
+    embeddings = {"prompt_embeds": torch.tensor([[1.0], [2.0], [3.0]]), "pooled": torch.tensor([[4.0], [5.0], [6.0]])}
+    draw_samples(pipeline := FakePipeline(), embeddings, PROMPTS, config)
+    names = ("prompt_embeds", "pooled", "negative_prompt_embeds", "negative_pooled")
+    snow, cat = (3.0, 6.0, 2.0, 5.0), (1.0, 4.0, 2.0, 5.0)
+    assert [tuple(call[name].item() for name in names) for call in pipeline.calls] == [snow, snow, cat, cat]
+    assert len({call["generator"].initial_seed() for call in pipeline.calls}) == 4
+
+
+# ---- and none of it ends training ----
+
+
+def some_embeddings(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"prompt_embeds": torch.zeros(len(rows), 1)}
+
+
+def run_validate(pipeline, config, accelerator, step=0, encode=some_embeddings):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    validate(accelerator, pipeline, encode, PROMPTS, optimizer, 5, 250, config, step)
+
+
+def test_the_sheet_is_written_and_sent_to_the_trackers(config, accelerator, tmp_path):
+    sent = []
+    tracker = SimpleNamespace(name="wandb", log_images=lambda values, step: sent.append((values, step)))
+    accelerator.trackers.append(tracker)
+    for step in range(251):
+        run_validate(FakePipeline(), config, accelerator, step)
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["step-000000.png", "step-000100.png", "step-000200.png", "step-000250.png"]
+    assert [step for _, step in sent] == [0, 100, 200, 250]
+    written = np.asarray(Image.open(tmp_path / "samples" / names[0]))
+    assert np.array_equal(np.asarray(sent[0][0]["samples"][0]), written)
+
+
+def test_embeddings_are_made_when_they_are_needed_and_without_gradients(config, accelerator):
+    made = []
+
+    def embed(rows):
+        made.append(torch.is_grad_enabled())
+        return some_embeddings(rows)
+
+    for step in (0, 1, 99, 100):
+        run_validate(FakePipeline(), config, accelerator, step, embed)
+    assert made == [False, False]
+
+
+@pytest.mark.parametrize("what", ["draw", "embed", "disk"])
+def test_a_failure_is_a_warning(what, config, accelerator, tmp_path, caplog):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    pipeline, embed = FakePipeline(), some_embeddings
+    if what == "draw":
+        FailingPipeline = type("FailingPipeline", (FakePipeline,), {"__call__": lambda self, **_: fail()})
+        pipeline = FailingPipeline()
+    elif what == "embed":
+        embed = fail
+    else:
+        (tmp_path / "samples").write_text("a file where the folder should be")
+    run_validate(pipeline, config, accelerator, 100, embed)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.text.count("no samples of step 100, training goes on: ") == 1
+
+
+def test_a_failing_tracker_does_not_cost_the_sheet(config, accelerator, tmp_path, caplog):
+    def fail(*_, **__):
+        raise ConnectionError("the network is down")
+
+    accelerator.trackers.append(SimpleNamespace(name="wandb", log_images=fail))
+    path = save_samples(accelerator, [[Image.new("RGB", (64, 64))]], 5, config)
+    assert path == tmp_path / "samples" / "step-000005.png" and path.exists()
+    assert "--report_to wandb failed" in caplog.text and accelerator.trackers == []
+
+
+# ---- the sheet ----
+
+
+def colours(sheet: Image.Image) -> set[tuple[int, int, int]]:
+    return {colour for _, colour in sheet.getcolors(1 << 24)}
+
+
+def test_a_sheet_has_a_row_of_images_under_each_label():
+    red, green, blue = ([Image.new("RGB", (192, 192), colour)] for colour in ("red", "lime", "blue"))
+    sheet = draw_sheet([red + green, blue + blue], ["first", "second"], "step 7")
+    assert sheet.size == (2 * 192 + GAP, LINE + 8 + 2 * (LINE + 10 + 192))
+    first_row, second_row = LINE + 8 + LINE + 10, LINE + 8 + 2 * (LINE + 10) + 192
+    assert sheet.getpixel((0, first_row)) == (255, 0, 0) and sheet.getpixel((192 + GAP, first_row)) == (0, 255, 0)
+    assert sheet.getpixel((191, second_row + 191)) == (0, 0, 255)
+    for top, bottom in ((0, LINE + 8), (LINE + 8, first_row), (first_row + 192, second_row)):
+        assert np.asarray(sheet)[top:bottom].min() < 128  # something is written there
+
+
+@pytest.mark.parametrize("size, shown", [((64, 32), (192, 96)), ((100, 100), (200, 200)), ((1024, 768), (512, 384))])
+def test_small_images_are_enlarged_and_large_ones_shrunk(size, shown):
+    assert draw_sheet([[Image.new("RGB", size)]], [""]).size == (shown[0], LINE + 10 + shown[1])
+
+
+@pytest.mark.parametrize(
+    "label, lines",
+    [
+        ("short", 1),
+        ("", 1),
+        ("over\nmore\tlines", 1),
+        ("a photo of sks dog on the beach", 2),
+        ("x" * 40, 2),
+        ("word " * 100, 4),
+        ("x" * 1000, 4),
+        ("Welpe, щенок, 小狗, 🐶", 1),
+    ],
+)
+def test_labels_are_wrapped_and_cut(label, lines):
+    sheet = draw_sheet([[Image.new("RGB", (192, 192), "red")]], [label])
+    assert sheet.size == (192, LINE * lines + 10 + 192)
+    assert np.asarray(sheet)[: LINE * lines + 10, 190:].min() == 255  # nothing runs over the edge
+
+
+def test_every_word_of_a_label_that_fits_is_there():
+    text = "a photo of sks dog on the beach at night"
+    assert " ".join(_wrap(text, 180)) == text and len(_wrap(text, 180)) > 1
+    assert "".join(_wrap("x" * 50, 180)) == "x" * 50
+    assert _wrap("word " * 100, 180)[-1].endswith("…")

@@ -1,0 +1,151 @@
+"""Train a Kronecker adapter for SDXL on a few photos of a subject (DreamBooth).
+
+    W + scale · (A ⊗ B) on the attention projections of the UNet; W stays frozen.       DiffuseKronA, arXiv 2402.17412
+
+On a CPU, with a small random model, to see it run:
+    python -m toyworld.tiny_pipeline sdxl outputs/tiny-sdxl
+    accelerate launch train_dreambooth_kronecker_sdxl.py --pretrained_model_name_or_path outputs/tiny-sdxl \\
+        --instance_data_dir toyworld/photos/robot --instance_prompt "a photo of sks robot" --resolution 64 \\
+        --max_train_steps 20 --output_dir outputs/tiny-sdxl-robot
+
+On one GPU:
+    accelerate launch --mixed_precision bf16 train_dreambooth_kronecker_sdxl.py \\
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+        --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" \\
+        --output_dir outputs/dog --max_train_steps 1000
+
+On several GPUs: accelerate launch --multi_gpu --num_processes 4 train_dreambooth_kronecker_sdxl.py ...
+
+Writes OUTPUT_DIR/pytorch_kronecker_weights.safetensors, checkpoint-*/, samples/*.png, metrics.jsonl, training.png,
+README.md (the model card), config.yaml and logs/.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from dreambooth.adapters import inject_adapters, save_weights, without_adapters
+from dreambooth.card import push_to_hub, save_card
+from dreambooth.checkpoint import find_start, load_checkpoint, prepare_output, save_checkpoint
+from dreambooth.config import TrainingConfig, option, readable_errors
+from dreambooth.data import DreamBoothDataset, build_loader, prompts_of, samples_per_pass
+from dreambooth.diffusion import build_noise_scheduler, build_sampler
+from dreambooth.models import empty_models, load_pipeline, prepare_training, prompt_encoder, trained_models
+from dreambooth.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, evaluating
+from dreambooth.parsing import parse_config
+from dreambooth.photos import read_instance_photos
+from dreambooth.prior import ensure_class_images
+from dreambooth.report import Progress, save_curves
+from dreambooth.training import Denoiser, count_steps, start_accelerator, train_steps
+from dreambooth.vae import latent_source
+from dreambooth.validation import validate
+from kron_adapter import KroneckerError
+
+Pipeline = StableDiffusionXLPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingConfig):
+    """The shared options, with SDXL's defaults."""
+
+    resolution: int = option("Side of the training images, px. A multiple of 8.", 1024)
+
+
+def load_models(config: Config, accelerator: Accelerator) -> Pipeline:
+    """Return the frozen base model on the device."""
+    return load_pipeline(Pipeline, config, accelerator, add_watermarker=False)
+
+
+def encode_prompts(pipeline: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
+    """Return one row for each prompt, under the names of the pipeline's arguments: prompt_embeds (prompts, 77, 2048)
+    of both text encoders, pooled_prompt_embeds (prompts, 1280) of the second.
+
+    The empty prompt is all zeros where the base model was trained so.
+    """
+    prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+        prompts, device=pipeline.device, do_classifier_free_guidance=False
+    )
+    keep = torch.tensor([bool(prompt) or not pipeline.config.force_zeros_for_empty_prompt for prompt in prompts])
+    keep = keep.to(prompt_embeds)[:, None]
+    return {
+        "prompt_embeds": prompt_embeds * keep[:, :, None],
+        "pooled_prompt_embeds": pooled_prompt_embeds * keep,
+    }
+
+
+def unet_condition(embeddings: dict[str, Tensor], size_conditions: Tensor) -> dict[str, Any]:
+    """Return the UNet's keyword arguments: encoder_hidden_states (rows, 77, 2048), text_embeds (rows, 1280), and
+    time_ids (rows, 6): every row's own original size, crop and target size, px."""
+    text_embeds = embeddings["pooled_prompt_embeds"]
+    return {
+        "encoder_hidden_states": embeddings["prompt_embeds"],
+        "added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": size_conditions.to(text_embeds)},
+    }
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    accelerator = start_accelerator(config)
+
+    # What can be refused is refused before any weights are read
+    start = find_start(config)
+    check_optimizer(config)
+    photos = read_instance_photos(config)
+    inject_adapters(trained_models(empty_models(config, Pipeline), config), config)
+
+    # The frozen model: class images, latents and every distinct prompt once, then what is no longer needed goes
+    pipeline = load_models(config, accelerator)
+    noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
+    pipeline.scheduler = build_sampler(pipeline.scheduler)
+    class_photos = ensure_class_images(pipeline, config, accelerator) if config.uses_class_images else []
+    prompts = prompts_of(photos, class_photos, config)
+    dataset = DreamBoothDataset(photos, class_photos, prompts, config)
+    latents_of = latent_source(pipeline, dataset, config, accelerator)
+    encode = prompt_encoder(encode_prompts, pipeline, prompts, config)
+
+    # What trains
+    models = trained_models(pipeline.components, config)
+    groups = inject_adapters(models, config)
+    prepare_training(pipeline, config)
+    samples = samples_per_pass(photos, config)
+    total_steps = count_steps(samples, config, accelerator.num_processes)
+    optimizer = build_optimizer(groups, config, accelerator.num_processes)
+    lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
+    denoiser = Denoiser(models, encode, unet_condition)
+    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+
+    prepare_output(config, start, accelerator)
+    first_step = load_checkpoint(start, accelerator, models, optimizer, lr_scheduler) if start else 0
+    batches = build_loader(dataset, config, accelerator.process_index, accelerator.num_processes, first_step)
+    base_model = functools.partial(without_adapters, models)
+    reports = train_steps(
+        accelerator, denoiser, latents_of, noise_scheduler, base_model, batches, optimizer, lr_scheduler, config
+    )
+
+    progress = Progress(accelerator, config, first_step, total_steps)
+    show = functools.partial(validate, accelerator, pipeline, encode, prompts, optimizer, samples, total_steps, config)
+    if first_step == 0:
+        show(step=0)
+    for step, report in progress.steps(reports):
+        progress.update(step, report)
+        if step % config.checkpointing_steps == 0:
+            save_checkpoint(accelerator, models, optimizer, lr_scheduler, step, config)
+        show(step=step)
+    if accelerator.is_main_process:
+        with evaluating(optimizer):
+            path = save_weights(models, config.output_dir, total_steps, config)
+        save_curves(config)
+        save_card(path, Pipeline, total_steps, config)
+        push_to_hub(path, config)
+        progress.say_closing_line(groups, path)
+    progress.close()
+
+
+if __name__ == "__main__":
+    with readable_errors(KroneckerError):
+        main()
