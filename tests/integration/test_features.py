@@ -50,6 +50,9 @@ FEATURES = {
     "data": {"repeats": 2, "random_flip": True, "center_crop": True, "caption_dropout_probability": 0.3},
     "factors": {"kron_a1": 8, "kron_a2": 8, "kron_factors": ["to_k=4,32"], "kron_init": "reference"},
     "adafactor": {"optimizer": "Adafactor"},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "schedule-free": {"optimizer": "ScheduleFreeAdamW", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1},
+    "8-bit": {"use_8bit_adam": True},
     "cosine": {"lr_scheduler": "cosine_with_restarts", "lr_warmup_steps": 1, "lr_num_cycles": 2},
 }
 
@@ -195,6 +198,19 @@ def test_a_masked_photo_trains_on_the_subject_alone(options, run_main, tmp_path,
     run_main(sd, **{**options, "instance_data_dir": folder, "output_dir": tmp_path / "even", "unmasked_weight": 1.0})
     assert_same(factors(tmp_path / "even"), factors(tmp_path / "plain"), tolerance=1e-5)
     assert metrics(tmp_path / "masked-out")[0]["loss"] != metrics(tmp_path / "plain")[0]["loss"]
+
+
+def test_a_dataset_on_disk_trains_with_its_captions(twin, run_main, captioned, tmp_path, monkeypatch):
+    lines = [f'{{"file_name": "{i}.png", "words": "sks dog number {i}"}}' for i in range(3)]
+    for path in captioned.glob("*.txt"):
+        path.unlink()
+    (captioned / "metadata.jsonl").write_text("\n".join(lines))
+    known, encode = [], twin.script.encode_prompts
+    monkeypatch.setattr(twin.script, "encode_prompts", lambda pipeline, p: (known.extend(p), encode(pipeline, p))[1])
+    options = {name: value for name, value in twin.options.items() if name != "instance_data_dir"}
+    run_main(twin.script, **options, dataset_name=captioned, caption_column="words")
+    assert {f"sks dog number {i}" for i in range(3)} <= set(known)
+    assert finite(options["output_dir"]) and moved(options["output_dir"]) > 0
 
 
 # ---- priors and text encoders ----
