@@ -6,28 +6,48 @@
     layers = inject_kronecker(unet, a1=4, a2=64)        # freezes unet; only the factors train
     ... train kronecker_parameters(unet) ...
     save_kronecker(unet, "pytorch_kronecker_weights.safetensors")
-    load_kronecker(pipeline, "pytorch_kronecker_weights.safetensors")
+
+    load_kronecker(pipeline, "dog.safetensors", name="dog")         # several at once, each with its strength
+    load_kronecker(pipeline, "style.safetensors", name="style")
+    set_kronecker_scale(pipeline, {"dog": 0.8, "style": 0.5})
+
+Where a function takes `models`, that is one model, {"unet": ..., "text_encoder": ...} or a diffusers pipeline.
 
 Source: DiffuseKronA (arXiv 2402.17412), eq. 3 to 5.  Needs torch and safetensors only.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from kron_formats.attach import attach_to_diffusers
+from kron_formats.matching import differences, match_layers
+from kron_formats.names import (
+    KroneckerError,
+    Models,
+    components,
+    ending,
+    family,
+    find_layers,
+    linear_modules,
+    match_target,
+)
+from kron_formats.reading import AdapterFile, Factors, read_adapter
+from kron_formats.writing import write_native
 
 __all__ = [
     "KroneckerError",
     "KroneckerLinear",
+    "attach_to_diffusers",
     "disable_kronecker",
     "inject_kronecker",
     "kron_apply",
+    "kronecker_adapters",
     "kronecker_layers",
     "kronecker_parameters",
     "kronecker_state_dict",
@@ -42,13 +62,7 @@ __all__ = [
 ]
 
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # diffusers' attention projections
-FORMAT_VERSION = "1"
-METADATA_PREFIX = "kronecker."
 Init = Literal["invariant", "reference"]
-
-
-class KroneckerError(ValueError):
-    """A request or a file that does not fit the model. The message is meant for the user."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,24 +168,39 @@ class KroneckerLinear(nn.Module):
     init "reference":  A ~ N(0, 1/a1²),  gain 1, as in the paper's own code.
     init None:         A = 0,  gain 1, for factors that come from a file.
 
-    The base may be any `nn.Linear`, also a quantised one. Raises KroneckerError where a1, a2 do not divide its sizes.
+    The base may be any `nn.Linear`, also a quantised one, or a KroneckerLinear: several adapters are layers around
+    layers. Raises KroneckerError where a1, a2 do not divide its sizes.
     """
 
-    def __init__(self, base: nn.Linear, a1: int, a2: int, init: Init | None = "invariant", name: str = ""):
+    def __init__(
+        self,
+        base: "nn.Linear | KroneckerLinear",
+        a1: int,
+        a2: int,
+        init: Init | None = "invariant",
+        name: str = "",
+        adapter: str = "default",
+    ):
         super().__init__()
         b1, b2 = _divide(base, a1, a2, name)
         stds_and_gains = {"invariant": (a2**-0.5, b2**-0.5), "reference": (1 / a1, 1.0), None: (0.0, 1.0)}
         if init not in stds_and_gains:
             raise KroneckerError(f"init is {init!r}; it can be 'invariant' or 'reference'")
         std, self.gain = stds_and_gains[init]
-        self.base = base.requires_grad_(False)
+        self.base = base if isinstance(base, KroneckerLinear) else base.requires_grad_(False)
         # Drawn on the CPU: one seed gives the same adapter on every device.
         A = torch.randn(a1, a2, dtype=torch.float32) * std if std else torch.zeros(a1, a2, dtype=torch.float32)
-        self.A = nn.Parameter(A.to(base.weight.device))
-        self.B = nn.Parameter(torch.zeros(b1, b2, dtype=torch.float32, device=base.weight.device))
+        # Offloading keeps weights on the meta device between calls; factors that come later wait on the CPU.
+        beside = base.A if isinstance(base, KroneckerLinear) else base.weight
+        device = "cpu" if hasattr(base, "_hf_hook") else beside.device
+        self.A = nn.Parameter(A.to(device))
+        self.B = nn.Parameter(torch.zeros(b1, b2, dtype=torch.float32, device=device))
         self.scale = 1.0
         self.enabled = True
+        self.adapter = adapter  # the name that tells this adapter from others on the same model
         self.target = name  # what the layer was selected by
+        self.transposed_rows = False  # the row order of the paper's code, for factors that it trained
+        self.merged = False
         self._unmerged_weight: Tensor | None = None
 
     @property
@@ -191,31 +220,39 @@ class KroneckerLinear(nn.Module):
         return self.base.bias
 
     @property
-    def merged(self) -> bool:
-        return self._unmerged_weight is not None
+    def factors(self) -> Factors:
+        """gain · A and B, as they are saved."""
+        return Factors(self.A.detach() * self.gain, self.B.detach(), self.transposed_rows)
 
     @property
     def delta_weight(self) -> Tensor:
         """scale · gain · (A ⊗ B), dense (d_out, d_in), fp32. For merging and inspection; training never forms it."""
-        return torch.kron(self.A.detach() * (self.gain * self.scale), self.B.detach())
+        A, B = self.A.detach() * (self.gain * self.scale), self.B.detach()
+        return Factors(A, B, self.transposed_rows).dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled or self.merged:
+        if not self.enabled or self.merged or self.scale == 0:
             return self.base(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not self._has_plain_base(x):
             y = self.base(x)
-            A, B = (self.A * (self.gain * self.scale)).to(x.dtype), self.B.to(x.dtype)
-            return y + kron_apply(x, A, B).to(y.dtype)
+            return y + self._delta(x).to(y.dtype)
         weight = self.base.weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else self.base.weight
         return _FrozenLinearPlusKronecker.apply(x, weight, self.base.bias, self.A, self.B, self.gain * self.scale)
 
-    def _has_plain_base(self, x: Tensor) -> bool:
-        """Whether the base layer is nothing but x Wᵀ + bias with a frozen W that lies beside x.
+    def _delta(self, x: Tensor) -> Tensor:
+        A, B = (self.A * (self.gain * self.scale)).to(x.device, x.dtype), self.B.to(x.device, x.dtype)
+        delta = kron_apply(x, A, B)
+        if self.transposed_rows:
+            delta = delta.unflatten(-1, (A.shape[0], B.shape[0])).transpose(-1, -2).flatten(-2)
+        return delta
 
-        Quantised layers, layers that hooks move, cast or watch (offloading, layerwise casting) and layers that train
-        must run their own forward.
+    def _has_plain_base(self, x: Tensor) -> bool:
+        """Whether the layer is nothing but x Wᵀ + bias + (A ⊗ B) x with a frozen W that lies beside x.
+
+        Quantised layers, layers that hooks move, cast or watch (offloading, layerwise casting), layers that train and
+        layers with another adapter must run their own forward.
         """
         base = self.base
         hooked = "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks
@@ -225,27 +262,42 @@ class KroneckerLinear(nn.Module):
             and base.weight.device == x.device
             and base.weight.is_floating_point()
             and not base.weight.requires_grad
+            and not self.transposed_rows
         )
 
     def merge(self) -> None:
-        """Add the delta to the base weight, rounding once. The unmerged weight is kept, for `unmerge`."""
-        if self.merged:
+        """Add the delta, and those of adapters under this one, to the base weight, rounding once.
+
+        The unmerged weight is kept, for `unmerge`.
+        """
+        layers = [self]
+        while isinstance(layers[-1].base, KroneckerLinear):
+            layers.append(layers[-1].base)
+        base = layers[-1].base
+        if any(layer.merged for layer in layers):
             raise KroneckerError("the adapter is merged already; unmerge it first")
-        if type(self.base) is not nn.Linear or not self.base.weight.is_floating_point():
-            raise KroneckerError(f"a {type(self.base).__name__} of {self.base.weight.dtype} cannot take a merged delta")
-        weight = self.base.weight
-        self._unmerged_weight = weight.detach().clone()
-        weight.data = (weight.detach().double() + self.delta_weight.double()).to(weight.dtype)
+        if base.weight.is_meta:
+            raise KroneckerError("the base weights are offloaded; merge before offloading is enabled")
+        if type(base) is not nn.Linear or not base.weight.is_floating_point():
+            raise KroneckerError(f"a {type(base).__name__} of {base.weight.dtype} cannot take a merged delta")
+        self._unmerged_weight = base.weight.detach().clone()
+        deltas = (layer.delta_weight.to(base.weight.device).double() for layer in layers if layer.enabled)
+        base.weight.data = sum(deltas, start=base.weight.detach().double()).to(base.weight.dtype)
+        for layer in layers:
+            layer.merged = True
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
-        if not self.merged:
+        if self._unmerged_weight is None:
             raise KroneckerError("the adapter is not merged")
-        self.base.weight.data = self._unmerged_weight.to(self.base.weight.device)
+        self.weight.data = self._unmerged_weight.to(self.weight.device)
         self._unmerged_weight = None
+        layer = self
+        while isinstance(layer, KroneckerLinear):
+            layer.merged, layer = False, layer.base
 
     def extra_repr(self) -> str:
-        return f"a1={self.A.shape[0]}, a2={self.A.shape[1]}, scale={self.scale}, merged={self.merged}"
+        return f"{self.adapter}, a1={self.A.shape[0]}, a2={self.A.shape[1]}, scale={self.scale}, merged={self.merged}"
 
 
 def _divide(base: nn.Linear, a1: int, a2: int, name: str) -> tuple[int, int]:
@@ -295,45 +347,33 @@ def inject_kronecker(
         raise KroneckerError(f"factors are given for {', '.join(strangers)}, but the targets are {', '.join(targets)}")
     if kronecker_layers(model):
         raise KroneckerError("the model has Kronecker adapters already; call remove_kronecker first")
-    found = _find_targets(model, targets)
-    if missing := [target for target in targets if target not in found.values()]:
-        endings = sorted({_ending(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    linears = linear_modules(model)
+    found = {name: (path, match_target(name, targets)) for path, name, _ in linears if match_target(name, targets)}
+    if missing := [target for target in targets if target not in {selected for _, selected in found.values()}]:
+        endings = sorted({ending(name) for _, name, _ in linears})
         raise KroneckerError(
             f"no linear layer of {type(model).__name__} ends in {', '.join(missing)}; there are: {', '.join(endings)}"
         )
     layers = {}
-    for name, target in found.items():
-        layer_a1, layer_a2 = factors.get(target, (a1, a2))
-        layers[name] = KroneckerLinear(model.get_submodule(name), layer_a1, layer_a2, init, name)
+    for name, (path, target) in found.items():
+        layers[name] = KroneckerLinear(model.get_submodule(path), *factors.get(target, (a1, a2)), init, name)
         layers[name].target = target
     model.requires_grad_(False)
     for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        model.set_submodule(found[name][0], layer)
     return layers
 
 
-def _find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, str]:
-    """Return layer name -> target for the linear layers, in the model's order; the longest target wins."""
-    found = {}
-    for name, module in model.named_modules():
-        matches = [target for target in targets if f".{name}".endswith(f".{target}")]
-        if isinstance(module, nn.Linear) and matches:
-            found[name] = max(matches, key=len)
-    return found
+def kronecker_layers(model: nn.Module, adapter: str | None = None) -> dict[str, KroneckerLinear]:
+    """Return path -> layer for every adapted layer, or for those of one adapter, in the model's order.
 
-
-def _ending(name: str) -> str:
-    """The last words of a path that say what a layer is: "attn1.to_out.0" -> "to_out.0"."""
-    parts = name.split(".")
-    start = len(parts) - 1
-    while start > 0 and parts[start].isdigit():
-        start -= 1
-    return ".".join(parts[start:])
-
-
-def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLinear]:
-    """Return name -> layer for every adapted layer, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, KroneckerLinear)}
+    Where a layer has several adapters, the paths of the inner ones go on with ".base".
+    """
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, KroneckerLinear) and adapter in (None, module.adapter)
+    }
 
 
 def kronecker_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -341,18 +381,32 @@ def kronecker_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in kronecker_layers(model).values() for parameter in (layer.A, layer.B)]
 
 
-def set_kronecker_scale(model: nn.Module, scale: float) -> None:
-    """Set the adapters' strength: 0 is the base model, 1 as trained."""
-    for layer in _adapted(model).values():
-        if layer.merged:
-            raise KroneckerError("the adapters are merged; unmerge them before changing their scale")
-        layer.scale = float(scale)
+def kronecker_adapters(models: Models) -> list[str]:
+    """Return the names of the adapters, in the order in which they were added."""
+    found = [list(kronecker_layers(model).values()) for model in components(models).values()]
+    return list(dict.fromkeys(layer.adapter for layers in found for layer in reversed(layers)))
+
+
+def set_kronecker_scale(models: Models, scale: float | Mapping[str, float]) -> None:
+    """Set the adapters' strength: 0 is the base model, 1 as trained.
+
+    {"dog": 0.8, "style": 0.5} gives each adapter its own and switches those off that it does not name.
+    """
+    layers = _adapted(models)
+    names = kronecker_adapters(models)
+    if any(layer.merged for layer in layers):
+        raise KroneckerError("the adapters are merged; unmerge them before changing their scale")
+    scales = scale if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
+    if strangers := [name for name in scales if name not in names]:
+        raise KroneckerError(f"there is no adapter named {', '.join(strangers)}; there are: {', '.join(names)}")
+    for layer in layers:
+        layer.scale = float(scales.get(layer.adapter, 0))
 
 
 @contextmanager
-def disable_kronecker(model: nn.Module) -> Iterator[None]:
-    """Inside this context the model is the base model, bit for bit."""
-    layers = kronecker_layers(model).values()
+def disable_kronecker(models: Models) -> Iterator[None]:
+    """Inside this context the models are the base models, bit for bit."""
+    layers = _layers(models)
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them to get the base model")
     before = [layer.enabled for layer in layers]
@@ -365,29 +419,44 @@ def disable_kronecker(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def merge_kronecker(model: nn.Module) -> None:
+def merge_kronecker(models: Models) -> None:
     """Add every delta to its base weight. `unmerge_kronecker` undoes it; `remove_kronecker` makes it final."""
-    for layer in _adapted(model).values():
+    for layer in _outermost(_adapted(models)):
         layer.merge()
 
 
-def unmerge_kronecker(model: nn.Module) -> None:
+def unmerge_kronecker(models: Models) -> None:
     """Put the base weights back, bit for bit."""
-    for layer in _adapted(model).values():
+    for layer in _outermost(_adapted(models)):
         layer.unmerge()
 
 
-def remove_kronecker(model: nn.Module) -> None:
-    """Put the plain linear layers back in place of the adapted ones; merged deltas stay in their weights."""
-    for name, layer in kronecker_layers(model).items():
-        model.set_submodule(name, layer.base)
+def remove_kronecker(models: Models, adapter: str | None = None) -> None:
+    """Take all adapters away, or one of several; merged deltas stay in the weights."""
+    layers = _adapted(models) if adapter else []
+    if adapter and adapter not in kronecker_adapters(models):
+        raise KroneckerError(f"there is no adapter named {adapter}; there are: {', '.join(kronecker_adapters(models))}")
+    if any(layer.merged for layer in layers):
+        raise KroneckerError("the adapters are merged; unmerge them before one is removed")
+    for model in components(models).values():
+        for path, layer in reversed(kronecker_layers(model, adapter).items()):  # inner ones first
+            model.set_submodule(path, layer.base)
 
 
-def _adapted(model: nn.Module) -> dict[str, KroneckerLinear]:
-    layers = kronecker_layers(model)
+def _layers(models: Models) -> list[KroneckerLinear]:
+    return [layer for model in components(models).values() for layer in kronecker_layers(model).values()]
+
+
+def _adapted(models: Models) -> list[KroneckerLinear]:
+    layers = _layers(models)
     if not layers:
-        raise KroneckerError(f"{type(model).__name__} has no Kronecker adapters")
+        raise KroneckerError(f"{type(models).__name__} has no Kronecker adapters")
     return layers
+
+
+def _outermost(layers: Sequence[KroneckerLinear]) -> list[KroneckerLinear]:
+    wrapped = {id(layer.base) for layer in layers}
+    return [layer for layer in layers if id(layer) not in wrapped]
 
 
 def kronecker_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -405,7 +474,7 @@ def load_kronecker_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises KroneckerError, with the model untouched, unless names and shapes are exactly the model's.
     """
     own = kronecker_state_dict(model)
-    problems = _differences(own.keys(), state_dict.keys())
+    problems = differences(own.keys(), state_dict.keys())
     problems += [
         f"{name} is {tuple(state_dict[name].shape)}, the model has {tuple(own[name].shape)}"
         for name in own.keys() & state_dict.keys()
@@ -417,152 +486,84 @@ def load_kronecker_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         tensor.copy_(state_dict[name])
 
 
-def _differences(expected: Iterable[str], given: Iterable[str]) -> list[str]:
-    """Say in words which names are missing and which are not expected; a few of each, and how many."""
-    expected, given = set(expected), set(given)
-    problems = []
-    for label, names in (("missing", expected - given), ("not in the model", given - expected)):
-        if names:
-            problems.append(f"{len(names)} {label} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})")
-    return problems
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: full-factor LoKr under kohya's names, the one layout for Kronecker factors that other tools read
-#
-#     lora_unet_<path, dots as underscores>.lokr_w1    gain · A  (a1, a2)
-#     lora_unet_<path, dots as underscores>.lokr_w2    B         (b1, b2)
-#     lora_unet_<path, dots as underscores>.alpha      1.0
+# Files
 # ---------------------------------------------------------------------------------------------------------------------
 
-Models = nn.Module | Mapping[str, nn.Module]  # a UNet, {"unet": ..., "text_encoder": ...}, or a diffusers pipeline
 
+def save_kronecker(
+    models: Models,
+    path: str | os.PathLike,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    name: str = "default",
+) -> None:
+    """Write an adapter of a UNet, a mapping of models or a pipeline: what kron_formats/writing.py describes.
 
-def save_kronecker(models: Models, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the factors of every adapted layer to a safetensors file, the gain folded into A.
-
-    `metadata` entries are stored under "kronecker."; the format version, a1 and a2 (or, where layers differ, the
-    factors of each) and the targets are added here. The file appears whole or not at all.
+    An earlier file stays until the new one is whole.
     """
-    tensors, factors, targets = {}, {}, set()
-    for prefix, model in _prefixed(models).items():
-        for name, layer in kronecker_layers(model).items():
-            key = _file_key(prefix, name)
-            tensors[f"{key}.lokr_w1"] = (layer.A.detach() * layer.gain).cpu().contiguous()
-            tensors[f"{key}.lokr_w2"] = layer.B.detach().cpu().contiguous()
-            tensors[f"{key}.alpha"] = torch.tensor(1.0)  # LyCORIS wants one; for full factors it scales nothing
-            factors[key] = tuple(layer.A.shape)
-            targets.add(layer.target)
-    if not tensors:
-        raise KroneckerError("there are no Kronecker adapters to save")
-    own = {"format_version": FORMAT_VERSION, "targets": json.dumps(sorted(targets))}
-    if len(set(factors.values())) == 1:
-        own["a1"], own["a2"] = map(str, next(iter(factors.values())))
-    else:
-        own["factors"] = json.dumps(factors)
-    entries = {METADATA_PREFIX + key: value for key, value in {**(metadata or {}), **own}.items()}
-    unfinished = f"{os.fspath(path)}.tmp"
-    save_file(tensors, unfinished, metadata=entries)
-    os.replace(unfinished, path)
+    parts = components(models)
+    names = kronecker_adapters(parts)
+    if names and name not in names:
+        raise KroneckerError(f"there is no adapter named {name} to save; there are: {', '.join(names)}")
+    adapters = {
+        layer: adapter
+        for layer in find_layers(parts)
+        for adapter in _around(parts[layer.component], layer.path).values()
+        if adapter.adapter == name
+    }
+    targets = json.dumps(sorted({adapter.target for adapter in adapters.values()}))
+    layers = {layer: adapter.factors for layer, adapter in adapters.items()}
+    write_native(path, layers, family(parts), {**(metadata or {}), "targets": targets}, dtype)
 
 
-def load_kronecker(models: Models, path: str | os.PathLike, scale: float = 1.0) -> dict[str, str]:
-    """Inject the adapters of a file into a UNet, a mapping of models or a diffusers pipeline; return its metadata.
+def load_kronecker(
+    models: Models, path: str | os.PathLike, scale: float = 1.0, name: str = "default"
+) -> dict[str, str]:
+    """Add the adapter in a file to a UNet, a mapping of models or a pipeline, beside those it has; return its metadata.
 
     Raises KroneckerError, with the models untouched, where the file is not a whole Kronecker adapter for them.
     """
-    factors, metadata = read_kronecker(path)
-    models = _prefixed(models)
-    if any(kronecker_layers(model) for model in models.values()):
-        raise KroneckerError("the model has Kronecker adapters already; call remove_kronecker first")
-    linears = {
-        _file_key(prefix, name): (prefix, name, module)
-        for prefix, model in models.items()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    targets = json.loads(metadata.get("targets", "[]"))
-    selected = {
-        _file_key(prefix, name): target
-        for prefix, model in models.items()
-        if any(key.startswith(f"{prefix}_") for key in factors)
-        for name, target in _find_targets(model, targets).items()
-    }
-    problems = _differences({*selected, *(factors.keys() & linears.keys())}, factors)
-    problems += [
-        f"{key} holds factors for {A.shape[1] * B.shape[1]} to {A.shape[0] * B.shape[0]} features, "
-        f"the model's layer maps {linears[key][2].in_features} to {linears[key][2].out_features}"
-        for key, (A, B) in factors.items()
-        if key in linears
-        and (A.shape[0] * B.shape[0], A.shape[1] * B.shape[1])
-        != (linears[key][2].out_features, linears[key][2].in_features)
-    ]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise KroneckerError(f"{path} does not fit this model: " + "; ".join(problems[:3]) + more)
-    for key, (A, B) in factors.items():
-        prefix, name, base = linears[key]
-        layer = KroneckerLinear(base, *A.shape, init=None, name=name)
-        layer.A.data.copy_(A)
-        layer.B.data.copy_(B)
-        layer.scale, layer.target = float(scale), selected.get(key, _ending(name))
-        models[prefix].set_submodule(name, layer)
-    return metadata
+    file, parts = read_kronecker(path), components(models)
+    if name in kronecker_adapters(parts):
+        raise KroneckerError(
+            f'the model has an adapter named "{name}" already: load {path} under another name, or call '
+            "remove_kronecker first"
+        )
+    if any(layer.merged for layer in _layers(parts)):
+        raise KroneckerError("the model's adapters are merged; unmerge them before another one is added")
+    targets = json.loads(file.own_metadata.get("targets", "[]"))
+    for layer, factors in match_layers(file, parts).items():
+        model = parts[layer.component]
+        position = next(iter(_around(model, layer.path)), layer.path)
+        adapter = KroneckerLinear(model.get_submodule(position), *factors.A.shape, init=None, adapter=name)
+        adapter.A.data.copy_(factors.A)
+        adapter.B.data.copy_(factors.B)
+        adapter.transposed_rows = factors.transposed_rows
+        adapter.scale, adapter.target = float(scale), match_target(layer.name, targets) or ending(layer.name)
+        model.set_submodule(position, adapter)
+    return file.own_metadata
 
 
-def _prefixed(models: Models) -> dict[str, nn.Module]:
-    """Return kohya's key prefix -> model."""
-    if isinstance(models, nn.Module):
-        return {"lora_unet": models}
-    parts = models if isinstance(models, Mapping) else models.components
-    text_encoder = "lora_te1" if parts.get("text_encoder_2") is not None else "lora_te"
-    prefixes = {"unet": "lora_unet", "text_encoder": text_encoder, "text_encoder_2": "lora_te2"}
-    return {prefix: parts[name] for name, prefix in prefixes.items() if parts.get(name) is not None}
+def _around(model: nn.Module, path: str) -> dict[str, KroneckerLinear]:
+    """Return path -> adapter of those around the linear layer at `path`, the outermost first."""
+    found = {}
+    while path.endswith(".base"):
+        path = path.removesuffix(".base")
+        if isinstance(model.get_submodule(path), KroneckerLinear):
+            found[path] = model.get_submodule(path)
+    return dict(reversed(found.items()))
 
 
-def _file_key(prefix: str, name: str) -> str:
-    return f"{prefix}_{name.replace('.', '_')}"
-
-
-def read_kronecker(path: str | os.PathLike) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
-    """Return layer key -> (A, B) in fp32, and the metadata that `save_kronecker` wrote, of an adapter file.
+def read_kronecker(path: str | os.PathLike) -> AdapterFile:
+    """Return the factors in an adapter file of any layout, by the file's own layer names, and its metadata.
 
     Raises KroneckerError, saying what the file is instead, where it is not a Kronecker adapter.
     """
-    if not os.path.isfile(path):
-        raise KroneckerError(f"there is no adapter file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            if not any(key.endswith(".lokr_w1") for key in keys):
-                raise KroneckerError(f"{path} is not a Kronecker adapter: {_describe(keys)}")
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in keys if not key.endswith(".alpha")}
-    except SafetensorError as error:
-        raise KroneckerError(f"{path} is not a readable safetensors file: {error}") from error
-    factors = {}
-    for key in tensors:
-        layer, _, kind = key.rpartition(".")
-        pair = tensors.get(f"{layer}.lokr_w1"), tensors.get(f"{layer}.lokr_w2")
-        if kind not in ("lokr_w1", "lokr_w2") or any(factor is None or factor.dim() != 2 for factor in pair):
-            raise KroneckerError(f"{path}: {layer} does not hold two full factors lokr_w1 and lokr_w2, but {kind}")
-        if not all(torch.isfinite(factor).all() for factor in pair):
-            raise KroneckerError(f"{path}: the factors of {layer} are not all finite")
-        factors[layer] = tuple(factor.float() for factor in pair)
-    own = {k.removeprefix(METADATA_PREFIX): v for k, v in metadata.items() if k.startswith(METADATA_PREFIX)}
-    return factors, own
-
-
-def _describe(keys: Sequence[str]) -> str:
-    """Say in words what a safetensors file with these keys seems to be."""
-    signs = (
-        (("lora_down", "lora_A", ".lora.down"), "it is a LoRA file; load it with pipe.load_lora_weights"),
-        (("hada_w1",), "it is a LoHa file"),
-        (("lokr_w1_a",), "it is a LoKr file with low-rank factors"),
-        (("model.diffusion_model.", "first_stage_model."), "it is a whole Stable Diffusion checkpoint"),
-        (("down_blocks.", "up_blocks."), "it holds a UNet's own weights"),
-    )
-    for parts, words in signs:
-        if any(part in key for key in keys for part in parts):
-            return words
-    return f"its {len(keys)} tensors have other names, for example {', '.join(keys[:3])}" if keys else "it is empty"
+    file = read_adapter(path)
+    if file.is_lora:
+        raise KroneckerError(
+            f"{path} is not a Kronecker adapter: it is a LoRA file; load it with pipe.load_lora_weights, or make a "
+            "Kronecker adapter of it with scripts/convert.py --to native"
+        )
+    return file

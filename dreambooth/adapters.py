@@ -1,11 +1,15 @@
 """Where training meets the adapter: which models get factors, how they are switched off, what is saved of them."""
 
+import base64
+import io
 import json
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from dreambooth.config import DTYPES, AdaptedModelConfig, TrainingConfig, public_options
@@ -20,6 +24,8 @@ from kron_adapter import (
     load_kronecker_state_dict,
     save_kronecker,
 )
+from kron_formats.matching import match_layers
+from kron_formats.reading import read_adapter
 
 WEIGHTS_NAME = "pytorch_kronecker_weights.safetensors"
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -46,9 +52,7 @@ def inject_adapters(models: Mapping[str, nn.Module], config: TrainingConfig) -> 
 @contextmanager
 def without_adapters(models: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside this context the models are the base models."""
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(disable_kronecker(model))
+    with disable_kronecker(models):
         yield
 
 
@@ -71,10 +75,23 @@ def save_weights(models: Mapping[str, nn.Module], folder: str | Path, step: int,
         "instance_prompt": config.instance_prompt,
         "class_prompt": config.class_prompt or "",
         "step": str(step),
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "config": json.dumps(public_options(config)),
+        **_thumbnail(Path(config.output_dir) / "samples"),
     }
-    save_kronecker(models, path, metadata)
+    save_kronecker(models, path, metadata, DTYPES[config.save_precision])
     return path
+
+
+def _thumbnail(samples: Path) -> dict[str, str]:
+    """Return the newest sheet of samples, at most 256 px wide, as the metadata that model browsers show."""
+    sheets = sorted(samples.glob("step-*.png"))
+    if not sheets:
+        return {}
+    image, buffer = Image.open(sheets[-1]).convert("RGB"), io.BytesIO()
+    image.thumbnail((256, 256))
+    image.save(buffer, "JPEG")
+    return {"modelspec.thumbnail": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
 
 def count_adapted(models: Mapping[str, nn.Module]) -> int:
@@ -83,19 +100,40 @@ def count_adapted(models: Mapping[str, nn.Module]) -> int:
 
 
 def load_adapted_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
-    """Return the base model with the adapter in it, or the base model alone where no adapter is given.
+    """Return the base model with the adapters in it, or the base model alone where none is given.
 
-    Raises UserError or KroneckerError, before any weights are read, where the adapter does not fit the base model.
+    Raises UserError or KroneckerError, before any weights are read, where an adapter does not fit the base model.
     """
     models = empty_models(config, DiffusionPipeline)
-    if config.adapter:
-        load_kronecker(models, config.adapter)
+    adapters = [split_scale(entry) for entry in config.adapter]
+    files = [read_adapter(path) for path, _ in adapters]
+    for file in files:
+        match_layers(file, models)
     pipeline = DiffusionPipeline.from_pretrained(
         config.pretrained_model_name_or_path,
         dtype=DTYPES[config.dtype],
         revision=config.revision,
         variant=config.variant,
     )
-    if config.adapter:
-        load_kronecker(pipeline, config.adapter, config.adapter_scale)
+    # LoRAs first: peft's layers go around plain ones, and ours into peft's
+    numbered = sorted(enumerate(zip(files, adapters)), key=lambda entry: not entry[1][0].is_lora)
+    loras = {}
+    for number, (file, (path, scale)) in numbered:
+        if file.is_lora:
+            loras[f"adapter-{number}"] = scale * config.adapter_scale
+            folder, file_name = os.path.split(path)
+            pipeline.load_lora_weights(folder, weight_name=file_name, adapter_name=f"adapter-{number}")
+        else:
+            load_kronecker(pipeline, path, scale * config.adapter_scale, f"adapter-{number}")
+    if loras:
+        pipeline.set_adapters(list(loras), list(loras.values()))
     return pipeline
+
+
+def split_scale(entry: str) -> tuple[str, float]:
+    """Return the path and the strength of "FILE:SCALE", 1.0 where none is given."""
+    path, _, scale = entry.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (entry, 1.0)
+    except ValueError:
+        return entry, 1.0  # the colon belongs to the path

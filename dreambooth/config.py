@@ -43,8 +43,8 @@ class AdaptedModelConfig:
     pretrained_model_name_or_path: str = option("Base model: a name on the Hub or a folder in diffusers' layout.")
     revision: str | None = option("Revision of the base model on the Hub.", None)
     variant: str | None = option("Variant of the base model's weight files, for example fp16.", None)
-    adapter: str | None = option("Adapter file. Default: none, the base model alone.", None)
-    adapter_scale: float = option("Strength of the adapter: 0 is the base model, 1 as trained.", 1.0)
+    adapter: list[str] = option("Adapter files, as FILE or FILE:SCALE. Default: none, the base model alone.", [])
+    adapter_scale: float = option("Strength of all adapters: 0 is the base model, 1 as trained.", 1.0)
     dtype: Literal["fp32", "fp16", "bf16"] = option("Precision of the model.", "fp32")
 
 
@@ -179,6 +179,7 @@ class TrainingConfig:
 
     # Checkpoints and samples
     checkpointing_steps: int = option("Save a checkpoint every so many optimizer steps.", 500)
+    save_precision: Literal["fp32", "fp16", "bf16"] = option("Precision of the factors in the adapter file.", "fp32")
     checkpoints_total_limit: int | None = option("Keep so many of the newest checkpoints. Default: all.", None)
     resume_from_checkpoint: str | None = option("Checkpoint folder to go on from, or 'latest'.", None)
     validation_prompt: list[str] = option("Prompts to draw while training; each is one row of the sheet.", [])

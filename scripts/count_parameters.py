@@ -13,17 +13,15 @@ Adapters are really injected, into models without weights built from configs/arc
 a CPU does it in seconds.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, LoraModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, HfArgumentParser
+from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,9 +34,8 @@ from kron_adapter import (
     kronecker_parameters,
     remove_kronecker,
 )
+from kron_formats.architectures import ARCHITECTURES, TEXT_ENCODER_TARGETS, load_architecture
 
-ARCHITECTURES = {"SD 1.5": "sd15", "SD 2.1": "sd21", "SDXL": "sdxl"}
-TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 DOES_NOT_FIT = "does not fit"
 
 
@@ -133,14 +130,6 @@ def load_models() -> dict[str, list[nn.Module]]:
         plural = "s" if len(text_encoders) > 1 else ""
         models[f"{name} UNet + text encoder{plural}"] = [unet, *text_encoders]
     return models
-
-
-def load_architecture(file: str) -> dict[str, nn.Module]:
-    """Return {"unet": ..., "text_encoder": ..., (SDXL) "text_encoder_2": ...}, on the meta device."""
-    components = json.loads((ROOT / "configs" / "architectures" / f"{file}.json").read_text())
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(components.pop("unet"))
-        return {"unet": unet} | {key: CLIPTextModel(CLIPTextConfig(**values)) for key, values in components.items()}
 
 
 def targets_of(model: nn.Module) -> tuple[str, ...]:

@@ -1,8 +1,11 @@
-"""Draw images with a Kronecker adapter.
+"""Draw images with Kronecker adapters.
 
     python scripts/generate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --adapter outputs/dog/pytorch_kronecker_weights.safetensors \\
         --prompt "a photo of sks dog on the beach" "a watercolor of sks dog" --num_images 4 --output_dir outputs/images
+
+Several adapters add up, each with its strength: --adapter dog.safetensors:0.8 style.safetensors:0.5. Files of every
+layout that scripts/convert.py reads will do, LoRAs too.
 
 Writes one PNG per image and grid.png, a labelled sheet with one row per prompt. Image i of every prompt is drawn from
 seed + i. Without --adapter it draws with the base model alone.

@@ -1,4 +1,4 @@
-"""Write a plain diffusers pipeline folder with a Kronecker adapter merged into its weights.
+"""Write a plain diffusers pipeline folder with Kronecker adapters merged into its weights.
 
     python scripts/merge.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --adapter outputs/dog/pytorch_kronecker_weights.safetensors --output_dir outputs/dog-merged
@@ -22,7 +22,7 @@ from kron_adapter import KroneckerError, kronecker_layers, merge_kronecker, remo
 class Config(AdaptedModelConfig):
     """Options of scripts/merge.py."""
 
-    adapter: str = option("Adapter file to merge.")
+    adapter: list[str] = option("Adapter files to merge, as FILE or FILE:SCALE.")
     output_dir: str = option("Folder for the merged pipeline; must be new or empty.")
 
 

@@ -146,7 +146,7 @@ def test_a_failed_save_leaves_the_earlier_file(trained, path, monkeypatch):
     def fail(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("kron_adapter.save_file", fail)
+    monkeypatch.setattr("kron_formats.writing.save_file", fail)
     with pytest.raises(OSError):
         save_kronecker(trained, path)
     assert path.read_bytes() == before
@@ -180,7 +180,7 @@ def test_a_file_for_another_model_is_refused(path):
         (["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "it is a LoRA file; .*load_lora_weights"),
         (["unet.blocks.0.to_q.lora_A.weight"], "it is a LoRA file"),
         (["lora_unet_x.hada_w1_a"], "it is a LoHa file"),
-        (["lora_unet_x.lokr_w1_a", "lora_unet_x.lokr_w2"], "low-rank factors"),
+        (["lora_unet_x.lokr_t2", "lora_unet_x.lokr_w2"], "factors of convolutions"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "a whole Stable Diffusion checkpoint"),
         (["down_blocks.0.attentions.0.norm.weight"], "a UNet's own weights"),
         (["something.else"], "its 1 tensors have other names, for example something.else"),

@@ -307,20 +307,23 @@ EVERYTHING = """
     --image_interpolation_mode box --with_prior_preservation --prior_loss_weight 0.5 --class_data_dir 07
     --class_prompt null --num_class_images 7 --sample_batch_size 2 --prior_num_inference_steps 9
     --prior_guidance_scale 1e-3 --prior_negative_prompt "  blurry,\nno " --kron_a1 8 --kron_a2 32
-    --kron_factors to_k=8,64 to_v=4,4 --kron_targets to_q to_k --kron_init reference --output_dir "~" --seed 4294967295
+    --kron_factors to_k=8,64 to_v=4,4 --kron_targets to_q to_k --kron_init reference
+    --output_dir "~" --seed 4294967295
     --overwrite_output_dir --train_batch_size 2 --gradient_accumulation_steps 3 --max_train_steps 10
     --num_train_epochs 4 --learning_rate 1e-5 --scale_lr --lr_scheduler cosine --lr_warmup_steps 3 --lr_num_cycles 2
     --lr_power 2 --use_8bit_adam --adam_beta1 0.8 --adam_beta2 0.9 --adam_weight_decay 0 --adam_epsilon 1e-20
     --max_grad_norm 1e9 --mixed_precision no --gradient_checkpointing --allow_tf32
     --enable_xformers_memory_efficient_attention --dataloader_num_workers 2 --checkpointing_steps 5
     --checkpoints_total_limit 1 --resume_from_checkpoint latest --validation_prompt "a, b" yes "{c}"
-    --num_validation_images 2 --validation_epochs 3 --validation_steps 7 --validation_num_inference_steps 8
+    --save_precision fp16 --num_validation_images 2 --validation_epochs 3 --validation_steps 7
+    --validation_num_inference_steps 8
     --validation_guidance_scale 2 --report_to wandb tensorboard --logging_dir "" --vae_precision fp16
     --pretrained_vae_model_name_or_path hub/vae --base_precision nf4 --caption_column words
     --caption_dropout_probability 0.1 --repeats 3 --unmasked_weight 0.2 --random_flip --aspect_ratio_buckets
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
     --text_encoder_kron_a1 2 --text_encoder_kron_a2 16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
-    --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last --push_to_hub --hub_model_id me/dog
+    --save_precision fp16 --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
+    --push_to_hub --hub_model_id me/dog
 """
 # what does not go with the above
 REST = """

@@ -1,0 +1,119 @@
+"""Adapters in the layouts of diffusers, peft and LoRA tools. The native one is in writing.py."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoKrConfig
+
+from kron_formats.lora import kronecker_to_lora
+from kron_formats.names import Family, KroneckerError, Layer
+from kron_formats.reading import PEFT_PREFIX, PEFT_WEIGHTS, Factors
+from kron_formats.writing import cast, file_metadata, shape_metadata, write_file
+
+Layers = Mapping[Layer, Factors]
+
+
+def square_factor(layers: Layers) -> int:
+    """Return the side a of A (a, a), the same for all layers.
+
+    peft creates LoKr layers from one number, the smaller side of both factorisations d = a·b, so that diffusers and
+    peft can load nothing else. Raises KroneckerError, naming the ways that work, where the factors are others.
+    """
+    for layer, factors in layers.items():
+        (a1, a2), (b1, b2) = factors.A.shape, factors.B.shape
+        if factors.transposed_rows:
+            what = "its rows have the order of the paper's code"
+        elif len({a for other in layers.values() for a in other.A.shape}) > 1:
+            what = f"A is {a1} x {a2}, and not the same square for every layer"
+        elif a1 > b1 or a2 > b2:
+            what = f"A is {a1} x {a2}, larger than B with {b1} x {b2}"
+        else:
+            continue
+        raise KroneckerError(
+            f"diffusers and peft cannot load this adapter as LoKr: in {layer.dotted}, {what}. What works: --to lora, "
+            "which pipe.load_lora_weights takes; attach_to_diffusers(pipe, path, name) from kron_adapter; the native "
+            "file in ComfyUI, A1111 and Forge"
+            + (" (not for the order of the paper's code)" if factors.transposed_rows else "")
+        )
+    return next(iter(layers.values())).A.shape[0]
+
+
+def write_diffusers(path: Path, layers: Layers, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Write unet.<module path>.lokr_w1 and .lokr_w2, for `load_lora_adapter` of diffusers 0.42 and later."""
+    square_factor(layers)
+    tensors = {}
+    for layer, factors in layers.items():
+        tensors[f"{layer.dotted}.lokr_w1"], tensors[f"{layer.dotted}.lokr_w2"] = cast(factors, dtype, layer.dotted)
+    write_file(path, tensors, {f"kronecker.{key}": value for key, value in metadata.items()})
+
+
+def write_peft(folder: Path, layers: Layers, base_model: str | None, dtype: torch.dtype) -> None:
+    """Write folder/<component>/adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
+
+    peft multiplies full factors by alpha / r, and makes low-rank ones where r is below half of B's larger side.
+    """
+    a = square_factor(layers)
+    r = max(side for factors in layers.values() for side in factors.B.shape)
+    for component in dict.fromkeys(layer.component for layer in layers):
+        part = {layer: factors for layer, factors in layers.items() if layer.component == component}
+        tensors = {}
+        for layer, factors in part.items():
+            key = f"{PEFT_PREFIX}{layer.path}"
+            tensors[f"{key}.lokr_w1"], tensors[f"{key}.lokr_w2"] = cast(factors, dtype, layer.dotted)
+        (folder / component).mkdir(parents=True)
+        LoKrConfig(
+            r=r,
+            alpha=r,
+            decompose_factor=a,
+            target_modules=[layer.path for layer in part],
+            base_model_name_or_path=base_model,
+            inference_mode=True,
+        ).save_pretrained(folder / component)
+        write_file(folder / component / PEFT_WEIGHTS, tensors, {})
+
+
+def lora_bytes(layers: Layers, rank: int | None, dtype: torch.dtype) -> int:
+    """Return the bytes of the LoRA's tensors, before it is made."""
+    size = 0
+    for factors in layers.values():
+        full = min(factors.A.shape) * min(factors.B.shape)
+        size += min(rank or full, full) * sum(factors.size) * dtype.itemsize
+    return size
+
+
+def write_lora(
+    path: Path,
+    layers: Layers,
+    made_for: Family | None,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+    rank: int | None = None,
+    kohya_names: bool = False,
+) -> dict[Layer, tuple[int, float]]:
+    """Write a LoRA under kohya's names; return each layer's rank and relative error.
+
+    Every alpha is 1, with √r in both sides instead: diffusers mis-scales silently where alphas differ by layer.
+    """
+    tensors, report = {}, {}
+    for layer, factors in layers.items():
+        lora, error = kronecker_to_lora(factors, rank)
+        key, r = layer.kohya if kohya_names else layer.native, lora.down.shape[0]
+        up, down = ((side * r**0.5).to(dtype).contiguous() for side in (lora.up, lora.down))
+        if not (up.isfinite().all() and down.isfinite().all()):
+            raise KroneckerError(f"the LoRA of {key} is not finite in {dtype}; nothing was written")
+        tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+        tensors[f"{key}.alpha"] = torch.tensor(1.0, dtype=dtype)
+        report[layer] = (r, error)
+    shapes = {layer.kohya if kohya_names else layer.native: factors for layer, factors in layers.items()}
+    network = {"ss_network_module": "networks.lora", "ss_network_alpha": "1.0"}
+    network["ss_network_dim"] = str(max(r for r, _ in report.values()))
+    write_file(path, tensors, file_metadata({**metadata, **shape_metadata(shapes)}, made_for, network))
+    return report
+
+
+def total_error(layers: Layers, report: Mapping[Layer, tuple[int, float]]) -> float:
+    """Return |Σ layers' errors| / |ΔW| over all layers together."""
+    sizes = {layer: (factors.A.double().norm() * factors.B.double().norm()).item() for layer, factors in layers.items()}
+    total = sum(size**2 for size in sizes.values()) ** 0.5
+    return sum((sizes[layer] * error) ** 2 for layer, (_, error) in report.items()) ** 0.5 / (total or 1.0)

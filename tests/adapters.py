@@ -1,0 +1,66 @@
+"""Pipelines with trained-looking adapters, and the dense weights that every other way has to give too."""
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from kron_adapter import inject_kronecker, kronecker_layers
+from kron_formats.names import components, linear_modules
+from toyworld.tiny_pipeline import build_pipeline
+
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def adapted_pipeline(kind: str, a1: int, a2: int, text: bool = False, strength: float = 0.05) -> DiffusionPipeline:
+    """Return a small pipeline ("sd" or "sdxl") with adapters whose deltas have entries of about `strength`."""
+    pipeline = build_pipeline(kind)
+    pipeline.set_progress_bar_config(disable=True)
+    for name, model in components(pipeline).items():
+        if name == "unet":
+            perturb(inject_kronecker(model, a1, a2), strength)
+        elif text:
+            perturb(inject_kronecker(model, a1, a2, TEXT_TARGETS), strength)
+    return pipeline
+
+
+def perturb(layers: dict, strength: float) -> None:
+    for layer in layers.values():
+        nn.init.normal_(layer.B, std=strength / (layer.gain * layer.A.std().item()))
+
+
+def plain_pipeline(kind: str) -> DiffusionPipeline:
+    pipeline = build_pipeline(kind)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def dense_weights(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+    """Return "component.layer" -> W + torch.kron(A, B) in float64, straight from the trained layers."""
+    weights = {}
+    for component, model in components(pipeline).items():
+        for path, layer in kronecker_layers(model).items():
+            delta = torch.kron(layer.A.detach().double() * layer.gain, layer.B.detach().double())
+            weights[f"{component}.{path}"] = layer.weight.detach().double() + delta
+    return weights
+
+
+def plain_weights(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+    """Return "component.layer" -> weight of every linear layer, in float64."""
+    return {
+        f"{component}.{name}": module.weight.detach().double()
+        for component, model in components(pipeline).items()
+        for _, name, module in linear_modules(model)
+    }
+
+
+def worst_error(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    return max((ours[name] - weight).abs().max().item() for name, weight in exact.items())
+
+
+def draw(pipeline: DiffusionPipeline, **options) -> Tensor:
+    """Return one image (1, 3, 64, 64) in [0, 1], always from the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return pipeline(
+            "a photo of sks dog", num_inference_steps=2, generator=generator, output_type="pt", **options
+        ).images.float()

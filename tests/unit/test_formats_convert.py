@@ -1,0 +1,491 @@
+"""Conversions without their clients: the algebra, round trips, the paper's own layout, foreign files, refusals."""
+
+import json
+
+import pytest
+import torch
+from adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, worst_error
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kron_adapter import KroneckerError, attach_to_diffusers, load_kronecker, merge_kronecker, save_kronecker
+from kron_formats.architectures import load_architecture
+from kron_formats.fused import original_key
+from kron_formats.lora import kronecker_to_lora, lora_to_kronecker
+from kron_formats.names import components, family, find_layers, match_target
+from kron_formats.reading import Factors, LowRank, read_adapter
+from scripts import convert
+
+EXACT = 2e-8
+
+
+def factors(a1, a2, b1, b2, transposed_rows=False, seed=0):
+    torch.manual_seed(seed)
+    return Factors(torch.randn(a1, a2).double(), torch.randn(b1, b2).double(), transposed_rows)
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def run(*arguments):
+    convert.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a1, a2) -> a trained SD pipeline and its file."""
+    made = {}
+
+    def get(a1, a2, kind="sd", text=True):
+        if (a1, a2, kind, text) not in made:
+            pipeline = adapted_pipeline(kind, a1, a2, text=text, strength=0.002)
+            path = tmp_path_factory.mktemp("trained") / "native.safetensors"
+            save_kronecker(pipeline, path, {"instance_prompt": "a photo of sks dog", "step": "7"})
+            made[a1, a2, kind, text] = pipeline, path
+        return made[a1, a2, kind, text]
+
+    return get
+
+
+def merged_weights(kind, path):
+    """The plain weights after an adapter file was loaded and merged."""
+    pipeline = plain_pipeline(kind)
+    load_kronecker(pipeline, path)
+    merge_kronecker(pipeline)
+    return plain_weights(pipeline)
+
+
+# ---- the algebra ----
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 8, 2), (16, 4, 2, 8), (6, 6, 5, 5), (1, 3, 7, 2), (8, 1, 2, 9)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_exact_lora_is_the_product_and_has_its_rank(shape, transposed):
+    entry = factors(*shape, transposed)
+    lora, error = kronecker_to_lora(entry)
+    exact = entry.dense().double()
+    assert lora.down.shape[0] == torch.linalg.matrix_rank(torch.kron(entry.A, entry.B)).item()
+    torch.testing.assert_close(lora.dense(), exact, rtol=0, atol=1e-13 * exact.norm().item())
+    assert error == 0
+
+
+def test_zero_and_rank_deficient_factors_have_small_loras():
+    full = factors(6, 6, 5, 5)
+    thin = Factors(full.A[:, :2] @ full.A[:2], full.B)
+    assert kronecker_to_lora(thin)[0].down.shape[0] == 2 * 5
+    lora, error = kronecker_to_lora(Factors(full.A, torch.zeros(5, 5)))
+    assert lora.down.shape[0] == 1 and not lora.dense().any() and error == 0
+
+
+@pytest.mark.parametrize("rank", [1, 3, 10, 100])
+def test_a_lora_of_lower_rank_is_the_best_one_and_its_error_is_true(rank):
+    entry = factors(6, 6, 5, 5)
+    exact = entry.dense().double()
+    U, s, Vt = torch.linalg.svd(exact)
+    lora, error = kronecker_to_lora(entry, rank)
+    torch.testing.assert_close(lora.dense(), (U[:, :rank] * s[:rank]) @ Vt[:rank], rtol=0, atol=1e-12)
+    assert error == pytest.approx(((lora.dense() - exact).norm() / exact.norm()).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 8, 2), (16, 4, 2, 8), (6, 6, 5, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_lora_that_is_a_kronecker_product_comes_back(shape, transposed):
+    entry = factors(*shape, transposed)
+    lora, _ = kronecker_to_lora(entry)
+    again, error = lora_to_kronecker(lora, *shape[:2], transposed)
+    assert again.A.shape == entry.A.shape and error < 1e-7
+    torch.testing.assert_close(again.dense().double(), entry.dense(), rtol=0, atol=1e-5)
+
+
+def test_the_nearest_kronecker_product_of_anything_else_is_nearest():
+    torch.manual_seed(0)
+    other = LowRank(torch.randn(12, 3), torch.randn(3, 10))
+    nearest, error = lora_to_kronecker(other, 4, 5)
+    delta = other.dense()
+    assert error == pytest.approx(((nearest.dense() - delta).norm() / delta.norm()).item(), rel=1e-4)
+    for _ in range(20):  # no small change makes it nearer
+        moved = torch.kron(nearest.A + 0.01 * torch.randn(4, 5), nearest.B + 0.01 * torch.randn(3, 2))
+        assert (moved - delta).norm() >= (nearest.dense() - delta).norm()
+
+
+# ---- round trips ----
+
+
+@pytest.mark.parametrize("way", ["diffusers", "peft"])
+def test_square_factors_go_around_bit_for_bit(way, trained, tiny_sd, tmp_path):
+    _, path = trained(8, 8)
+    base = ("--pretrained_model_name_or_path", tiny_sd)
+    there = tmp_path / ("there" if way == "peft" else "there.safetensors")
+    run(path, "--to", way, "--output", there, *base)
+    run(there, "--to", "native", "--output", tmp_path / "back.safetensors", *base)
+    first, second = load_file(path), load_file(tmp_path / "back.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    if way == "diffusers":
+        assert metadata_of(tmp_path / "back.safetensors") == metadata_of(path)
+
+
+@pytest.mark.parametrize("kind, a1, a2", [("sd", 4, 64), ("sd", 64, 8), ("sdxl", 4, 64)])
+def test_any_factors_come_back_from_their_lora(kind, a1, a2, trained, tiny_sd, tiny_sdxl, tmp_path):
+    pipeline, path = trained(a1, a2, kind)
+    base = ("--pretrained_model_name_or_path", {"sd": tiny_sd, "sdxl": tiny_sdxl}[kind])
+    run(path, "--to", "lora", "--output", tmp_path / "lora.safetensors", *base)
+    run(tmp_path / "lora.safetensors", "--to", "native", "--output", tmp_path / "back.safetensors", *base)
+    assert worst_error(merged_weights(kind, tmp_path / "back.safetensors"), dense_weights(pipeline)) < 2 * EXACT
+    own = read_adapter(tmp_path / "back.safetensors").own_metadata
+    assert (own["a1"], own["a2"], own["step"]) == (str(a1), str(a2), "7")
+
+
+def test_a_lora_has_one_alpha_and_the_metadata_of_a_lora(trained, tiny_sd, tmp_path):
+    _, path = trained(4, 64)
+    run(path, "--to", "lora", "--output", tmp_path / "a.safetensors", "--pretrained_model_name_or_path", tiny_sd)
+    tensors, metadata = load_file(tmp_path / "a.safetensors"), metadata_of(tmp_path / "a.safetensors")
+    assert {tensor.item() for name, tensor in tensors.items() if name.endswith("alpha")} == {1.0}
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if "lora_down" in name}
+    assert len(ranks) > 1, "all ranks are the same: the test no longer tells"
+    assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == str(max(ranks))
+    assert metadata["ss_base_model_version"] == "sd_v1"
+
+
+def test_size_and_errors_of_a_lora_are_printed(trained, tiny_sd, tmp_path, capsys):
+    pipeline, path = trained(8, 8)
+    output = tmp_path / "a.safetensors"
+    run(path, "--to", "lora", "--rank", 4, "--output", output, "--save_precision", "fp16",
+        "--pretrained_model_name_or_path", tiny_sd)  # fmt: skip
+    words = capsys.readouterr().out
+    size = sum(t.nbytes for name, t in load_file(output).items() if not name.endswith("alpha"))
+    assert words.startswith(f"The LoRA takes {size / 2**20:.1f} MiB in fp16")
+    exact, plain, loras = dense_weights(pipeline), plain_pipeline("sd"), read_adapter(output).layers
+    base, square, total = plain_weights(plain), 0.0, 0.0
+    for layer in find_layers(plain):
+        if (path := f"{layer.component}.{layer.path}") in exact:
+            delta = exact[path] - base[path]
+            square += (loras[layer.native].dense().double() - delta).square().sum().item()
+            total += delta.square().sum().item()
+    printed = float(words.partition("layers together: ")[2].split()[0])
+    assert printed == pytest.approx((square / total) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("names, block", [("sgm", "input_blocks_1_1"), ("diffusers", "down_blocks_0_attentions_0")])
+def test_sdxl_names_are_a_choice(names, block, trained, tiny_sdxl, tmp_path):
+    _, path = trained(4, 64, "sdxl")
+    run(path, "--to", "native", "--output", tmp_path / "a.safetensors", "--sdxl_names", names,
+        "--pretrained_model_name_or_path", tiny_sdxl)  # fmt: skip
+    assert any(name.startswith(f"lora_unet_{block}_") for name in load_file(tmp_path / "a.safetensors"))
+    assert (
+        worst_error(merged_weights("sdxl", tmp_path / "a.safetensors"), dense_weights(trained(4, 64, "sdxl")[0])) < 4e-8
+    )
+
+
+def test_a_real_architecture_is_recognised_without_a_name(tmp_path, capsys):
+    """An adapter for SD 2.1's UNet, in files with kohya's names and no metadata at all."""
+    tensors = {}
+    for layer in find_layers({"unet": load_architecture("sd21")["unet"]}):
+        if match_target(layer.name, ("to_q", "to_k")):
+            tensors[f"{layer.kohya}.lokr_w1"] = torch.ones(4, 64)
+            tensors[f"{layer.kohya}.lokr_w2"] = torch.ones(
+                layer.module.out_features // 4, layer.module.in_features // 64
+            )
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    run(tmp_path / "foreign.safetensors", "--to", "native", "--output", tmp_path / "native.safetensors")
+    assert "Wrote 64 layers for Stable Diffusion 2.x" in capsys.readouterr().out
+    metadata = metadata_of(tmp_path / "native.safetensors")
+    assert metadata["ss_base_model_version"] == "sd_v2" and metadata["ss_v2"] == "True"
+
+
+# ---- the paper's own code ----
+
+
+def reference_delta(down, up, x):
+    """What the paper's layer adds to y, step by step as its forward does: X is x, read as (a2, b2)."""
+    (a2, a1), (b1, b2) = down.shape, up.shape
+    X = x.view(-1, a2, b2).transpose(1, 2)  # (n, b2, a2)
+    return (up @ (X @ down)).reshape(*x.shape[:-1], a1 * b1)  # (n, b1, a1), read row by row
+
+
+@pytest.fixture
+def reference_file(tmp_path):
+    """A file of the paper's code for the UNet, and every layer's (down, up)."""
+    torch.manual_seed(0)
+    layers, tensors = {}, {}
+    for layer in find_layers({"unet": plain_pipeline("sd").unet}):
+        if ".to_" in layer.name:
+            d_out, d_in = layer.module.out_features, layer.module.in_features
+            down, up = torch.randn(8, 4) * 0.02, torch.randn(d_out // 4, d_in // 8) * 0.02  # a1 = 4, a2 = 8
+            attention, projection = layer.name.removesuffix(".0").rsplit(".", 1)
+            key = f"unet.{attention}.processor.{projection}_lora"
+            tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+            layers[layer.name] = down, up
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    return tmp_path / "pytorch_lora_weights.safetensors", layers
+
+
+def assert_is_reference(unet, layers):
+    plain = plain_pipeline("sd").unet
+    for name, (down, up) in layers.items():
+        x = torch.randn(2, 5, plain.get_submodule(name).in_features)
+        expected = plain.get_submodule(name)(x) + reference_delta(down, up, x)
+        torch.testing.assert_close(unet.get_submodule(name)(x), expected, rtol=0, atol=2e-6)
+
+
+def test_files_of_the_paper_s_code_load_as_they_are_and_through_native(reference_file, tiny_sd, tmp_path, capsys):
+    path, layers = reference_file
+    run(path, "--to", "native", "--output", tmp_path / "n.safetensors", "--pretrained_model_name_or_path", tiny_sd)
+    assert "order of the paper's code" in capsys.readouterr().out
+    for file in (path, tmp_path / "n.safetensors"):
+        pipeline = plain_pipeline("sd")
+        load_kronecker(pipeline, file)
+        assert_is_reference(pipeline.unet, layers)
+        merge_kronecker(pipeline)
+        assert_is_reference(pipeline.unet, layers)
+    assert metadata_of(tmp_path / "n.safetensors")["kronecker.rows"] == "transposed"
+    save_kronecker(pipeline, tmp_path / "again.safetensors")
+    first, second = load_file(tmp_path / "n.safetensors"), load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def test_no_other_tool_can_read_them_wrongly_and_a_lora_is_exact(reference_file, tiny_sd, tmp_path):
+    path, layers = reference_file
+    base = ("--pretrained_model_name_or_path", tiny_sd)
+    run(path, "--to", "native", "--output", tmp_path / "n.safetensors", *base)
+    assert not [name for name in load_file(tmp_path / "n.safetensors") if "lokr" in name or "lora_down" in name]
+    for way in ("diffusers", "peft"):
+        with pytest.raises(KroneckerError, match="its rows have the order of the paper's code. What works: --to lora"):
+            run(path, "--to", way, "--output", tmp_path / "x.safetensors", *base)
+    with pytest.raises(KroneckerError, match="which peft cannot express"):
+        attach_to_diffusers(plain_pipeline("sd"), path)
+    run(path, "--to", "lora", "--output", tmp_path / "lora.safetensors", *base)
+    pipeline = plain_pipeline("sd")
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    assert_is_reference(pipeline.unet, layers)
+
+
+# ---- foreign files ----
+
+
+def test_low_rank_factors_of_lycoris_are_multiplied_out_with_their_alpha(tmp_path):
+    torch.manual_seed(0)
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    w1, left, right = torch.randn(4, 4), torch.randn(32, 3), torch.randn(3, 32)
+    tensors = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2_a": left, f"{key}.lokr_w2_b": right}
+    save_file({**tensors, f"{key}.alpha": torch.tensor(1.5)}, tmp_path / "a.safetensors")
+    unet = plain_pipeline("sd").unet
+    load_kronecker(unet, tmp_path / "a.safetensors")
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    torch.testing.assert_close(layer.delta_weight, torch.kron(w1, left @ right) * 1.5 / 3)
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_", "unet.", ""])
+def test_names_of_other_tools_mean_the_same_layer(prefix, tmp_path):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    key = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+    save_file({f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(32, 32)}, tmp_path / "a.safetensors")
+    unet = plain_pipeline("sd").unet
+    load_kronecker(unet, tmp_path / "a.safetensors")
+    assert unet.get_submodule(name).delta_weight.min() == 1
+
+
+def test_the_strength_of_a_peft_adapter_is_alpha_over_r_and_has_to_be_known(tmp_path):
+    key = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(32, 32)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(KroneckerError, match="strength is unknown: adapter_config.json beside it"):
+        load_kronecker(plain_pipeline("sd").unet, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 32, "alpha": 8}))
+    unet = plain_pipeline("sd").unet
+    load_kronecker(unet, tmp_path)
+    assert unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.delta_weight.max() == 0.25
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 32, "alpha": 8, "alpha_pattern": {"to_q": 4}}))
+    with pytest.raises(KroneckerError, match="alpha_pattern .* is not supported"):
+        load_kronecker(plain_pipeline("sd").unet, tmp_path)
+
+
+# ---- refusals, before anything is written ----
+
+
+@pytest.mark.parametrize("way", ["diffusers", "peft"])
+@pytest.mark.parametrize(
+    "a1, a2, words", [(4, 64, "A is 4 x 64, and not the same square"), (16, 16, "A is 16 x 16, larger than B")]
+)
+def test_factors_that_diffusers_and_peft_cannot_create_are_refused(way, a1, a2, words, trained, tiny_sd, tmp_path):
+    _, path = trained(a1, a2)
+    with pytest.raises(KroneckerError, match=f"{words}.*What works: --to lora, .* attach_to_diffusers"):
+        run(path, "--to", way, "--output", tmp_path / "out", "--pretrained_model_name_or_path", tiny_sd)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path):
+    _, path = trained(4, 64)
+    base = ("--pretrained_model_name_or_path", tiny_sd)
+    run(path, "--to", "lora", "--output", tmp_path / "lora.safetensors", *base)
+    with pytest.raises(KroneckerError, match="is not a Kronecker adapter: it is a LoRA file; load it with"):
+        load_kronecker(plain_pipeline("sd"), tmp_path / "lora.safetensors")
+    out = ("--output", tmp_path / "out.safetensors")
+    for arguments, words in (
+        (
+            (path, "--to", "native", *out, "--pretrained_model_name_or_path", tiny_sdxl),
+            "an adapter for Stable Diffusion 1",
+        ),
+        ((path, "--to", "native", *out), "fits none of SD 1.5, SD 2.1, SDXL: name its base with"),
+        ((tmp_path / "lora.safetensors", "--to", "diffusers", *out, *base), "is a LoRA; it can become"),
+        ((path, "--to", "native", "--output", path, *base), "is there already; choose another path"),
+        ((path, "--to", "fused", *out, *base), "a base that is a folder is fused into a folder"),
+        ((tiny_sd, "--to", "native", *out), "there is no adapter in the folder"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(*arguments)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_foreign_lora_needs_factors(tmp_path, tiny_sd, capsys):
+    torch.manual_seed(0)
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{key}.lora_down.weight": torch.randn(2, 128), f"{key}.lora_up.weight": torch.randn(128, 2)}
+    save_file({**tensors, f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "lora.safetensors")
+    options = ("--to", "native", "--output", tmp_path / "n.safetensors", "--pretrained_model_name_or_path", tiny_sd)
+    with pytest.raises(KroneckerError, match="say with --kron_a1 and --kron_a2"):
+        run(tmp_path / "lora.safetensors", *options)
+    run(tmp_path / "lora.safetensors", *options, "--kron_a1", 8, "--kron_a2", 8)
+    assert "largest relative error 0." in capsys.readouterr().out
+    assert read_adapter(tmp_path / "n.safetensors").layers[key].A.shape == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "give INPUT, --to and --output, or --inspect FILE"),
+        (["a", "--to", "native", "--output", "b", "--rank", "4"], "--rank is for --to lora"),
+        (["a", "--to", "fused", "--output", "b"], "--to fused needs --pretrained_model_name_or_path"),
+        (["a", "--to", "onnx", "--output", "b"], "invalid choice: 'onnx'"),
+    ],
+)
+def test_a_command_line_that_does_not_go_together_is_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        convert.main(arguments)
+    assert exit.value.code == 2 and words in capsys.readouterr().err
+
+
+# ---- fused ----
+
+
+def test_a_fused_folder_draws_the_same_image_without_this_project(trained, tiny_sd, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline, path = trained(4, 64)
+    run(path, "--to", "fused", "--output", tmp_path / "fused", "--pretrained_model_name_or_path", tiny_sd)
+    fused = StableDiffusionPipeline.from_pretrained(tmp_path / "fused")
+    fused.set_progress_bar_config(disable=True)
+    assert worst_error(plain_weights(fused), dense_weights(pipeline)) < EXACT
+    assert (draw(fused) - draw(pipeline)).abs().max() < 1e-4
+    assert components(fused).keys() == {"unet", "text_encoder"}
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sd21", "sdxl"])
+def test_places_in_a_single_file_are_those_that_diffusers_reads(architecture):
+    """Every adapted weight, put where we think it lies, comes out of diffusers' converters as the right layer's."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    models = load_architecture(architecture)
+    made_for, unet = family(models), models["unet"]
+    unet_keys, encoder_keys = {}, {}
+    for layer in find_layers(models):
+        if match_target(layer.name, ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")):
+            key, rows = original_key(layer, made_for, unet)
+            (unet_keys if layer.component == "unet" else encoder_keys)[key, rows.start, rows.stop] = layer
+    by_key = {key: torch.tensor(float(n)) for n, (key, _, _) in enumerate(unet_keys)}
+    blocks = "input_blocks.0.0 middle_block.0.in_layers.0 middle_block.2.in_layers.0 label_emb.0.0 label_emb.0.2"
+    for i in range(1, 9 if made_for == "sdxl" else 12):  # the converter counts the blocks that it sees
+        blocks += f" input_blocks.{i}.0.in_layers.0 output_blocks.{i - 1}.0.in_layers.0"
+    fixed = {f"model.diffusion_model.{block}.{part}": torch.tensor(-1.0)
+             for block in blocks.split() for part in ("weight", "bias")}  # fmt: skip
+    diffusers_config = {"layers_per_block": 2, "addition_embed_type": unet.config["addition_embed_type"],
+                        "class_embed_type": None}  # fmt: skip
+    converted = theirs.convert_ldm_unet_checkpoint({**by_key, **fixed}, diffusers_config)
+    for (key, _, _), layer in unet_keys.items():
+        assert converted[f"{layer.name}.weight"] == by_key[key], layer.name
+    assert_encoder_places(encoder_keys, made_for)
+
+
+def assert_encoder_places(keys, made_for):
+    """CLIP's names are transformers' own; OpenCLIP stacks q, k and v, and counts its blocks."""
+    for (key, start, stop), layer in keys.items():
+        number = layer.name.split(".")[3]
+        if layer.component == "text_encoder" and made_for != "sd2":
+            prefix = "cond_stage_model" if made_for == "sd1" else "conditioner.embedders.0"
+            assert key == f"{prefix}.transformer.{layer.name}.weight"
+            continue
+        prefix = "cond_stage_model" if made_for == "sd2" else "conditioner.embedders.1"
+        block, size = f"{prefix}.model.transformer.resblocks.{number}.attn", layer.module.out_features
+        place = {"q_proj": 0, "k_proj": 1, "v_proj": 2}.get(layer.name.split(".")[-1])
+        if place is None:
+            assert (key, start) == (f"{block}.out_proj.weight", None)
+        else:
+            assert (key, start, stop) == (f"{block}.in_proj_weight", place * size, (place + 1) * size)
+
+
+def test_fusing_into_one_file_changes_the_adapted_weights_alone(tmp_path):
+    models = load_architecture("sd21")
+    layers = {x.name: x for x in find_layers(models)}
+    attention = layers["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+    text = layers["text_model.encoder.layers.3.self_attn.k_proj"]
+    query = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    stacked = "cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight"
+    torch.manual_seed(0)
+    base = {query: torch.randn(1280, 1280).half(), stacked: torch.randn(3072, 1024), "other": torch.ones(2)}
+    save_file(base, tmp_path / "base.safetensors", metadata={"format": "pt"})
+    pairs = {attention: (torch.randn(4, 64), torch.randn(320, 20)), text: (torch.randn(4, 64), torch.randn(256, 16))}
+    deltas = {layer: torch.kron(*pair).double() for layer, pair in pairs.items()}
+    native = {f"{layer.native}.lokr_w{i}": factor for layer, pair in pairs.items() for i, factor in enumerate(pair, 1)}
+    save_file(native, tmp_path / "adapter.safetensors")
+    run(tmp_path / "adapter.safetensors", "--to", "fused", "--output", tmp_path / "fused.safetensors",
+        "--pretrained_model_name_or_path", tmp_path / "base.safetensors")  # fmt: skip
+    fused = load_file(tmp_path / "fused.safetensors")
+    assert torch.equal(fused[query], (base[query].double() + deltas[attention]).half())
+    expected = base[stacked].double()
+    expected[1024:2048] += deltas[text]
+    torch.testing.assert_close(fused[stacked], expected.float(), rtol=0, atol=0)
+    assert torch.equal(fused["other"], base["other"]) and metadata_of(tmp_path / "fused.safetensors") == {
+        "format": "pt"
+    }
+
+
+# ---- in words ----
+
+
+def test_inspect_says_what_a_file_is_and_who_loads_it(trained, reference_file, tiny_sd, tmp_path, capsys):
+    def inspect(path):
+        run("--inspect", path)
+        return capsys.readouterr().out
+
+    words = inspect(trained(4, 64)[1])
+    for part in (
+        "a Kronecker adapter (LoKr) with kohya's names",
+        "for: Stable Diffusion 1.x",
+        "layers: 40 (8 in the text encoder, 32 in the UNet), 11,200 parameters",
+        "factors (a1, a2): (4, 64) in 40 layers",
+        "metadata: kronecker.step = 7",
+        "loads in: ComfyUI, A1111, Forge\n",
+        "scripts/convert.py --to lora (as LoKr they take only a square A no larger than B)",
+    ):
+        assert part in words
+    assert "LyCORIS, sd-scripts" not in words
+    words = inspect(trained(8, 8)[1])
+    assert "LyCORIS, sd-scripts" in words and "--to diffusers, peft or lora" in words
+    assert "this project alone (load_kronecker)" in inspect(reference_file[0])
+    assert "order of the paper's code" in inspect(reference_file[0])
+    run(
+        trained(8, 8)[1],
+        "--to",
+        "lora",
+        "--output",
+        tmp_path / "l.safetensors",
+        "--pretrained_model_name_or_path",
+        tiny_sd,
+    )
+    capsys.readouterr()
+    assert "a LoRA\n" in inspect(tmp_path / "l.safetensors") and "rank: " in inspect(tmp_path / "l.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(trained(4, 64, "sdxl")[1]).items() if "q_proj" not in name}
+    save_file(tensors, tmp_path / "bare.safetensors", metadata={"ss_network_module": "lycoris.kohya"})
+    words = inspect(tmp_path / "bare.safetensors")
+    assert "A1111 skips the second text encoder" in words
