@@ -257,7 +257,7 @@ def test_generate_takes_several_adapters_of_any_layout_with_their_strengths(tmp_
 
 
 def test_an_adapter_s_colon_is_a_strength_only_before_a_number():
-    from dreambooth.checkpoint import split_scale
+    from dreambooth.adapters import split_scale
 
     assert split_scale("a.safetensors") == ("a.safetensors", 1.0)
     assert split_scale("a.safetensors:0.8") == ("a.safetensors", 0.8)
