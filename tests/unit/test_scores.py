@@ -1,9 +1,11 @@
 """Scores and embeddings, against plain loops over torch's cosine_similarity and transformers' own models."""
 
+import json
 import math
 from itertools import combinations, product
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -22,13 +24,7 @@ from dreambooth.evaluation import (
     score_photos,
     score_prior,
 )
-from dreambooth.scores import (
-    distinct_cosine,
-    load_evaluators,
-    paired_cosine,
-    pairwise_cosine,
-    pairwise_diversity,
-)
+from dreambooth.scores import distinct_cosine, load_evaluators, paired_cosine, pairwise_cosine, pairwise_diversity
 
 CPU = torch.device("cpu")
 PHOTOS = sorted((ROOT / "toyworld" / "photos" / "dog").glob("*.png"))
@@ -140,6 +136,22 @@ def test_dino_v2_will_do(tiny_clip, tiny_dino, tmp_path):
     with torch.no_grad():
         theirs = model(**processor(image, return_tensors="pt")).last_hidden_state[:, 0]
     assert_directions(load_evaluators(str(tiny_clip), str(tmp_path), CPU).dino_images(image), theirs)
+
+
+def test_processors_as_the_hub_has_them_will_do(tiny_clip, tiny_dino, tmp_path):
+    """facebook/dino-vits16 and openai/clip-vit-base-patch32 were saved long ago: in other words, and for 224 px."""
+    shared = {"do_resize": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 64}
+    kinds = {
+        "dino": (tiny_dino, {"feature_extractor_type": "ViTFeatureExtractor", "resample": 2}),
+        "clip": (tiny_clip, {"feature_extractor_type": "CLIPFeatureExtractor", "resample": 3, "crop_size": 64}),
+    }
+    for kind, (folder, words) in kinds.items():
+        copy = copy_without(folder, "preprocessor_config.json", tmp_path / kind)
+        (copy / "preprocessor_config.json").write_text(json.dumps(shared | words))
+    evaluators, (photo,) = load_evaluators(str(tmp_path / "clip"), str(tmp_path / "dino"), CPU), images_of(PHOTOS[:1])
+    for processor, resample in ((evaluators.dino_processor, 2), (evaluators.clip_processor, 3)):
+        scaled = torch.tensor(np.asarray(photo.resize((64, 64), resample))).permute(2, 0, 1) / 255
+        torch.testing.assert_close(processor([photo], return_tensors="pt").pixel_values[0], (scaled - 0.5) / 0.25)
 
 
 def copy_without(folder, name, target):
