@@ -114,7 +114,7 @@ def score_images(
     diversity   mean of 1 - cosine of DINO's [CLS] tokens over all pairs of two images of a prompt: DIV, which in the
                 paper is of LPIPS distances; None where prompts have one image
 
-    Source: DreamBooth, sec. 4.1 and, for DIV, 4.3. The paper's evaluators are CLIP ViT-B/32 and DINO ViT-S/16.
+    Source: DreamBooth, sec. 4.1 and, for DIV, 4.3. Values depend on the evaluators; the paper's DINO is ViT-S/16.
     `prompt_texts` name the class alone, "a dog in the snow": what the rare token was taught to mean, CLIP cannot know.
     Textual Inversion (arXiv 2208.01618, sec. 5.1) leaves its token out likewise.
     """

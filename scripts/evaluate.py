@@ -14,9 +14,10 @@ without and with the adapter. CLIP-T reads {} as "dog".
     prior          of class images: mean DINO cosine to the photos (where it rises, "dog" comes to mean this dog) and
                    diversity, without and with the adapter; mean DINO distance of the two images of a seed
 
-These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), by default with its evaluators, CLIP ViT-B/32
-and DINO ViT-S/16; its diversity is of LPIPS distances. The row "photos" compares the photos with each other: what a
-perfect adapter would reach. Several --adapter add up, as in scripts/generate.py; without any the base model is scored.
+These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), but that its diversity is of LPIPS distances.
+By default DINO is the paper's ViT-S/16, and CLIP is ViT-B/32. The row "photos" compares the photos with each other:
+what a perfect adapter would reach. Several --adapter add up, as in scripts/generate.py; without any, the base model
+alone is scored.
 
 Writes scores.json (settings, means, every prompt), scores.csv (a row for each model and prompt), the images as
 images/MODEL/PROMPT-SEED.png, and sheet.png: the photos, and the models' images below each other.
