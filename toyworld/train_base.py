@@ -62,7 +62,7 @@ def load_examples(kind: str, vae: AutoencoderKL, count: int, file: Path) -> Exam
                 latents.append(encode(vae, torch.cat(pixels)).half().cpu())
             sizes += size
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(latents), "sizes": torch.tensor(sizes)}, file)
+        save_file({"latents": torch.cat(latents).contiguous(), "sizes": torch.tensor(sizes)}, file)
     tensors = load_file(file)
     return Examples(tensors["latents"], tensors["sizes"], pairs)
 
