@@ -12,6 +12,7 @@ held-out renders: of 32 captions the right one for a picture; and in triples the
 another look of its class in the same scene. Started again, it goes on from its last save.
 """
 
+import copy
 import random
 from dataclasses import replace
 
@@ -174,7 +175,7 @@ def train_clip(options) -> None:
 
     def save(clip: nn.Module, steps: int) -> None:
         print(f"\n{steps} steps: the right one of 32 captions for {retrieval(clip, tokenizer):.1%} of {HELD_OUT} renders")
-        clip.save_pretrained(options.output_dir / "model")
+        copy.deepcopy(clip).half().save_pretrained(options.output_dir / "model")
         CLIPProcessor(processor, tokenizer).save_pretrained(options.output_dir / "model")
 
     fit(build_clip(), loss_of, save, options)
@@ -191,7 +192,7 @@ def train_dino(options) -> None:
 
     def save(dino: nn.Module, steps: int) -> None:
         print(f"\n{steps} steps: {triples(dino):.1%} of {HELD_OUT} triples in the right order")
-        dino.save_pretrained(options.output_dir / "model")
+        copy.deepcopy(dino).half().save_pretrained(options.output_dir / "model")
         processor.save_pretrained(options.output_dir / "model")
 
     fit(build_dino(), loss_of, save, options)
