@@ -60,5 +60,5 @@ def _inject(model: nn.Module, layers: dict[Layer, Factors], adapter_name: str) -
             if adapter_name in holder:
                 del holder[adapter_name]
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        for holder, factor in zip((module.lokr_w1, module.lokr_w2), cast(factors, dtype, layer.dotted)):
+        for holder, factor in zip((module.lokr_w1, module.lokr_w2), cast(layer, factors, dtype)):
             holder[adapter_name] = nn.Parameter(factor.to(weight.device), requires_grad=False)

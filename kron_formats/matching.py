@@ -36,9 +36,9 @@ def match_layers(file: AdapterFile, models: Models) -> dict[Layer, Factors | Low
         problems.append("some layers are there twice, under different names")
     problems += [
         f"{layer.native} holds factors for {entry.size[1]} to {entry.size[0]} features, "
-        f"the model's layer maps {layer.module.in_features} to {layer.module.out_features}"
+        f"the model's layer maps {layer.size[1]} to {layer.size[0]}"
         for layer, entry in matched.items()
-        if entry.size != (layer.module.out_features, layer.module.in_features)
+        if entry.size != layer.size
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

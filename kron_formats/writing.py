@@ -1,7 +1,7 @@
 """The native file: full-factor LoKr under kohya's names, the one layout for Kronecker factors that other tools read.
 
     <layer>.lokr_w1    A (a1, a2), every strength folded in
-    <layer>.lokr_w2    B (b1, b2)
+    <layer>.lokr_w2    B (b1, b2), of a convolution (b1, b2, k, k)
     <layer>.alpha      1.0: LyCORIS fails without one, newer ComfyUI divides by zero at 0, and 1 is safe everywhere
 
 Nothing else is in it: Forge refuses a file for 13 keys that it does not know. Factors in the row order of the paper's
@@ -45,7 +45,7 @@ def write_native(
     tensors, by_name = {}, {}
     for layer, factors in layers.items():
         key = layer.kohya if kohya_names else layer.native
-        A, B = cast(factors, dtype, key)
+        A, B = cast(layer, factors, dtype)
         names = ("kron_a", "kron_b") if factors.transposed_rows else ("lokr_w1", "lokr_w2")
         tensors |= {f"{key}.{names[0]}": A, f"{key}.{names[1]}": B}
         if not factors.transposed_rows:
@@ -73,15 +73,18 @@ def shape_metadata(layers: Mapping[str, Factors]) -> dict[str, str]:
     return own
 
 
-def cast(factors: Factors, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
-    """Return A and B on the CPU in `dtype`; first brought to one RMS where that loses bits, since A·s, B/s is free."""
+def cast(layer: Layer, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return A and B as they lie in files, in `dtype`: a convolution's B with the sides of its kernel.
+
+    Both are first brought to one RMS where `dtype` loses bits: A·s, B/s is free.
+    """
     A, B = factors.A.detach().cpu(), factors.B.detach().cpu()
     if dtype != torch.float32 and A.any() and B.any():
         balance = (B.square().mean() / A.square().mean()).sqrt().sqrt()
         A, B = A * balance, B / balance
-    A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
+    A, B = A.to(dtype).contiguous(), B.to(dtype).unflatten(1, (-1, *layer.kernel)).contiguous()
     if not (A.isfinite().all() and B.isfinite().all()):
-        raise KroneckerError(f"the factors of {name} are not all finite in {dtype}; nothing was written")
+        raise KroneckerError(f"the factors of {layer.native} are not all finite in {dtype}; nothing was written")
     return A, B
 
 

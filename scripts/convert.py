@@ -233,7 +233,7 @@ def to_fused(
             f"{'one .safetensors file' if one_file else 'a folder'}"
         )
     if one_file:
-        fuse_checkpoint(Path(base), arguments.output, layers, checkpoint_family(Path(base)), models["unet"])
+        fuse_checkpoint(Path(base), arguments.output, layers, checkpoint_family(Path(base)))
     else:
         fuse_pipeline(base, arguments.output, layers, DTYPES[arguments.save_precision])
     announce(arguments.output, layers, models)

@@ -296,8 +296,8 @@ def test_the_strength_of_a_peft_adapter_is_alpha_over_r_and_has_to_be_known(tmp_
     unet = plain_pipeline("sd").unet
     load_kronecker(unet, tmp_path)
     assert unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.delta_weight.max() == 0.25
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 32, "alpha": 8, "alpha_pattern": {"to_q": 4}}))
-    with pytest.raises(KroneckerError, match="alpha_pattern .* is not supported"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 32}))
+    with pytest.raises(KroneckerError, match="attn1.to_q is unknown: peft's configuration has no 'lora_alpha'"):
         load_kronecker(plain_pipeline("sd").unet, tmp_path)
 
 
@@ -383,45 +383,54 @@ def test_a_fused_folder_draws_the_same_image_without_this_project(trained, tiny_
 
 @pytest.mark.parametrize("architecture", ["sd15", "sd21", "sdxl"])
 def test_places_in_a_single_file_are_those_that_diffusers_reads(architecture):
-    """Every adapted weight, put where we think it lies, comes out of diffusers' converters as the right layer's."""
+    """Every weight of the UNet, put where we think it lies, comes out of diffusers' converter as the right layer's."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    unet = load_architecture(architecture)["unet"]
+    layers = {f"{layer.name}.weight": layer for layer in find_layers({"unet": unet})}
+    markers = {name: torch.tensor(float(n)) for n, name in enumerate(layers)}
+    file = {original_key(layer, family(unet))[0]: markers[name] for name, layer in layers.items()}
+    assert len(file) == len(layers)
+    file |= {key.replace(".weight", ".bias"): torch.tensor(-1.0) for key in file}
+    config = {"layers_per_block": 2, "addition_embed_type": unet.config["addition_embed_type"],
+              "class_embed_type": None}  # fmt: skip
+    norms = ("out.0", *(f"{key.removesuffix('.2.weight')}.0" for key in file if key.endswith("in_layers.2.weight")))
+    file |= {f"model.diffusion_model.{norm}.{part}".replace("model.diffusion_model." * 2, "model.diffusion_model."):
+             torch.tensor(-1.0) for norm in norms for part in ("weight", "bias")}  # fmt: skip
+    converted = theirs.convert_ldm_unet_checkpoint(file, config)
+    assert {name: converted.get(name) for name in layers} == markers
+
+
+@pytest.mark.parametrize("architecture, component", [("sd21", "text_encoder"), ("sdxl", "text_encoder_2")])
+def test_places_of_open_clip_in_a_single_file_are_those_that_diffusers_reads(architecture, component):
+    """OpenCLIP stacks q, k and v, and has other names; diffusers' converter takes them apart again."""
     from diffusers.loaders import single_file_utils as theirs
 
     models = load_architecture(architecture)
-    made_for, unet = family(models), models["unet"]
-    unet_keys, encoder_keys = {}, {}
+    made_for, encoder = family(models), models[component]
+    prefix = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}[made_for]
+    size = encoder.config.hidden_size
+    layers = [x for x in find_layers({**models, "unet": models["unet"]}) if x.component == component and "encoder" in x.name]
+    assert len(layers) == 6 * encoder.config.num_hidden_layers
+    file = {}
+    for n, layer in enumerate(layers):
+        key, rows = original_key(layer, made_for)
+        tensor = file.setdefault(key, torch.zeros(3 * size if rows.start is not None else 2, 1))
+        tensor[rows] = n + 1
+    file |= {f"{prefix}text_projection": torch.zeros(size, size), f"{prefix}positional_embedding": torch.zeros(2)}
+    converted = theirs.convert_open_clip_checkpoint(encoder, dict(file), prefix)
+    converted = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
+    for n, layer in enumerate(layers):
+        assert (converted[f"{layer.name.removeprefix('text_model.')}.weight"] == n + 1).all(), layer.name
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
+def test_clip_has_transformers_names_in_a_single_file(architecture):
+    models = load_architecture(architecture)
+    prefix = {"sd15": "cond_stage_model", "sdxl": "conditioner.embedders.0"}[architecture]
     for layer in find_layers(models):
-        if match_target(layer.name, ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")):
-            key, rows = original_key(layer, made_for, unet)
-            (unet_keys if layer.component == "unet" else encoder_keys)[key, rows.start, rows.stop] = layer
-    by_key = {key: torch.tensor(float(n)) for n, (key, _, _) in enumerate(unet_keys)}
-    blocks = "input_blocks.0.0 middle_block.0.in_layers.0 middle_block.2.in_layers.0 label_emb.0.0 label_emb.0.2"
-    for i in range(1, 9 if made_for == "sdxl" else 12):  # the converter counts the blocks that it sees
-        blocks += f" input_blocks.{i}.0.in_layers.0 output_blocks.{i - 1}.0.in_layers.0"
-    fixed = {f"model.diffusion_model.{block}.{part}": torch.tensor(-1.0)
-             for block in blocks.split() for part in ("weight", "bias")}  # fmt: skip
-    diffusers_config = {"layers_per_block": 2, "addition_embed_type": unet.config["addition_embed_type"],
-                        "class_embed_type": None}  # fmt: skip
-    converted = theirs.convert_ldm_unet_checkpoint({**by_key, **fixed}, diffusers_config)
-    for (key, _, _), layer in unet_keys.items():
-        assert converted[f"{layer.name}.weight"] == by_key[key], layer.name
-    assert_encoder_places(encoder_keys, made_for)
-
-
-def assert_encoder_places(keys, made_for):
-    """CLIP's names are transformers' own; OpenCLIP stacks q, k and v, and counts its blocks."""
-    for (key, start, stop), layer in keys.items():
-        number = layer.name.split(".")[3]
-        if layer.component == "text_encoder" and made_for != "sd2":
-            prefix = "cond_stage_model" if made_for == "sd1" else "conditioner.embedders.0"
-            assert key == f"{prefix}.transformer.{layer.name}.weight"
-            continue
-        prefix = "cond_stage_model" if made_for == "sd2" else "conditioner.embedders.1"
-        block, size = f"{prefix}.model.transformer.resblocks.{number}.attn", layer.module.out_features
-        place = {"q_proj": 0, "k_proj": 1, "v_proj": 2}.get(layer.name.split(".")[-1])
-        if place is None:
-            assert (key, start) == (f"{block}.out_proj.weight", None)
-        else:
-            assert (key, start, stop) == (f"{block}.in_proj_weight", place * size, (place + 1) * size)
+        if layer.component == "text_encoder":
+            assert original_key(layer, family(models)) == (f"{prefix}.transformer.{layer.name}.weight", slice(None))
 
 
 def test_fusing_into_one_file_changes_the_adapted_weights_alone(tmp_path):

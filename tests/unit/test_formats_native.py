@@ -196,7 +196,9 @@ def test_a_file_without_metadata_is_told_by_the_width_of_its_text(tmp_path):
         (lambda A, B: (A.t(), B), r"says \(4, 64\); A seems to be transposed"),
         (lambda A, B: (A * torch.nan, B), "are not all finite"),
         (lambda A, B: (A, None), "does not hold two full factors"),
-        (lambda A, B: (A, B.reshape(2, 8, 1, 1)), "does not hold two full factors"),
+        (lambda A, B: (A, B.reshape(2, 8, 1)), "does not hold two full factors"),
+        (lambda A, B: (A[..., None, None], B), "does not hold two full factors"),
+        (lambda A, B: (A, B.reshape(2, 8, 1, 1)), "holds factors for 512 to 8 features"),
         (lambda A, B: (None, None), r"1 missing \(lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q\)"),
     ],
 )
