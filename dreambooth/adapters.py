@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from dreambooth.config import DTYPES, AdaptedModelConfig, TrainingConfig, public_options
+from dreambooth.config import DTYPES, AdaptedModelConfig, TrainingConfig, UserError, public_options
 from dreambooth.models import empty_models
 from kron_adapter import (
     disable_kronecker,
@@ -109,6 +109,11 @@ def load_adapted_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
     files = [read_adapter(path) for path, _ in adapters]
     for file in files:
         match_layers(file, models)
+        if file.is_lora and file.from_peft:
+            raise UserError(
+                f"{file.path} is a LoRA in peft's layout, which pipelines do not load: fuse it with scripts/convert.py "
+                "--to fused, or save it with the pipeline's save_lora_weights"
+            )
     pipeline = DiffusionPipeline.from_pretrained(
         config.pretrained_model_name_or_path,
         dtype=DTYPES[config.dtype],

@@ -1,6 +1,7 @@
 """Adapters in the layouts of diffusers, peft and LoRA tools. The native one is in writing.py."""
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from peft import LoKrConfig
 from kron_formats.lora import kronecker_to_lora
 from kron_formats.names import Family, KroneckerError, Layer
 from kron_formats.reading import PEFT_PREFIX, PEFT_WEIGHTS, Factors
-from kron_formats.writing import cast, file_metadata, shape_metadata, write_file
+from kron_formats.writing import cast, file_metadata, prefixed, shape_metadata, write_file
 
 Layers = Mapping[Layer, Factors]
 
@@ -47,7 +48,8 @@ def write_diffusers(path: Path, layers: Layers, metadata: Mapping[str, str], dty
     tensors = {}
     for layer, factors in layers.items():
         tensors[f"{layer.dotted}.lokr_w1"], tensors[f"{layer.dotted}.lokr_w2"] = cast(layer, factors, dtype)
-    write_file(path, tensors, {f"kronecker.{key}": value for key, value in metadata.items()})
+    shapes = shape_metadata({layer.dotted: factors for layer, factors in layers.items()})
+    write_file(path, tensors, prefixed({**metadata, **shapes}))
 
 
 def write_peft(folder: Path, layers: Layers, base_model: str | None, dtype: torch.dtype) -> None:
@@ -82,6 +84,11 @@ def lora_bytes(layers: Layers, rank: int | None, dtype: torch.dtype) -> int:
         full = min(factors.A.shape) * min(factors.B.shape)
         size += min(rank or full, full) * sum(factors.size) * dtype.itemsize
     return size
+
+
+def dense_bytes(layers: Layers, dtype: torch.dtype) -> int:
+    """Return the bytes of the weights that the adapter changes."""
+    return sum(prod(factors.size) for factors in layers.values()) * dtype.itemsize
 
 
 def write_lora(

@@ -75,7 +75,7 @@ class Layer:
             self.native,
             self.kohya,
             self.kohya.replace("lora_te_", "lora_te1_"),
-            self.kohya.replace("lora_unet_", "lycoris_"),
+            f"lycoris_{self.name.replace('.', '_')}",
             self.dotted,
             f"{self.component}.{self.path}",
             f"{self.component}.{reference}",

@@ -21,6 +21,8 @@ from kron_formats.names import Family, KroneckerError, Layer
 from kron_formats.reading import METADATA_PREFIX, Factors
 
 FORMAT_VERSION = "1"
+LAYOUT_KEYS = ("format_version", "layers", "a1", "a2", "factors", "rows")  # what `shape_metadata` writes
+FOREIGN = ("modelspec.", "ss_")  # what metadata keys of other tools begin with
 ARCHITECTURES = {  # of the Stability model spec
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",
@@ -61,9 +63,9 @@ def write_native(
 
 
 def shape_metadata(layers: Mapping[str, Factors]) -> dict[str, str]:
-    """Return what tells the factors' shapes and their row order, once for all where they are the same."""
+    """Return what tells the number of layers, the factors' shapes, once for all if they are the same, and row order."""
     shapes = {key: tuple(factors.A.shape) for key, factors in layers.items()}
-    own = {"format_version": FORMAT_VERSION}
+    own = {"format_version": FORMAT_VERSION, "layers": str(len(layers))}
     if len(set(shapes.values())) == 1:
         own["a1"], own["a2"] = map(str, next(iter(shapes.values())))
     else:
@@ -90,9 +92,7 @@ def cast(layer: Layer, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Te
 
 def file_metadata(metadata: Mapping[str, str], made_for: Family | None, network: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a file: ours under our prefix, and what other tools show or filter by."""
-    foreign = {key: value for key, value in metadata.items() if key.startswith(("modelspec.", "ss_"))}
-    entries = {METADATA_PREFIX + key: value for key, value in metadata.items() if key not in foreign}
-    entries |= {
+    entries = {
         **network,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -111,7 +111,12 @@ def file_metadata(metadata: Mapping[str, str], made_for: Family | None, network:
             "modelspec.trigger_phrase": prompt,
             "ss_tag_frequency": json.dumps({"instance images": {prompt: 1}}),
         }
-    return entries | foreign
+    return entries | prefixed(metadata)
+
+
+def prefixed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries under our prefix, but for those that have a tool's own."""
+    return {key if key.startswith(FOREIGN) else METADATA_PREFIX + key: value for key, value in metadata.items()}
 
 
 def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

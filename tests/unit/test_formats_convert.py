@@ -1,6 +1,4 @@
-"""Conversions without their clients: the algebra, round trips, the paper's own layout, foreign files, refusals."""
-
-import json
+"""Conversions without their clients: the algebra, round trips, the paper's own layout, refusals, inspection."""
 
 import pytest
 import torch
@@ -10,9 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from kron_adapter import KroneckerError, attach_to_diffusers, load_kronecker, merge_kronecker, save_kronecker
 from kron_formats.architectures import load_architecture
-from kron_formats.fused import original_key
 from kron_formats.lora import kronecker_to_lora, lora_to_kronecker
-from kron_formats.names import components, family, find_layers, match_target
+from kron_formats.names import find_layers, match_target
 from kron_formats.reading import Factors, LowRank, read_adapter
 from scripts import convert
 
@@ -261,46 +258,6 @@ def test_no_other_tool_can_read_them_wrongly_and_a_lora_is_exact(reference_file,
     assert_is_reference(pipeline.unet, layers)
 
 
-# ---- foreign files ----
-
-
-def test_low_rank_factors_of_lycoris_are_multiplied_out_with_their_alpha(tmp_path):
-    torch.manual_seed(0)
-    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    w1, left, right = torch.randn(4, 4), torch.randn(32, 3), torch.randn(3, 32)
-    tensors = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2_a": left, f"{key}.lokr_w2_b": right}
-    save_file({**tensors, f"{key}.alpha": torch.tensor(1.5)}, tmp_path / "a.safetensors")
-    unet = plain_pipeline("sd").unet
-    load_kronecker(unet, tmp_path / "a.safetensors")
-    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    torch.testing.assert_close(layer.delta_weight, torch.kron(w1, left @ right) * 1.5 / 3)
-
-
-@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_", "unet.", ""])
-def test_names_of_other_tools_mean_the_same_layer(prefix, tmp_path):
-    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
-    key = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
-    save_file({f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(32, 32)}, tmp_path / "a.safetensors")
-    unet = plain_pipeline("sd").unet
-    load_kronecker(unet, tmp_path / "a.safetensors")
-    assert unet.get_submodule(name).delta_weight.min() == 1
-
-
-def test_the_strength_of_a_peft_adapter_is_alpha_over_r_and_has_to_be_known(tmp_path):
-    key = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    tensors = {f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(32, 32)}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(KroneckerError, match="strength is unknown: adapter_config.json beside it"):
-        load_kronecker(plain_pipeline("sd").unet, tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 32, "alpha": 8}))
-    unet = plain_pipeline("sd").unet
-    load_kronecker(unet, tmp_path)
-    assert unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.delta_weight.max() == 0.25
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 32}))
-    with pytest.raises(KroneckerError, match="attn1.to_q is unknown: peft's configuration has no 'lora_alpha'"):
-        load_kronecker(plain_pipeline("sd").unet, tmp_path)
-
-
 # ---- refusals, before anything is written ----
 
 
@@ -338,19 +295,6 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_foreign_lora_needs_factors(tmp_path, tiny_sd, capsys):
-    torch.manual_seed(0)
-    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {f"{key}.lora_down.weight": torch.randn(2, 128), f"{key}.lora_up.weight": torch.randn(128, 2)}
-    save_file({**tensors, f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "lora.safetensors")
-    options = ("--to", "native", "--output", tmp_path / "n.safetensors", "--pretrained_model_name_or_path", tiny_sd)
-    with pytest.raises(KroneckerError, match="say with --kron_a1 and --kron_a2"):
-        run(tmp_path / "lora.safetensors", *options)
-    run(tmp_path / "lora.safetensors", *options, "--kron_a1", 8, "--kron_a2", 8)
-    assert "largest relative error 0." in capsys.readouterr().out
-    assert read_adapter(tmp_path / "n.safetensors").layers[key].A.shape == (8, 8)
-
-
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -364,99 +308,6 @@ def test_a_command_line_that_does_not_go_together_is_refused(arguments, words, c
     with pytest.raises(SystemExit) as exit:
         convert.main(arguments)
     assert exit.value.code == 2 and words in capsys.readouterr().err
-
-
-# ---- fused ----
-
-
-def test_a_fused_folder_draws_the_same_image_without_this_project(trained, tiny_sd, tmp_path):
-    from diffusers import StableDiffusionPipeline
-
-    pipeline, path = trained(4, 64)
-    run(path, "--to", "fused", "--output", tmp_path / "fused", "--pretrained_model_name_or_path", tiny_sd)
-    fused = StableDiffusionPipeline.from_pretrained(tmp_path / "fused")
-    fused.set_progress_bar_config(disable=True)
-    assert worst_error(plain_weights(fused), dense_weights(pipeline)) < EXACT
-    assert (draw(fused) - draw(pipeline)).abs().max() < 1e-4
-    assert components(fused).keys() == {"unet", "text_encoder"}
-
-
-@pytest.mark.parametrize("architecture", ["sd15", "sd21", "sdxl"])
-def test_places_in_a_single_file_are_those_that_diffusers_reads(architecture):
-    """Every weight of the UNet, put where we think it lies, comes out of diffusers' converter as the right layer's."""
-    from diffusers.loaders import single_file_utils as theirs
-
-    unet = load_architecture(architecture)["unet"]
-    layers = {f"{layer.name}.weight": layer for layer in find_layers({"unet": unet})}
-    markers = {name: torch.tensor(float(n)) for n, name in enumerate(layers)}
-    file = {original_key(layer, family(unet))[0]: markers[name] for name, layer in layers.items()}
-    assert len(file) == len(layers)
-    file |= {key.replace(".weight", ".bias"): torch.tensor(-1.0) for key in file}
-    config = {"layers_per_block": 2, "addition_embed_type": unet.config["addition_embed_type"],
-              "class_embed_type": None}  # fmt: skip
-    norms = ("out.0", *(f"{key.removesuffix('.2.weight')}.0" for key in file if key.endswith("in_layers.2.weight")))
-    file |= {f"model.diffusion_model.{norm}.{part}".replace("model.diffusion_model." * 2, "model.diffusion_model."):
-             torch.tensor(-1.0) for norm in norms for part in ("weight", "bias")}  # fmt: skip
-    converted = theirs.convert_ldm_unet_checkpoint(file, config)
-    assert {name: converted.get(name) for name in layers} == markers
-
-
-@pytest.mark.parametrize("architecture, component", [("sd21", "text_encoder"), ("sdxl", "text_encoder_2")])
-def test_places_of_open_clip_in_a_single_file_are_those_that_diffusers_reads(architecture, component):
-    """OpenCLIP stacks q, k and v, and has other names; diffusers' converter takes them apart again."""
-    from diffusers.loaders import single_file_utils as theirs
-
-    models = load_architecture(architecture)
-    made_for, encoder = family(models), models[component]
-    prefix = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}[made_for]
-    size = encoder.config.hidden_size
-    layers = [x for x in find_layers({**models, "unet": models["unet"]}) if x.component == component and "encoder" in x.name]
-    assert len(layers) == 6 * encoder.config.num_hidden_layers
-    file = {}
-    for n, layer in enumerate(layers):
-        key, rows = original_key(layer, made_for)
-        tensor = file.setdefault(key, torch.zeros(3 * size if rows.start is not None else 2, 1))
-        tensor[rows] = n + 1
-    file |= {f"{prefix}text_projection": torch.zeros(size, size), f"{prefix}positional_embedding": torch.zeros(2)}
-    converted = theirs.convert_open_clip_checkpoint(encoder, dict(file), prefix)
-    converted = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
-    for n, layer in enumerate(layers):
-        assert (converted[f"{layer.name.removeprefix('text_model.')}.weight"] == n + 1).all(), layer.name
-
-
-@pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
-def test_clip_has_transformers_names_in_a_single_file(architecture):
-    models = load_architecture(architecture)
-    prefix = {"sd15": "cond_stage_model", "sdxl": "conditioner.embedders.0"}[architecture]
-    for layer in find_layers(models):
-        if layer.component == "text_encoder":
-            assert original_key(layer, family(models)) == (f"{prefix}.transformer.{layer.name}.weight", slice(None))
-
-
-def test_fusing_into_one_file_changes_the_adapted_weights_alone(tmp_path):
-    models = load_architecture("sd21")
-    layers = {x.name: x for x in find_layers(models)}
-    attention = layers["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
-    text = layers["text_model.encoder.layers.3.self_attn.k_proj"]
-    query = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
-    stacked = "cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight"
-    torch.manual_seed(0)
-    base = {query: torch.randn(1280, 1280).half(), stacked: torch.randn(3072, 1024), "other": torch.ones(2)}
-    save_file(base, tmp_path / "base.safetensors", metadata={"format": "pt"})
-    pairs = {attention: (torch.randn(4, 64), torch.randn(320, 20)), text: (torch.randn(4, 64), torch.randn(256, 16))}
-    deltas = {layer: torch.kron(*pair).double() for layer, pair in pairs.items()}
-    native = {f"{layer.native}.lokr_w{i}": factor for layer, pair in pairs.items() for i, factor in enumerate(pair, 1)}
-    save_file(native, tmp_path / "adapter.safetensors")
-    run(tmp_path / "adapter.safetensors", "--to", "fused", "--output", tmp_path / "fused.safetensors",
-        "--pretrained_model_name_or_path", tmp_path / "base.safetensors")  # fmt: skip
-    fused = load_file(tmp_path / "fused.safetensors")
-    assert torch.equal(fused[query], (base[query].double() + deltas[attention]).half())
-    expected = base[stacked].double()
-    expected[1024:2048] += deltas[text]
-    torch.testing.assert_close(fused[stacked], expected.float(), rtol=0, atol=0)
-    assert torch.equal(fused["other"], base["other"]) and metadata_of(tmp_path / "fused.safetensors") == {
-        "format": "pt"
-    }
 
 
 # ---- in words ----
