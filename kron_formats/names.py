@@ -26,6 +26,7 @@ SGM_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+SGM_WITHIN = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}  # places in a block of the tree
 SGM_OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -164,25 +165,22 @@ def sgm_name(name: str, unet: nn.Module) -> str:
         samplers end the last block of their level
     """
     words = name.split(".")
-    if words[0] == "mid_block":
+    config = getattr(unet, "config", None) or {}
+    if words[0] == "mid_block" and words[1] in ("resnets", "attentions"):
         (kind, index), rest = words[1:3], words[3:]
         block = f"middle_block.{2 * int(index) if kind == 'resnets' else 1}"
-    elif words[0] in ("down_blocks", "up_blocks"):
+    elif words[0] in ("down_blocks", "up_blocks") and words[2] in SGM_WITHIN and "layers_per_block" in config:
         (level, kind, index), rest = words[1:4], words[4:]
-        blocks = unet.config["layers_per_block"] + 1
-        within = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}[kind]
-        if kind == "upsamplers" and "CrossAttn" not in unet.config["up_block_types"][int(level)]:
+        blocks, within = config["layers_per_block"] + 1, SGM_WITHIN[kind]
+        if kind == "upsamplers" and "CrossAttn" not in config["up_block_types"][int(level)]:
             within = 1
         number = blocks * int(level) + (blocks - 1 if kind.endswith("samplers") else int(index))
         tree, number = ("input_blocks", 1 + number) if words[0] == "down_blocks" else ("output_blocks", number)
         block = f"{tree}.{number}.{within}"
     else:
         return SGM_OUTSIDE.get(name, name)
-    if kind == "resnets":
-        rest = [SGM_RESNET[rest[0]]]
-    elif kind == "downsamplers":
-        rest = ["op"]
-    return ".".join([block, *rest])
+    first = {"resnets": SGM_RESNET, "downsamplers": {"conv": "op"}}.get(kind, {}).get(rest[0], rest[0])
+    return ".".join([block, first, *rest[1:]])
 
 
 def spelling_index(layers: Sequence[Layer]) -> dict[str, Layer]:

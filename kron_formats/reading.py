@@ -5,8 +5,8 @@ LoRA        <layer>.lora_down.weight, .lora_up.weight, .alpha (or lora_A, lora_B
 reference   <attention>.processor.to_q_lora.down.weight Aᵀ, .up.weight B       the paper's own code
 transposed  <layer>.kron_a, .kron_b                                            the same ΔW in our own files
 
-A convolution's kernel (d_out, d_in, k, k) is read as the matrix (d_out, d_in·k·k), and so is its B (b1, b2, k, k): row by
-row, A ⊗ B is the same.
+A convolution's kernel (d_out, d_in, k, k) is read as the matrix (d_out, d_in·k·k), and so is its B (b1, b2, k, k): row
+by row, A ⊗ B is the same.
 """
 
 import json
@@ -170,7 +170,7 @@ def _read_folder(folder: Path) -> AdapterFile:
 
 
 def _peft_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict]:
-    """Return the beginning of layers' names -> what peft keeps beside their tensors, in a file or in diffusers' metadata.
+    """Return beginning of layers' names -> what peft keeps beside their tensors, in a file or in diffusers' metadata.
 
     Raises KroneckerError where the tensors are peft's and their configuration is not there.
     """

@@ -225,7 +225,7 @@ def to_lora(layers: dict[Layer, Factors], file: AdapterFile, models: Models, arg
     size = lora_bytes(layers, arguments.rank, dtype)
     print(f"The LoRA takes {size / 2**20:,.1f} MiB in {arguments.save_precision}", end="")
     if size >= (dense := dense_bytes(layers, dtype)):
-        print(f", the weights that it changes {dense / 2**20:,.1f} MiB: it makes no sense without a small --rank", end="")
+        print(f", the weights that it changes {dense / 2**20:,.1f}: it makes no sense without a small --rank", end="")
     print(flush=True)
     report = write_lora(
         arguments.output, layers, family(models), carried_metadata(file), dtype, arguments.rank, kohya_names

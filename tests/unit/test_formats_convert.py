@@ -2,14 +2,22 @@
 
 import pytest
 import torch
-from adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, worst_error
+from adapters import adapted_pipeline, dense_weights, plain_pipeline, plain_weights, worst_error, write_reference_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kron_adapter import KroneckerError, attach_to_diffusers, load_kronecker, merge_kronecker, save_kronecker
+from kron_adapter import (
+    KroneckerError,
+    attach_to_diffusers,
+    kronecker_layers,
+    load_kronecker,
+    merge_kronecker,
+    save_kronecker,
+)
 from kron_formats.architectures import load_architecture
+from kron_formats.export import dense_bytes, lora_bytes
 from kron_formats.lora import kronecker_to_lora, lora_to_kronecker
-from kron_formats.names import find_layers, match_target
+from kron_formats.names import components, find_layers, match_target
 from kron_formats.reading import Factors, LowRank, read_adapter
 from scripts import convert
 
@@ -164,6 +172,37 @@ def test_size_and_errors_of_a_lora_are_printed(trained, tiny_sd, tmp_path, capsy
     assert printed == pytest.approx((square / total) ** 0.5, rel=0.01)
 
 
+@pytest.mark.parametrize("a1, a2, mebibytes", [(4, 64, 257), (64, 8, 423), (16, 16, 3384)])
+def test_the_size_of_an_exact_lora_of_sdxl_is_known_before_it_is_made(a1, a2, mebibytes):
+    """(16, 16) has full rank: such a LoRA is larger than the weights that it changes, and the others are not."""
+    layers = {}
+    for layer in find_layers({"unet": load_architecture("sdxl")["unet"]}):
+        if match_target(layer.name, ("to_q", "to_k", "to_v", "to_out.0")):
+            b1, b2 = layer.size[0] // a1, layer.size[1] // a2
+            layers[layer] = Factors(torch.empty(a1, a2, device="meta"), torch.empty(b1, b2, device="meta"))
+    size = lora_bytes(layers, None, torch.float16)
+    assert round(size / 2**20) == mebibytes
+    assert (size > dense_bytes(layers, torch.float16)) == (a1 == 16)
+
+
+def test_a_lora_that_makes_no_sense_is_called_so_before_it_is_written(trained, tiny_sd, tmp_path, capsys):
+    base = ("--pretrained_model_name_or_path", tiny_sd)
+    for a1, a2, senseless in ((8, 8, True), (64, 4, False)):
+        run(trained(a1, a2)[1], "--to", "lora", "--output", tmp_path / f"{a1}.safetensors", *base)
+        assert ("it makes no sense without a small --rank" in capsys.readouterr().out.splitlines()[0]) == senseless
+
+
+@pytest.mark.parametrize("way", ["native", "lora", "diffusers"])
+def test_what_model_browsers_show_goes_along(way, tiny_sd, tmp_path):
+    shown = {"modelspec.thumbnail": "data:image/jpeg;base64,AA==", "modelspec.resolution": "64x64"}
+    save_kronecker(adapted_pipeline("sd", 8, 8), tmp_path / "a.safetensors", {**shown, "instance_prompt": "sks dog"})
+    run(tmp_path / "a.safetensors", "--to", way, "--output", tmp_path / "b.safetensors",
+        "--pretrained_model_name_or_path", tiny_sd)  # fmt: skip
+    metadata = metadata_of(tmp_path / "b.safetensors")
+    assert metadata.items() >= {**shown, "modelspec.trigger_phrase": "sks dog"}.items()
+    assert "lora_adapter_metadata" not in metadata
+
+
 @pytest.mark.parametrize("names, block", [("sgm", "input_blocks_1_1"), ("diffusers", "down_blocks_0_attentions_0")])
 def test_sdxl_names_are_a_choice(names, block, trained, tiny_sdxl, tmp_path):
     _, path = trained(4, 64, "sdxl")
@@ -204,18 +243,8 @@ def reference_delta(down, up, x):
 @pytest.fixture
 def reference_file(tmp_path):
     """A file of the paper's code for the UNet, and every layer's (down, up)."""
-    torch.manual_seed(0)
-    layers, tensors = {}, {}
-    for layer in find_layers({"unet": plain_pipeline("sd").unet}):
-        if ".to_" in layer.name:
-            d_out, d_in = layer.module.out_features, layer.module.in_features
-            down, up = torch.randn(8, 4) * 0.02, torch.randn(d_out // 4, d_in // 8) * 0.02  # a1 = 4, a2 = 8
-            attention, projection = layer.name.removesuffix(".0").rsplit(".", 1)
-            key = f"unet.{attention}.processor.{projection}_lora"
-            tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
-            layers[layer.name] = down, up
-    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
-    return tmp_path / "pytorch_lora_weights.safetensors", layers
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    return path, write_reference_file(path)
 
 
 def assert_is_reference(unet, layers):
@@ -302,6 +331,7 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
         (["a", "--to", "native", "--output", "b", "--rank", "4"], "--rank is for --to lora"),
         (["a", "--to", "fused", "--output", "b"], "--to fused needs --pretrained_model_name_or_path"),
         (["a", "--to", "onnx", "--output", "b"], "invalid choice: 'onnx'"),
+        (["a", "--to", "native", "--output", "b", "--kron_a1", "4"], "--kron_a1 and --kron_a2 go together"),
     ],
 )
 def test_a_command_line_that_does_not_go_together_is_refused(arguments, words, capsys):
@@ -349,3 +379,17 @@ def test_inspect_says_what_a_file_is_and_who_loads_it(trained, reference_file, t
     save_file(tensors, tmp_path / "bare.safetensors", metadata={"ss_network_module": "lycoris.kohya"})
     words = inspect(tmp_path / "bare.safetensors")
     assert "A1111 skips the second text encoder" in words
+    tensors = {name: tensor for name, tensor in load_file(trained(8, 8)[1]).items() if not name.endswith("alpha")}
+    save_file(tensors, tmp_path / "bare.safetensors")
+    assert "square A no larger than B; not without alphas" in inspect(tmp_path / "bare.safetensors")
+
+
+def test_inspect_s_ranks_and_norms_are_those_of_the_dense_deltas(trained, capsys):
+    pipeline, path = trained(4, 64)
+    layers = [layer for model in components(pipeline).values() for layer in kronecker_layers(model).values()]
+    norms = [layer.delta_weight.norm().item() for layer in layers]
+    ranks = [torch.linalg.matrix_rank(layer.delta_weight).item() for layer in layers]
+    run("--inspect", path)
+    words = capsys.readouterr().out
+    assert f"norm of ΔW: {min(norms):.3g} to {max(norms):.3g} (in lora_" in words
+    assert f"rank(A) · rank(B): {min(ranks)} to {max(ranks)}\n" in words

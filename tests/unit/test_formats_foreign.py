@@ -31,7 +31,7 @@ def run(*arguments):
             "sdxl",
             "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_out.0",
             {
-                "ai-toolkit, OneTrainer legacy": "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn2_to_out_0",
+                "ai-toolkit": "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn2_to_out_0",
                 "LyCORIS": "lycoris_down_blocks_1_attentions_0_transformer_blocks_1_attn2_to_out_0",
                 "sd-scripts, OneTrainer kohya": "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_out_0",
                 "ComfyUI": "diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_out.0",
