@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from kron_adapter import (
     save_kronecker,
 )
 from kron_formats.matching import match_layers
-from kron_formats.reading import read_adapter
+from kron_formats.reading import AdapterFile, read_adapter
 
 WEIGHTS_NAME = "pytorch_kronecker_weights.safetensors"
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -104,9 +104,19 @@ def load_adapted_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
 
     Raises UserError or KroneckerError, before any weights are read, where an adapter does not fit the base model.
     """
+    files = read_adapters(config)
+    pipeline = load_base_pipeline(config)
+    add_adapters(pipeline, files, config)
+    return pipeline
+
+
+def read_adapters(config: AdaptedModelConfig) -> list[AdapterFile]:
+    """Return the adapter files. Raises UserError or KroneckerError where one does not fit the base model.
+
+    Reads no weights of the base model.
+    """
     models = empty_models(config, DiffusionPipeline)
-    adapters = [split_scale(entry) for entry in config.adapter]
-    files = [read_adapter(path) for path, _ in adapters]
+    files = [read_adapter(split_scale(entry)[0]) for entry in config.adapter]
     for file in files:
         match_layers(file, models)
         if file.is_lora and file.from_peft:
@@ -114,13 +124,23 @@ def load_adapted_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
                 f"{file.path} is a LoRA in peft's layout, which pipelines do not load: fuse it with scripts/convert.py "
                 "--to fused, or save it with the pipeline's save_lora_weights"
             )
-    pipeline = DiffusionPipeline.from_pretrained(
+    return files
+
+
+def load_base_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
+    """Return the base model without the adapters."""
+    return DiffusionPipeline.from_pretrained(
         config.pretrained_model_name_or_path,
         dtype=DTYPES[config.dtype],
         revision=config.revision,
         variant=config.variant,
     )
+
+
+def add_adapters(pipeline: DiffusionPipeline, files: Sequence[AdapterFile], config: AdaptedModelConfig) -> None:
+    """Put the adapters, which `read_adapters` returned, into the base model."""
     # LoRAs first: peft's layers go around plain ones, and ours into peft's
+    adapters = [split_scale(entry) for entry in config.adapter]
     numbered = sorted(enumerate(zip(files, adapters)), key=lambda entry: not entry[1][0].is_lora)
     loras = {}
     for number, (file, (path, scale)) in numbered:
@@ -132,7 +152,6 @@ def load_adapted_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
             load_kronecker(pipeline, path, scale * config.adapter_scale, f"adapter-{number}")
     if loras:
         pipeline.set_adapters(list(loras), list(loras.values()))
-    return pipeline
 
 
 def split_scale(entry: str) -> tuple[str, float]:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,6 +15,7 @@ from dreambooth.config import TrainingConfig, UserError
 from dreambooth.shapes import Size, class_size, instance_size
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif".split()  # the last two get an explanation
@@ -73,9 +74,7 @@ def _read_folder(
     Files that are neither images nor captions nor masks are ignored; `size` maps an image's size to that in training.
     """
     directory, source = Path(folder), f"{flag} {folder}"
-    if not directory.is_dir():
-        raise NoPhotosError(f"{source}: there is no such folder")
-    paths = [path for path in sorted(directory.iterdir()) if _is_photo(path)]
+    paths = image_files(directory, source)
     captions = read_captions(directory, [path.name for path in paths], source, config)
 
     def read(path: Path) -> Photo:
@@ -83,7 +82,14 @@ def _read_folder(
         mask = _read_mask(path.with_suffix(MASK_SUFFIX), image, source)
         return make_photo(path, image, captions[path.name].prompts(prompt, config), size, config, mask)
 
-    return _readable(((path.name, path) for path in paths), read, source)
+    return readable(((path.name, path) for path in paths), read, source)
+
+
+def image_files(folder: Path, source: str) -> list[Path]:
+    """Return the image files of a folder in the order of their names; `source` is what messages call it."""
+    if not folder.is_dir():
+        raise NoPhotosError(f"{source}: there is no such folder")
+    return [path for path in sorted(folder.iterdir()) if _is_photo(path)]
 
 
 def _is_photo(path: Path) -> bool:
@@ -96,7 +102,7 @@ def _is_photo(path: Path) -> bool:
     )
 
 
-def _readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], Photo], source: str) -> list[Photo]:
+def readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], source: str) -> list[T]:
     """Read the entries, named for messages; those that cannot be read are skipped, and named in a warning."""
     photos, unreadable = [], []
     for name, entry in entries:
@@ -136,7 +142,7 @@ def _read_dataset(config: TrainingConfig) -> list[Photo]:
         prompts = caption_of(row, config.caption_column).prompts(config.instance_prompt, config)
         return make_photo(Path(stored["path"] or f"row {number}"), image, prompts, instance_size, config)
 
-    return _readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
+    return readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
 
 
 def _load_dataset(config: TrainingConfig, source: str) -> Any:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "pytorch_kronecker_weights.safetensors"
 DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"
+TINY_TRANSFORMER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def pytest_runtest_setup(item):
@@ -40,6 +41,39 @@ def save_tiny_pipeline(kind: str, folder: Path, **options) -> Path:
     from toyworld.tiny_pipeline import build_pipeline
 
     build_pipeline(kind, **options).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """A CLIP of the real class for images of 64 px, with random weights; all that its folder on the Hub has."""
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from toyworld.tiny_pipeline import build_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("tiny-clip"), build_tokenizer()
+    marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
+    text = {"vocab_size": len(tokenizer), **marks, **TINY_TRANSFORMER}
+    vision = {"image_size": 64, "patch_size": 8, **TINY_TRANSFORMER}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dino(tmp_path_factory) -> Path:
+    """A DINO of the real class for images of 64 px, with random weights, and no pooler, as on the Hub."""
+    from transformers import ViTConfig, ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("tiny-dino")
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=64, patch_size=8, initializer_range=0.2, **TINY_TRANSFORMER)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size=64).save_pretrained(folder)
     return folder
 
 

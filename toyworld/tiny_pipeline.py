@@ -29,8 +29,12 @@ TEXT_LENGTH = 77  # tokens
 def build_pipeline(kind: str, prediction_type: str = "epsilon", seed: int = 0) -> DiffusionPipeline:
     """Return a pipeline of a kind ("sd" or "sdxl") with random weights, the same for the same seed."""
     torch.manual_seed(seed)
-    build = {"sd": _build_sd, "sdxl": _build_sdxl}[kind]
-    scheduler = DDIMScheduler(
+    return {"sd": _build_sd, "sdxl": _build_sdxl}[kind](build_scheduler(prediction_type))
+
+
+def build_scheduler(prediction_type: str) -> DDIMScheduler:
+    """Return a scheduler with Stable Diffusion's noise levels."""
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -39,7 +43,6 @@ def build_pipeline(kind: str, prediction_type: str = "epsilon", seed: int = 0) -
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    return build(scheduler)
 
 
 def _build_sd(scheduler: DDIMScheduler) -> StableDiffusionPipeline:
@@ -102,20 +105,20 @@ def _build_unet(**conditioning) -> UNet2DConditionModel:
 
 def _text_config() -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=len(_vocabulary()),
+        vocab_size=len(byte_vocabulary()),
         hidden_size=HIDDEN_SIZE,
         intermediate_size=2 * HIDDEN_SIZE,
         projection_dim=HIDDEN_SIZE,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
-        bos_token_id=len(_vocabulary()) - 2,
-        eos_token_id=len(_vocabulary()) - 1,
-        pad_token_id=len(_vocabulary()) - 1,
+        bos_token_id=len(byte_vocabulary()) - 2,
+        eos_token_id=len(byte_vocabulary()) - 1,
+        pad_token_id=len(byte_vocabulary()) - 1,
     )
 
 
-def _vocabulary() -> dict[str, int]:
+def byte_vocabulary() -> dict[str, int]:
     """CLIP's vocabulary without its merges: every byte, every byte that ends a word, and the two marks."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
@@ -124,7 +127,7 @@ def _vocabulary() -> dict[str, int]:
 
 def build_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """Return a CLIP tokenizer for any text: one token per byte."""
-    return CLIPTokenizer(vocab=_vocabulary(), merges=[], pad_token=pad_token, model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=byte_vocabulary(), merges=[], pad_token=pad_token, model_max_length=TEXT_LENGTH)
 
 
 def main() -> None:

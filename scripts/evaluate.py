@@ -1,0 +1,247 @@
+"""Score an adapter beside its base model: fidelity to subject and prompts, diversity, and what becomes of the class.
+
+    python scripts/evaluate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --adapter outputs/dog/pytorch_kronecker_weights.safetensors --dtype fp16 \\
+        --instance_data_dir photos/dog --instance_token sks --class_noun dog \\
+        --prompts configs/prompts/live_subjects.txt --output_dir outputs/dog/evaluation
+
+Images are drawn for the prompts, {} read as "sks dog", and for the class prompt; image i of every prompt from seed + i,
+without and with the adapter. CLIP-T reads {} as "dog".
+
+    CLIP-I, DINO   likeness to the subject: mean cosine of images and photos in CLIP's and in DINO's embeddings
+    CLIP-T         truth to the prompt: mean cosine of images and their prompts in CLIP's embeddings
+    diversity      mean DINO distance, 1 - cosine, of two images of a prompt
+    prior          of class images: mean DINO cosine to the photos (where it rises, "dog" comes to mean this dog) and
+                   diversity, without and with the adapter; mean DINO distance of the two images of a seed
+
+These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), but that its diversity is of LPIPS distances.
+By default DINO is the paper's ViT-S/16, and CLIP is ViT-B/32. The row "photos" compares the photos with each other:
+what a perfect adapter would reach. Several --adapter add up, as in scripts/generate.py; without any, the base model
+alone is scored.
+
+Writes scores.json (settings, means, every prompt), scores.csv (a row for each model and prompt), the images as
+images/MODEL/PROMPT-SEED.png, and sheet.png: the photos, and the models' images below each other.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from dreambooth.adapters import add_adapters, load_base_pipeline, read_adapters
+from dreambooth.config import AdaptedModelConfig, UserError, option, readable_errors
+from dreambooth.evaluation import (
+    PLACEHOLDER,
+    PhotoScores,
+    PriorDrift,
+    PromptScores,
+    draw_prompt,
+    name_subject,
+    read_prompts,
+    read_subject_photos,
+    score_images,
+    score_photos,
+    score_prior,
+)
+from dreambooth.parsing import parse_options
+from dreambooth.scores import load_evaluators
+from dreambooth.validation import draw_sheet
+from kron_adapter import KroneckerError
+
+BASE, ADAPTED = "base", "adapted"
+SCORES = ("clip_i", "dino", "clip_t", "diversity")
+AT_LEAST = {"num_images": 1, "num_class_images": 0, "num_inference_steps": 1, "batch_size": 1, "seed": 0}
+COLUMNS = 8  # of the sheet, images
+THUMBNAIL = (192, 192)  # px
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AdaptedModelConfig):
+    """Options of scripts/evaluate.py."""
+
+    instance_data_dir: str = option("Folder with the photos of the subject that images are compared with.")
+    instance_token: str = option("Rare token that the adapter was trained with.", "sks")
+    class_noun: str = option('Class of the subject, for example dog; "sks dog" then stands for {} in prompts.')
+    prompts: str | None = option("File with prompts, one a line, for example configs/prompts/objects.txt.", None)
+    prompt: list[str] = option("Prompts, instead of a file. {} stands for the subject in each.", [])
+    num_images: int = option("Images for each prompt and model, images; diversity needs 2.", 4)
+    class_prompt: str | None = option('Prompt of the class images. Default: "a photo of" and class_noun.', None)
+    num_class_images: int = option("Class images for each model, images; 0 leaves the prior out.", 16)
+    seed: int = option("Seed of each prompt's first image; the next ones count up.", 0)
+    negative_prompt: str = option("Negative prompt for all images.", "")
+    height: int | None = option("Height of the images, px. Default: the base model's.", None)
+    width: int | None = option("Width of the images, px. Default: the base model's.", None)
+    num_inference_steps: int = option("Denoising steps.", 30)
+    guidance_scale: float = option("Classifier-free guidance.", 7.5)
+    batch_size: int = option("Images drawn at once, images.", 4)
+    clip_model: str = option("CLIP that scores, a name on the Hub or a folder.", "openai/clip-vit-base-patch32")
+    dino_model: str = option("DINO that scores, a name on the Hub or a folder.", "facebook/dino-vits16")
+    output_dir: str = option("Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation")
+
+
+def check(config: Config) -> None:
+    """Raise UserError where an option is out of range, or options do not go together."""
+    for name, least in AT_LEAST.items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} is {getattr(config, name)}; it has to be at least {least}")
+    if bool(config.prompts) == bool(config.prompt):
+        raise UserError("--prompts, a file, or --prompt is needed, and not both")
+    if not config.class_noun.strip():
+        raise UserError("--class_noun is empty; it says what the subject is, for example dog")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a model drew."""
+
+    rows: list[list[Image.Image]]  # one for each prompt
+    class_images: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What scores.json holds beside the settings."""
+
+    photos: PhotoScores
+    models: dict[str, PromptScores]
+    prior: PriorDrift | None
+
+
+def main() -> None:
+    config = parse_options(Config, __doc__, check=check)
+    prompts = read_prompts(config.prompts) if config.prompts else config.prompt
+    if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
+        raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
+    photos = read_subject_photos(config.instance_data_dir)
+    files = read_adapters(config)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    evaluators = load_evaluators(config.clip_model, config.dino_model, device)
+
+    pipeline = load_base_pipeline(config).to(device)
+    pipeline.vae.float()  # SDXL's gives NaN in fp16
+    pipeline.set_progress_bar_config(disable=True)
+    named = name_subject(prompts, f"{config.instance_token} {config.class_noun}")
+    texts = name_subject(prompts, config.class_noun)
+    drawn = {BASE: draw(pipeline, named, BASE, config)}
+    if files:
+        add_adapters(pipeline, files, config)
+        drawn[ADAPTED] = draw(pipeline.to(device), named, ADAPTED, config)
+
+    scores = {model: score_images(images.rows, photos, texts, evaluators) for model, images in drawn.items()}
+    prior = None
+    if files and config.num_class_images:
+        prior = score_prior(drawn[BASE].class_images, drawn[ADAPTED].class_images, photos, evaluators)
+    results = Results(score_photos(photos, evaluators), scores, prior)
+
+    output = Path(config.output_dir)
+    write_json(output / "scores.json", named, texts, results, config)
+    write_csv(output / "scores.csv", named, texts, results)
+    contact_sheet(photos, named, drawn, config).save(output / "sheet.png")
+    print(table(results))
+    print(f"Wrote {output / 'scores.json'}, scores.csv, sheet.png and images")
+
+
+# ---- drawing ----
+
+
+def draw(pipeline: DiffusionPipeline, prompts: Sequence[str], model: str, config: Config) -> Drawn:
+    """Draw and save a model's images; class images only where there is an adapter: without one nothing drifts."""
+    folder = Path(config.output_dir) / "images" / model
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def images_of(prompt: str, count: int, name: str) -> list[Image.Image]:
+        seeds = range(config.seed, config.seed + count)
+        images = draw_prompt(
+            pipeline,
+            prompt,
+            seeds,
+            config.batch_size,
+            negative_prompt=config.negative_prompt,
+            height=config.height,
+            width=config.width,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )
+        for seed, image in zip(seeds, images):
+            image.save(folder / f"{name}-{seed}.png")
+        return images
+
+    progress = tqdm(prompts, desc=f"Images, {model}", unit="prompt")
+    rows = [images_of(prompt, config.num_images, f"{number:02d}") for number, prompt in enumerate(progress)]
+    return Drawn(rows, images_of(class_prompt(config), config.num_class_images if config.adapter else 0, "class"))
+
+
+def class_prompt(config: Config) -> str:
+    return config.class_prompt or f"a photo of {config.class_noun}"
+
+
+# ---- what is written ----
+
+
+def write_json(path: Path, prompts: Sequence[str], texts: Sequence[str], results: Results, config: Config) -> None:
+    models = {}
+    for model, scores in results.models.items():
+        means = asdict(scores)
+        by_prompt = [{"prompt": p, "text": t} | row for p, t, row in zip(prompts, texts, means.pop("by_prompt"))]
+        models[model] = means | {"by_prompt": by_prompt}
+    report = asdict(results) | {"models": models}
+    text = json.dumps({"settings": asdict(config)} | report, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, prompts: Sequence[str], texts: Sequence[str], results: Results) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "prompt", "text", *SCORES])
+        for model, scores in results.models.items():
+            for prompt, text, row in zip(prompts, texts, scores.by_prompt):
+                writer.writerow([model, prompt, text, *(getattr(row, name) for name in SCORES)])
+
+
+def contact_sheet(
+    photos: Sequence[Image.Image], prompts: Sequence[str], drawn: Mapping[str, Drawn], config: Config
+) -> Image.Image:
+    """Return the photos, and for every prompt a row of each model: images of a seed stand below each other."""
+    rows, labels = [photos], ["photos"]
+    for number, prompt in enumerate(prompts):
+        rows += [images.rows[number] for images in drawn.values()]
+        labels += [f"{model}: {prompt}" for model in drawn]
+    for model, images in drawn.items():
+        if images.class_images:
+            rows.append(images.class_images)
+            labels.append(f"{model}: {class_prompt(config)}")
+    return draw_sheet([[ImageOps.contain(image, THUMBNAIL) for image in row[:COLUMNS]] for row in rows], labels)
+
+
+def table(results: Results) -> str:
+    """Return the means as lines of text."""
+    head = "".join(f"{name:>11}" for name in ("CLIP-I", "DINO", "CLIP-T", "diversity"))
+    lines = [f"{'':8}{head}"]
+    for name, scores in {"photos": results.photos, **results.models}.items():
+        lines.append(f"{name:8}" + "".join(f"{number(getattr(scores, score, None)):>11}" for score in SCORES))
+    if prior := results.prior:
+        lines += [
+            "prior, base -> adapted: "
+            f"DINO to the photos {number(prior.similarity_before)} -> {number(prior.similarity_after)}, "
+            f"diversity {number(prior.diversity_before)} -> {number(prior.diversity_after)}, "
+            f"distance at one seed {number(prior.distance)}"
+        ]
+    return "\n".join(lines)
+
+
+def number(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"
+
+
+if __name__ == "__main__":
+    with readable_errors(KroneckerError):
+        main()

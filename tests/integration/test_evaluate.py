@@ -1,0 +1,273 @@
+"""scripts/evaluate.py through its command line, its numbers recomputed from the images that it wrote."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from itertools import combinations, product
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+from adapters import adapted_pipeline
+from conftest import ROOT, flags
+from PIL import Image
+from torch.nn.functional import cosine_similarity
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
+
+from kron_adapter import save_kronecker
+from scripts import convert, evaluate, generate
+
+PROMPTS = ["a {} in the snow", "a red {}"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter") / "robot.safetensors"
+    save_kronecker(adapted_pipeline("sd", 4, 64, strength=0.3), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three photos of the robot, square as they are."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(3):
+        path = ROOT / "toyworld" / "photos" / "robot" / f"{number:02d}.png"
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def options(tiny_sd, tiny_clip, tiny_dino, photos, tmp_path):
+    return {
+        "pretrained_model_name_or_path": tiny_sd,
+        "instance_data_dir": photos,
+        "class_noun": "robot",
+        "prompt": PROMPTS,
+        "num_images": 3,
+        "num_class_images": 3,
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 2,
+        "batch_size": 2,
+        "clip_model": tiny_clip,
+        "dino_model": tiny_dino,
+        "output_dir": tmp_path / "out",
+    }
+
+
+def report(options):
+    return json.loads((options["output_dir"] / "scores.json").read_text())
+
+
+def pixels(path):
+    return np.asarray(Image.open(path), int)
+
+
+class Judge:
+    """The scores once more, from files, one image at a time, by transformers and torch alone."""
+
+    def __init__(self, clip, dino):
+        self.clip, self.dino = CLIPModel.from_pretrained(clip), ViTModel.from_pretrained(dino, add_pooling_layer=False)
+        self.clip_processor, self.dino_processor = map(AutoImageProcessor.from_pretrained, (clip, dino))
+        self.tokenizer = AutoTokenizer.from_pretrained(clip)
+
+    @torch.no_grad()
+    def clip_of(self, path, text="robot"):
+        image = self.clip_processor(Image.open(path).convert("RGB"), return_tensors="pt")
+        output = self.clip(**self.tokenizer(text, return_tensors="pt"), **image)
+        return output.image_embeds[0], output.text_embeds[0]
+
+    @torch.no_grad()
+    def dino_of(self, path):
+        image = self.dino_processor(Image.open(path).convert("RGB"), return_tensors="pt")
+        return self.dino(**image).last_hidden_state[0, 0]
+
+    def clip_i(self, images, photos):
+        return mean_cosine((self.clip_of(i)[0], self.clip_of(p)[0]) for i, p in product(images, photos))
+
+    def clip_t(self, images, text):
+        return mean_cosine(self.clip_of(image, text) for image in images)
+
+    def likeness(self, images, photos):
+        return mean_cosine((self.dino_of(i), self.dino_of(p)) for i, p in product(images, photos))
+
+    def diversity(self, images):
+        return 1 - mean_cosine(combinations(map(self.dino_of, images), 2))
+
+
+def mean_cosine(pairs):
+    return fmean(float(cosine_similarity(x, y, dim=0)) for x, y in pairs)
+
+
+def close(ours, theirs):
+    return math.isclose(ours, theirs, abs_tol=1e-5)
+
+
+def test_scores_are_those_of_the_images_that_it_wrote(run_main, options, adapter, tiny_clip, tiny_dino, photos, capsys):
+    run_main(evaluate, **options, adapter=adapter, seed=7)
+    output, judge, scores = options["output_dir"], Judge(tiny_clip, tiny_dino), report(options)
+    references = sorted(photos.iterdir())
+    rows = list(csv.DictReader((output / "scores.csv").open()))
+    assert [(row["model"], row["prompt"]) for row in rows] == [
+        (model, prompt) for model in ("base", "adapted") for prompt in ("a sks robot in the snow", "a red sks robot")
+    ]
+    table = iter(rows)
+    for model in ("base", "adapted"):
+        means = scores["models"][model]
+        for number, (text, entry) in enumerate(zip(("a robot in the snow", "a red robot"), means["by_prompt"])):
+            images = [output / "images" / model / f"{number:02d}-{seed}.png" for seed in (7, 8, 9)]
+            assert entry["text"] == text
+            assert close(entry["clip_i"], judge.clip_i(images, references))
+            assert close(entry["dino"], judge.likeness(images, references))
+            assert close(entry["clip_t"], judge.clip_t(images, text))
+            assert close(entry["diversity"], judge.diversity(images))
+            assert {name: str(value) for name, value in entry.items()} == {
+                name: value for name, value in next(table).items() if name != "model"
+            }
+        for name in ("clip_i", "dino", "clip_t", "diversity"):
+            assert close(means[name], fmean(entry[name] for entry in means["by_prompt"]))
+    assert abs(scores["models"]["base"]["dino"] - scores["models"]["adapted"]["dino"]) > 1e-3
+
+    before, after = ([output / "images" / m / f"class-{s}.png" for s in (7, 8, 9)] for m in ("base", "adapted"))
+    prior = scores["prior"]
+    assert close(prior["similarity_before"], judge.likeness(before, references))
+    assert close(prior["similarity_after"], judge.likeness(after, references))
+    assert close(prior["diversity_before"], judge.diversity(before))
+    assert close(prior["diversity_after"], judge.diversity(after))
+    pairs = [(judge.dino_of(x), judge.dino_of(y)) for x, y in zip(before, after)]
+    assert close(prior["distance"], 1 - mean_cosine(pairs)) and prior["distance"] > 1e-3
+
+    assert close(scores["photos"]["dino"], mean_cosine(combinations(map(judge.dino_of, references), 2)))
+    assert scores["settings"]["instance_token"] == "sks" and scores["settings"]["seed"] == 7
+    printed = capsys.readouterr().out
+    for model in ("base", "adapted"):
+        assert f"{scores['models'][model]['dino']:.3f}" in printed
+    assert f"distance at one seed {prior['distance']:.3f}" in printed
+
+
+def test_images_are_those_of_generate_without_and_with_the_adapter(run_main, options, adapter, tiny_sd, tmp_path):
+    run_main(evaluate, **options, adapter=f"{adapter}:0.8", class_prompt="a robot, any robot")
+    for model, extra in {"base": {}, "adapted": {"adapter": f"{adapter}:0.8"}}.items():
+        shared = {name: options[name] for name in ("height", "width", "num_inference_steps", "num_images")}
+        prompts = ["a sks robot in the snow", "a red sks robot", "a robot, any robot"]
+        base = {"pretrained_model_name_or_path": tiny_sd, "output_dir": tmp_path / model}
+        run_main(generate, **base, prompt=prompts, **shared, **extra)
+        ours = options["output_dir"] / "images" / model
+        for name in ("00-0", "00-2", "01-1", "02-0", "02-2"):
+            theirs = pixels(tmp_path / model / f"{name}.png")
+            assert np.abs(pixels(ours / f"{name.replace('02-', 'class-')}.png") - theirs).max() <= 1
+    assert np.abs(pixels(ours / "00-0.png") - pixels(ours.with_name("base") / "00-0.png")).mean() > 1
+
+
+def test_a_lora_is_scored_like_any_adapter(run_main, options, adapter, tiny_sd, tmp_path):
+    base = ["--pretrained_model_name_or_path", str(tiny_sd)]
+    convert.main([str(adapter), "--to", "lora", "--output", str(tmp_path / "lora.safetensors"), *base])
+    scores = {}
+    for name, file in {"native": adapter, "lora": tmp_path / "lora.safetensors"}.items():
+        run_main(evaluate, **options | {"output_dir": tmp_path / name}, adapter=file)
+        scores[name] = report({"output_dir": tmp_path / name})
+    assert scores["lora"]["models"]["base"] == scores["native"]["models"]["base"]
+    for score in ("clip_i", "dino", "clip_t", "diversity"):
+        native, lora = (scores[name]["models"]["adapted"][score] for name in ("native", "lora"))
+        assert math.isclose(native, lora, abs_tol=2e-3)
+
+
+def test_a_base_model_alone_a_prompt_file_and_single_images_will_do(run_main, options, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# two\na {} in the snow\n\na red {}\n")
+    del options["prompt"]
+    run_main(evaluate, **options | {"num_images": 1, "instance_token": "xyz"}, prompts=tmp_path / "prompts.txt")
+    scores = report(options)
+    assert list(scores["models"]) == ["base"] and scores["prior"] is None
+    assert scores["models"]["base"]["diversity"] is None
+    rows = scores["models"]["base"]["by_prompt"]
+    assert [row["prompt"] for row in rows] == ["a xyz robot in the snow", "a red xyz robot"]
+    images = {path.name for path in (options["output_dir"] / "images").rglob("*.png")}
+    assert images == {"00-0.png", "01-0.png"}
+
+
+def test_the_prior_can_be_left_out(run_main, options, adapter):
+    run_main(evaluate, **options | {"num_class_images": 0}, adapter=adapter)
+    assert report(options)["prior"] is None
+    assert not list(options["output_dir"].rglob("class-*"))
+
+
+def test_the_sheet_shows_photos_and_a_row_of_each_model_for_each_prompt(run_main, options, adapter, monkeypatch):
+    sheets = []
+    draw_sheet = evaluate.draw_sheet
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
+    run_main(evaluate, **options, adapter=adapter)
+    ((rows, labels),) = sheets
+    assert labels == [
+        "photos",
+        "base: a sks robot in the snow",
+        "adapted: a sks robot in the snow",
+        "base: a red sks robot",
+        "adapted: a red sks robot",
+        "base: a photo of robot",
+        "adapted: a photo of robot",
+    ]
+    folder = options["output_dir"] / "images"
+    names = ["base/00", "adapted/00", "base/01", "adapted/01", "base/class", "adapted/class"]
+    for row, name in zip(rows[1:], names, strict=True):
+        for seed, cell in enumerate(row):
+            assert cell == Image.open(folder / f"{name}-{seed}.png").resize((192, 192), Image.Resampling.BICUBIC)
+    sheet = Image.open(options["output_dir"] / "sheet.png")
+    assert sheet.width == 3 * 192 + 2 * 4 and sheet.height == 7 * (192 + 21 + 10)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere: there is no such folder"),
+        ({"instance_data_dir": "empty"}, "--instance_data_dir empty: there is no readable image"),
+        ({"prompt": None, "prompts": "none.txt"}, "--prompts none.txt: there is no prompt in it"),
+        ({"prompt": None, "prompts": "nowhere.txt"}, "--prompts nowhere.txt: .*No such file"),
+        ({"prompt": ["a {} here", "a photo"]}, r"the prompt 'a photo' has no \{\}, which stands for the subject"),
+        ({"clip_model": "empty"}, "--clip_model empty is no CLIP model: "),
+        ({"dino_model": "nowhere"}, "--dino_model nowhere is no DINO model: "),
+        ({"adapter": "none.txt"}, "none.txt"),
+        ({"pretrained_model_name_or_path": "nowhere"}, "nowhere is no base model"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_the_base_model_loads(run_main, options, tmp_path, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "none.txt").write_text("# nothing\n")
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("it loaded"))
+    options = {name: value for name, value in (options | change).items() if value is not None}
+    with pytest.raises(ValueError, match=words):
+        run_main(evaluate, **options)
+    assert not options["output_dir"].exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"prompt": None}, "--prompts, a file, or --prompt is needed"),
+        ({"prompts": "a.txt"}, "--prompts, a file, or --prompt is needed, and not both"),
+        ({"num_images": 0}, "--num_images is 0; it has to be at least 1"),
+        ({"num_class_images": -1}, "--num_class_images is -1; it has to be at least 0"),
+        ({"batch_size": 0}, "--batch_size is 0"),
+        ({"num_inference_steps": 0}, "--num_inference_steps is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"class_noun": " "}, "--class_noun is empty"),
+        ({"class_noun": None}, "--class_noun"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_by_name(run_main, options, capsys, change, words):
+    options = {name: value for name, value in (options | change).items() if value is not None}
+    with pytest.raises(SystemExit) as exit:
+        run_main(evaluate, **options)
+    assert exit.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_errors_of_the_command_line_are_one_line(options, tmp_path):
+    options["instance_data_dir"] = "nowhere"
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *flags(options)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == "error: --instance_data_dir nowhere: there is no such folder"

@@ -1,0 +1,148 @@
+"""The base models of the toy world before they have learned: stock classes in the layouts of Stable Diffusion and SDXL.
+
+Attention projections have 128 features in the UNets and in the text encoders, so that (4, 64), (8, 64), (64, 8) and
+square factors up to 64 fit. Latents are 16 x 16 with 8 channels for pictures of 64 x 64 px.
+"""
+
+import json
+import random
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from toyworld.pictures import sample
+from toyworld.tiny_pipeline import TEXT_LENGTH, build_scheduler, byte_vocabulary
+from toyworld.world import RESERVED, caption, named_characters
+
+HIDDEN_SIZE = 128  # of each text encoder
+TIME_IDS_SIZE = 32  # features of each of SDXL's six sizes
+
+
+def build_base(kind: str, vae: AutoencoderKL) -> DiffusionPipeline:
+    """Return a pipeline of a kind ("sd" or "sdxl") around a trained autoencoder, all else untrained."""
+    return {"sd": _build_sd, "sdxl": _build_sdxl}[kind](vae)
+
+
+def _build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
+    tokenizer = build_tokenizer()
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer)),
+        tokenizer=tokenizer,
+        unet=_build_unet(
+            block_out_channels=(128, 128),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=HIDDEN_SIZE,
+        ),
+        scheduler=build_scheduler("epsilon"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _build_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    tokenizer = build_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)),
+        tokenizer=tokenizer,
+        tokenizer_2=build_tokenizer(),
+        unet=_build_unet(
+            block_out_channels=(96, 128),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=2 * HIDDEN_SIZE,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=TIME_IDS_SIZE,
+            projection_class_embeddings_input_dim=HIDDEN_SIZE + 6 * TIME_IDS_SIZE,
+            use_linear_projection=True,
+        ),
+        scheduler=build_scheduler("epsilon"),
+        force_zeros_for_empty_prompt=False,  # what is trained without a caption sees the empty one
+        add_watermarker=False,
+    )
+
+
+def _build_unet(**options) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        **options,
+    )
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=4 * HIDDEN_SIZE,
+        projection_dim=HIDDEN_SIZE,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+# ---- words ----
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """Return a CLIP tokenizer with one token for each word of the toy world and for each reserved word, bytes for others.
+
+    Without merges of its own for "sks", that word would be three letters, which occur in other words.
+    """
+    model = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    letters = sorted(letter for letter in byte_vocabulary() if len(letter) == 1)
+    trainer = BpeTrainer(
+        vocab_size=100_000,  # no limit: merging goes on until every word is one token
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    model.train_from_iterator(sorted(_words()), trainer)
+    merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
+    vocabulary = byte_vocabulary()
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def _words() -> set[str]:
+    rng = random.Random(0)
+    captions = [caption(*sample("words", i), rng) for i in range(10_000)]
+    return {word for text in captions for word in text.replace(",", " ").split()} | {*RESERVED, *named_characters()}
+
+
+@torch.no_grad()
+def place_reserved_words(tokenizer: CLIPTokenizer, embedding: nn.Embedding) -> None:
+    """Give the words that training never saw embeddings such as the made-up names have, each its own.
+
+    A real text encoder has seen its rare tokens a few times: they lie among other names, and stand for nothing much.
+    """
+    index = {word: tokenizer(word).input_ids[1] for word in (*RESERVED, *named_characters())}
+    names = embedding.weight[[index[name] for name in named_characters()]]
+    generator = torch.Generator().manual_seed(0)
+    for word in RESERVED:
+        direction = torch.randn(names.shape[1], generator=generator).to(names)
+        embedding.weight[index[word]] = names.mean(0) + names.std(0) * direction

@@ -1,0 +1,245 @@
+"""Compare ways to personalise a base model of the toy world: Kronecker factors of several shapes, and peft's LoRA.
+
+    python -m toyworld.study --base toyworld/models/sd --output_dir outputs/study
+
+Every method trains on every subject's photos with several seeds, in the training loop of the scripts, the base model's
+own prediction as prior; then it draws the subject's evaluation prompts, and the evaluators score what it drew. Writes
+OUTPUT_DIR/runs.jsonl, one line a run (runs that are there are not repeated), and table.md, means over subjects and seeds
+with the spread over seeds; prints the table.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+import train_dreambooth_kronecker as sd
+import train_dreambooth_kronecker_sdxl as sdxl
+from dreambooth.config import TrainingConfig
+from dreambooth.data import DreamBoothDataset, build_loader, prompts_of
+from dreambooth.diffusion import build_noise_scheduler, build_sampler
+from dreambooth.evaluation import draw_prompt, score_images, score_prior
+from dreambooth.models import prompt_encoder
+from dreambooth.optimizers import build_lr_scheduler, build_optimizer
+from dreambooth.photos import read_instance_photos
+from dreambooth.scores import Evaluators, load_evaluators
+from dreambooth.training import Denoiser, start_accelerator, train_steps
+from dreambooth.vae import latent_source
+from kron_adapter import ATTENTION_TARGETS, disable_kronecker, inject_kronecker, kronecker_parameters
+from toyworld.subjects import SUBJECTS, prompts, save_photos
+
+ROOT = Path(__file__).resolve().parent
+SUBJECTS_COMPARED = ("robot", "dog", "teapot", "cat")
+IMAGES = 4  # for each prompt
+CLASS_IMAGES = 16
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": ""}
+
+
+# ---- the methods ----
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What trains, and how to be without it for a while."""
+
+    parameters: list[nn.Parameter]
+    without: Callable[[], AbstractContextManager]
+
+
+def add_kronecker(unet: nn.Module, a1: int, a2: int) -> Adapter:
+    inject_kronecker(unet, a1, a2)
+    return Adapter(kronecker_parameters(unet), partial(disable_kronecker, unet))
+
+
+def add_lora(unet: nn.Module, rank: int) -> Adapter:
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION_TARGETS)))
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        unet.disable_adapters()
+        yield
+        unet.enable_adapters()
+
+    return Adapter([parameter for parameter in unet.parameters() if parameter.requires_grad], without)
+
+
+METHODS: dict[str, Callable[[nn.Module], Adapter]] = {
+    "Kronecker (4, 64)": partial(add_kronecker, a1=4, a2=64),
+    "Kronecker (16, 16)": partial(add_kronecker, a1=16, a2=16),
+    "LoRA r=1": partial(add_lora, rank=1),
+    "LoRA r=4": partial(add_lora, rank=4),
+}
+
+
+# ---- one run ----
+
+
+def personalise(pipeline: DiffusionPipeline, method: str, config: TrainingConfig, accelerator: Accelerator) -> int:
+    """Train a method on the photos of `config`, in place; return the number of parameters that trained."""
+    family = sdxl if isinstance(pipeline, sdxl.Pipeline) else sd
+    parts = dict(pipeline.components)
+    photos = read_instance_photos(config)
+    words = prompts_of(photos, [], config)
+    dataset = DreamBoothDataset(photos, [], words, config)
+    latents_of = latent_source(pipeline, dataset, config, accelerator)
+    encode = prompt_encoder(family.encode_prompts, pipeline, words, config)
+    torch.manual_seed(config.seed)
+    adapter = METHODS[method](pipeline.unet)
+    optimizer = build_optimizer({"unet": adapter.parameters}, config, 1)
+    lr_scheduler = build_lr_scheduler(optimizer, config, config.max_train_steps)
+    denoiser, optimizer = accelerator.prepare(
+        Denoiser({"unet": pipeline.unet}, encode, family.unet_condition), optimizer
+    )
+    noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
+    batches = build_loader(dataset, config, 0, 1, 0)
+    steps = train_steps(
+        accelerator, denoiser, latents_of, noise_scheduler, adapter.without, batches, optimizer, lr_scheduler, config
+    )
+    for _ in zip(range(config.max_train_steps), steps):
+        pass
+    pipeline.register_modules(**parts)  # training let go of what it did not need
+    return sum(parameter.numel() for parameter in adapter.parameters)
+
+
+def load_base(base: str) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    pipeline.scheduler = build_sampler(pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_all(pipeline: DiffusionPipeline, subject: str) -> tuple[list[list[Image.Image]], list[Image.Image]]:
+    """Return a row of images for each evaluation prompt, and class images."""
+    rows = [draw_prompt(pipeline, prompt, range(IMAGES), IMAGES, **DRAWING) for prompt in prompts(subject)]
+    kind = SUBJECTS[subject].kind
+    return rows, draw_prompt(pipeline, f"a photo of a {kind}", range(CLASS_IMAGES), CLASS_IMAGES, **DRAWING)
+
+
+def score(
+    drawn: tuple[list[list[Image.Image]], list[Image.Image]],
+    before: list[Image.Image],
+    photos: list[Image.Image],
+    subject: str,
+    evaluators: Evaluators,
+) -> dict[str, float]:
+    rows, class_images = drawn
+    texts = [prompt.replace("sks ", "") for prompt in prompts(subject)]
+    scores = asdict(score_images(rows, photos, texts, evaluators))
+    scores.pop("by_prompt")
+    prior = score_prior(before, class_images, photos, evaluators)
+    return scores | {"prior_similarity": prior.similarity_after, "prior_diversity": prior.diversity_after}
+
+
+# ---- the study ----
+
+
+COLUMNS = {
+    "dino": "DINO",
+    "clip_i": "CLIP-I",
+    "clip_t": "CLIP-T",
+    "diversity": "diversity",
+    "prior_similarity": "class: DINO to the photos",
+    "prior_diversity": "class: diversity",
+}
+
+
+def table(runs: list[dict]) -> str:
+    """Return means over subjects and seeds, ± the standard deviation over seeds of the means over subjects."""
+    lines = [
+        "| | parameters | " + " | ".join(COLUMNS.values()) + " |",
+        "| --- | ---: |" + " ---: |" * len(COLUMNS),
+    ]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        mine = [run for run in runs if run["method"] == method]
+        cells = []
+        for name in COLUMNS:
+            by_seed = [
+                fmean(run[name] for run in mine if run["seed"] == seed) for seed in {run["seed"] for run in mine}
+            ]
+            spread = f" ± {stdev(by_seed):.3f}" if len(by_seed) > 1 else ""
+            cells.append(f"{fmean(by_seed):.3f}{spread}")
+        lines.append(f"| {method} | {mine[0]['parameters']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--base", default=str(ROOT / "models" / "sd"), help="base model; default: toyworld/models/sd")
+    parser.add_argument("--evaluators", type=Path, default=ROOT / "models", help="folder with clip/ and dino/")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS_COMPARED))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--max_train_steps", type=int, default=300, help="optimizer steps; default: 300")
+    parser.add_argument("--train_batch_size", type=int, default=4, help="photos in a step; default: 4")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="default: 2e-3")
+    options = parser.parse_args()
+
+    evaluators = load_evaluators(str(options.evaluators / "clip"), str(options.evaluators / "dino"), torch.device("cpu"))
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    log = options.output_dir / "runs.jsonl"
+    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(run["method"], run["subject"], run["seed"]) for run in runs}
+    wanted = [(subject, seed, method) for subject in options.subjects for seed in options.seeds for method in options.methods]
+    before: dict[str, list[Image.Image]] = {}
+    accelerator = None
+    for subject, seed, method in tqdm(wanted, desc="runs"):
+        folder = options.output_dir / "photos" / subject
+        if not folder.exists():
+            save_photos(subject, folder)
+        photos = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
+
+        def record(name: str, parameters: int, pipeline: DiffusionPipeline) -> None:
+            drawn = draw_all(pipeline, subject)
+            scores = score(drawn, before.setdefault(subject, drawn[1]), photos, subject, evaluators)
+            run = {"method": name, "subject": subject, "seed": seed, "parameters": parameters, **scores}
+            runs.append(run)
+            with log.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+
+        if subject not in before:
+            record("base model", 0, load_base(options.base))
+        if (method, subject, seed) in done:
+            continue
+        kind = SUBJECTS[subject].kind
+        config = sd.Config(
+            pretrained_model_name_or_path=options.base,
+            instance_data_dir=str(folder),
+            instance_prompt=f"a photo of sks {kind}",
+            with_prior_preservation=True,
+            prior_source="base_model",
+            class_prompt=f"a photo of {kind}",
+            resolution=64,
+            center_crop=True,
+            train_batch_size=options.train_batch_size,
+            max_train_steps=options.max_train_steps,
+            learning_rate=options.learning_rate,
+            seed=seed,
+            output_dir=str(options.output_dir),
+            report_to=["none"],
+        )
+        accelerator = accelerator or start_accelerator(config)
+        pipeline = load_base(options.base)
+        record(method, personalise(pipeline, method, config, accelerator), pipeline)
+    text = table(runs)
+    (options.output_dir / "table.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Train a base model of the toy world: text encoders and UNet, on renders with captions.
+
+    python -m toyworld.train_base sd   --vae outputs/toyworld/vae/vae --output_dir outputs/toyworld/sd
+    python -m toyworld.train_base sdxl --vae outputs/toyworld/vae/vae --output_dir outputs/toyworld/sdxl
+
+Writes OUTPUT_DIR/pipeline, which DiffusionPipeline.from_pretrained loads, and sheets: described.png, 32 prompts that
+describe a character; named.png, characters as rendered above what their names alone draw. Pictures are encoded once,
+into OUTPUT_DIR/latents.safetensors. Started again, it goes on from its last save.
+"""
+
+import copy
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers.training_utils import compute_snr
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import train_dreambooth_kronecker as sd
+import train_dreambooth_kronecker_sdxl as sdxl
+from dreambooth.diffusion import build_sampler
+from toyworld.base_models import build_base, place_reserved_words
+from toyworld.fitting import batches, build_parser, device, fit
+from toyworld.pictures import render_batch, sample
+from toyworld.render import contact_sheet, covering_pairs, render
+from toyworld.train_vae import encode
+from toyworld.world import Look, Scene, caption, named_characters
+
+FAMILIES = {"sd": sd, "sdxl": sdxl}
+CAPTION_DROPOUT = 0.1  # so that classifier-free guidance works
+SNR_GAMMA = 5.0  # min-SNR weights, arXiv 2303.09556
+GUIDANCE = 4.0  # of the sheets
+PIXELS = 64
+
+
+@dataclass(frozen=True)
+class Examples:
+    """latents: (n, 8, 16, 16) fp16    sizes: (n, 6), as SDXL is told them    pairs: what each shows"""
+
+    latents: Tensor
+    sizes: Tensor
+    pairs: list[tuple[Look, Scene]]
+
+
+# ---- the pictures ----
+
+
+def load_examples(kind: str, vae: AutoencoderKL, count: int, file: Path) -> Examples:
+    """Return `count` encoded pictures, from `file` where it is there."""
+    pairs = [sample("base", i) for i in range(count)]
+    if not file.exists():
+        latents, sizes = [], []
+        for numbers in tqdm(list(batches(count, 64)), desc="encoding pictures", mininterval=10):
+            pixels, size = zip(*(_picture(kind, pairs[i], random.Random(f"size {i}")) for i in numbers))
+            with torch.autocast(device().type, torch.bfloat16):
+                latents.append(encode(vae, torch.cat(pixels)).half().cpu())
+            sizes += size
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": torch.cat(latents).contiguous(), "sizes": torch.tensor(sizes)}, file)
+    tensors = load_file(file)
+    return Examples(tensors["latents"], tensors["sizes"], pairs)
+
+
+def _picture(kind: str, pair: tuple[Look, Scene], rng: random.Random) -> tuple[Tensor, list[int]]:
+    """Return a picture (1, 3, 64, 64) and its sizes in px: original, top left of the crop, target, height first.
+
+    Half of SDXL's are cut out of pictures of other sizes, coarse where the original was small.
+    """
+    if kind == "sd" or rng.random() < 0.5:
+        return render_batch([pair], PIXELS).pixels, [PIXELS, PIXELS, 0, 0, PIXELS, PIXELS]
+    original, enlarged = rng.choice((24, 32, 48, 96, 128)), rng.choice((64, 64, 72, 80))
+    top, left = rng.randint(0, enlarged - PIXELS), rng.randint(0, enlarged - PIXELS)
+    pixels = F.interpolate(
+        render_batch([pair], original).pixels, (enlarged, enlarged), mode="bicubic", antialias=True
+    ).clamp(-1, 1)
+    cut = pixels[..., top : top + PIXELS, left : left + PIXELS]
+    return cut, [original, original, top, left, PIXELS, PIXELS]
+
+
+# ---- training ----
+
+
+class Models(nn.Module):
+    """Those of a pipeline's parts that train."""
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__()
+        names = ("unet", "text_encoder", "text_encoder_2")
+        self.parts = nn.ModuleDict({name: part for name, part in pipeline.components.items() if name in names and part})
+
+
+def diffusion_loss(
+    pipeline: DiffusionPipeline, kind: str, latents: Tensor, sizes: Tensor, captions: list[str]
+) -> Tensor:
+    """Return the min-SNR weighted error of the predicted noise, timesteps spread evenly over the batch."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    last = scheduler.config.num_train_timesteps
+    rows = torch.randperm(len(latents), device=latents.device)
+    timesteps = ((rows + torch.rand_like(latents[:, 0, 0, 0])) * last / len(latents)).long()
+    noise = torch.randn_like(latents)
+    family = FAMILIES[kind]
+    condition = family.unet_condition(family.encode_prompts(pipeline, captions), sizes)
+    prediction = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, **condition).sample
+    snr = compute_snr(scheduler, timesteps)
+    errors = (prediction.float() - noise).square().mean((1, 2, 3))
+    return (errors * snr.clamp(max=SNR_GAMMA) / snr).mean()
+
+
+def save_base(pipeline: DiffusionPipeline, average: Models, folder: Path) -> DiffusionPipeline:
+    """Write the averaged model in fp16, the reserved words in their places; return it in fp32."""
+    parts = copy.deepcopy(dict(average.parts))
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if encoder in parts:
+            place_reserved_words(pipeline.components[tokenizer], parts[encoder].get_input_embeddings())
+    options = {name: value for name, value in pipeline.config.items() if name == "force_zeros_for_empty_prompt"}
+    parts["vae"] = copy.deepcopy(pipeline.vae)
+    trained = type(pipeline)(**{**pipeline.components, **parts}, **options)
+    trained.to(torch.float16).save_pretrained(folder)
+    return trained.to(torch.float32)
+
+
+# ---- the sheets ----
+
+
+def draw(pipeline: DiffusionPipeline, prompts: list[str], seed: int = 0) -> list[Image.Image]:
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = build_sampler(pipeline.scheduler)
+    images = []
+    for numbers in batches(len(prompts), 16):
+        images += pipeline(
+            [prompts[i] for i in numbers],
+            negative_prompt=[""] * len(numbers),
+            height=PIXELS,
+            width=PIXELS,
+            num_inference_steps=20,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(seed + i) for i in numbers],
+        ).images
+    return images
+
+
+def draw_sheets(pipeline: DiffusionPipeline, folder: Path) -> None:
+    pairs = [(replace(look, name="", recoloured=False), scene) for look, scene, _ in covering_pairs(32, seed=1)]
+    prompts = [caption(*pair) for pair in pairs]
+    contact_sheet(list(zip(draw(pipeline, prompts), prompts)), columns=8).save(folder / "described.png")
+    looks = list(named_characters().values())[::30]
+    named = [(look, Scene("beach", variant=i)) for i, look in enumerate(looks)]
+    prompts = [caption(*pair) for pair in named]
+    rows = [(render(*pair), prompt) for pair, prompt in zip(named, prompts)]
+    rows += list(zip(draw(pipeline, prompts), ["as drawn"] * len(prompts)))
+    contact_sheet(rows, columns=len(looks)).save(folder / "named.png")
+
+
+def main() -> None:
+    parser = build_parser(__doc__, steps=8_000, batch_size=32, learning_rate=5e-3)
+    parser.add_argument("kind", choices=tuple(FAMILIES))
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
+    parser.add_argument("--pictures", type=int, default=48_000, help="renders to learn from; default: 48000")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    vae = AutoencoderKL.from_pretrained(options.vae, dtype=torch.float32).to(device()).requires_grad_(False).eval()
+    file = options.output_dir / "latents.safetensors"
+    examples = load_examples(options.kind, vae, options.pictures, file)
+    pipeline = build_base(options.kind, vae)
+
+    def loss_of(models: nn.Module, step: int) -> Tensor:
+        rng = random.Random(f"base {options.seed} {step}")
+        rows = [rng.randrange(options.pictures) for _ in range(options.batch_size)]
+        captions = ["" if rng.random() < CAPTION_DROPOUT else caption(*examples.pairs[row], rng) for row in rows]
+        latents, sizes = (tensor[rows].to(device()) for tensor in (examples.latents.float(), examples.sizes))
+        return diffusion_loss(pipeline, options.kind, latents, sizes, captions)
+
+    def save(average: nn.Module, steps: int) -> None:
+        trained = save_base(pipeline, average, options.output_dir / "pipeline")
+        draw_sheets(trained, options.output_dir)
+
+    fit(Models(pipeline), loss_of, save, options)
+
+
+if __name__ == "__main__":
+    main()
