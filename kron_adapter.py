@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kron_formats.attach import attach_to_diffusers
 from kron_formats.matching import differences, match_layers
@@ -36,6 +37,7 @@ from kron_formats.names import (
     find_layers,
     linear_modules,
     match_target,
+    matrix_size,
 )
 from kron_formats.reading import AdapterFile, Factors, read_adapter
 from kron_formats.writing import write_native
@@ -169,12 +171,13 @@ class KroneckerLinear(nn.Module):
     init None:         A = 0,  gain 1, for factors that come from a file.
 
     The base may be any `nn.Linear`, also a quantised one, or a KroneckerLinear: several adapters are layers around
-    layers. Raises KroneckerError where a1, a2 do not divide its sizes.
+    layers. It may be a convolution, which other tools' files adapt too: A ⊗ B is then its kernel (d_out, d_in) =
+    (c_out, c_in·k·k). Raises KroneckerError where a1, a2 do not divide its sizes.
     """
 
     def __init__(
         self,
-        base: "nn.Linear | KroneckerLinear",
+        base: "nn.Linear | nn.Conv2d | KroneckerLinear",
         a1: int,
         a2: int,
         init: Init | None = "invariant",
@@ -205,11 +208,11 @@ class KroneckerLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.base.in_features
+        return matrix_size(self.base)[1]
 
     @property
     def out_features(self) -> int:
-        return self.base.out_features
+        return matrix_size(self.base)[0]
 
     @property
     def weight(self) -> Tensor:
@@ -218,6 +221,14 @@ class KroneckerLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+    @property
+    def _innermost(self) -> nn.Linear | nn.Conv2d:
+        """The layer under all adapters."""
+        layer = self.base
+        while isinstance(layer, KroneckerLinear):
+            layer = layer.base
+        return layer
 
     @property
     def factors(self) -> Factors:
@@ -242,6 +253,10 @@ class KroneckerLinear(nn.Module):
         return _FrozenLinearPlusKronecker.apply(x, weight, self.base.bias, self.A, self.B, self.gain * self.scale)
 
     def _delta(self, x: Tensor) -> Tensor:
+        layer = self._innermost
+        if isinstance(layer, nn.Conv2d):  # adapters of files alone, which do not train: the dense kernel will do
+            kernel = self.delta_weight.to(x.device, x.dtype).view(layer.out_channels, -1, *layer.kernel_size)
+            return F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         A, B = (self.A * (self.gain * self.scale)).to(x.device, x.dtype), self.B.to(x.device, x.dtype)
         delta = kron_apply(x, A, B)
         if self.transposed_rows:
@@ -273,16 +288,17 @@ class KroneckerLinear(nn.Module):
         layers = [self]
         while isinstance(layers[-1].base, KroneckerLinear):
             layers.append(layers[-1].base)
-        base = layers[-1].base
+        base = self._innermost
         if any(layer.merged for layer in layers):
             raise KroneckerError("the adapter is merged already; unmerge it first")
         if base.weight.is_meta:
             raise KroneckerError("the base weights are offloaded; merge before offloading is enabled")
-        if type(base) is not nn.Linear or not base.weight.is_floating_point():
+        if type(base) not in (nn.Linear, nn.Conv2d) or not base.weight.is_floating_point():
             raise KroneckerError(f"a {type(base).__name__} of {base.weight.dtype} cannot take a merged delta")
         self._unmerged_weight = base.weight.detach().clone()
         deltas = (layer.delta_weight.to(base.weight.device).double() for layer in layers if layer.enabled)
-        base.weight.data = sum(deltas, start=base.weight.detach().double()).to(base.weight.dtype)
+        exact = sum(deltas, start=base.weight.detach().double().flatten(1))
+        base.weight.data = exact.view_as(base.weight).to(base.weight.dtype)
         for layer in layers:
             layer.merged = True
 
@@ -300,13 +316,11 @@ class KroneckerLinear(nn.Module):
         return f"{self.adapter}, a1={self.A.shape[0]}, a2={self.A.shape[1]}, scale={self.scale}, merged={self.merged}"
 
 
-def _divide(base: nn.Linear, a1: int, a2: int, name: str) -> tuple[int, int]:
+def _divide(base: nn.Module, a1: int, a2: int, name: str) -> tuple[int, int]:
     """Return (b1, b2) = (d_out / a1, d_in / a2). Raises KroneckerError, naming the values that would divide."""
+    d_out, d_in = matrix_size(base)
     problems = []
-    for factor, value, side, size in (
-        ("a1", a1, "d_out", base.out_features),
-        ("a2", a2, "d_in", base.in_features),
-    ):
+    for factor, value, side, size in (("a1", a1, "d_out", d_out), ("a2", a2, "d_in", d_in)):
         if value < 1 or size % value:
             divisors = [d for d in range(1, size + 1) if size % d == 0]
             below = [d for d in divisors if d < value][-1:]
@@ -315,10 +329,9 @@ def _divide(base: nn.Linear, a1: int, a2: int, name: str) -> tuple[int, int]:
             problems.append(f"{factor} = {value} does not divide {side} = {size} (nearest that do: {nearest})")
     if problems:
         raise KroneckerError(
-            f"layer {name or type(base).__name__} maps {base.in_features} to {base.out_features} features: "
-            + "; ".join(problems)
+            f"layer {name or type(base).__name__} maps {d_in} to {d_out} features: " + "; ".join(problems)
         )
-    return base.out_features // a1, base.in_features // a2
+    return d_out // a1, d_in // a2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,7 +553,7 @@ def load_kronecker(
         adapter.A.data.copy_(factors.A)
         adapter.B.data.copy_(factors.B)
         adapter.transposed_rows = factors.transposed_rows
-        adapter.scale, adapter.target = float(scale), match_target(layer.name, targets) or ending(layer.name)
+        adapter.scale, adapter.target = float(scale), match_target(layer.name, targets) or layer.name
         model.set_submodule(position, adapter)
     return file.own_metadata
 

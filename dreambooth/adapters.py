@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from dreambooth.config import DTYPES, AdaptedModelConfig, TrainingConfig, public_options
+from dreambooth.config import DTYPES, AdaptedModelConfig, TrainingConfig, UserError, public_options
 from dreambooth.models import empty_models
 from kron_adapter import (
     disable_kronecker,
@@ -119,6 +119,11 @@ def read_adapters(config: AdaptedModelConfig) -> list[AdapterFile]:
     files = [read_adapter(split_scale(entry)[0]) for entry in config.adapter]
     for file in files:
         match_layers(file, models)
+        if file.is_lora and file.from_peft:
+            raise UserError(
+                f"{file.path} is a LoRA in peft's layout, which pipelines do not load: fuse it with scripts/convert.py "
+                "--to fused, or save it with the pipeline's save_lora_weights"
+            )
     return files
 
 

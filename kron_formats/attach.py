@@ -33,6 +33,8 @@ def attach_to_diffusers(pipeline: Any, path: str | os.PathLike, adapter_name: st
             raise KroneckerError(f"the {name} is offloaded; attach adapters before offloading is enabled")
     if any(layer.path.endswith(".base") for layer in layers):
         raise KroneckerError("the pipeline has adapters from load_kronecker; call remove_kronecker first")
+    if any(type(layer.module) not in (nn.Linear, nn.Conv2d) for layer in layers):
+        raise KroneckerError("the pipeline has quantised layers, which peft's LoKr cannot adapt: use load_kronecker")
     if any(factors.transposed_rows for factors in layers.values()):
         raise KroneckerError(
             f"the rows of {path} have the order of the paper's code, which peft cannot express: use load_kronecker, or "
@@ -60,5 +62,5 @@ def _inject(model: nn.Module, layers: dict[Layer, Factors], adapter_name: str) -
             if adapter_name in holder:
                 del holder[adapter_name]
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        for holder, factor in zip((module.lokr_w1, module.lokr_w2), cast(factors, dtype, layer.dotted)):
+        for holder, factor in zip((module.lokr_w1, module.lokr_w2), cast(layer, factors, dtype)):
             holder[adapter_name] = nn.Parameter(factor.to(weight.device), requires_grad=False)

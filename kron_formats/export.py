@@ -1,6 +1,7 @@
 """Adapters in the layouts of diffusers, peft and LoRA tools. The native one is in writing.py."""
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from peft import LoKrConfig
 from kron_formats.lora import kronecker_to_lora
 from kron_formats.names import Family, KroneckerError, Layer
 from kron_formats.reading import PEFT_PREFIX, PEFT_WEIGHTS, Factors
-from kron_formats.writing import cast, file_metadata, shape_metadata, write_file
+from kron_formats.writing import cast, file_metadata, prefixed, shape_metadata, write_file
 
 Layers = Mapping[Layer, Factors]
 
@@ -24,6 +25,8 @@ def square_factor(layers: Layers) -> int:
         (a1, a2), (b1, b2) = factors.A.shape, factors.B.shape
         if factors.transposed_rows:
             what = "its rows have the order of the paper's code"
+        elif layer.kernel:
+            what = "the layer is a convolution"
         elif len({a for other in layers.values() for a in other.A.shape}) > 1:
             what = f"A is {a1} x {a2}, and not the same square for every layer"
         elif a1 > b1 or a2 > b2:
@@ -44,8 +47,9 @@ def write_diffusers(path: Path, layers: Layers, metadata: Mapping[str, str], dty
     square_factor(layers)
     tensors = {}
     for layer, factors in layers.items():
-        tensors[f"{layer.dotted}.lokr_w1"], tensors[f"{layer.dotted}.lokr_w2"] = cast(factors, dtype, layer.dotted)
-    write_file(path, tensors, {f"kronecker.{key}": value for key, value in metadata.items()})
+        tensors[f"{layer.dotted}.lokr_w1"], tensors[f"{layer.dotted}.lokr_w2"] = cast(layer, factors, dtype)
+    shapes = shape_metadata({layer.dotted: factors for layer, factors in layers.items()})
+    write_file(path, tensors, prefixed({**metadata, **shapes}))
 
 
 def write_peft(folder: Path, layers: Layers, base_model: str | None, dtype: torch.dtype) -> None:
@@ -60,7 +64,7 @@ def write_peft(folder: Path, layers: Layers, base_model: str | None, dtype: torc
         tensors = {}
         for layer, factors in part.items():
             key = f"{PEFT_PREFIX}{layer.path}"
-            tensors[f"{key}.lokr_w1"], tensors[f"{key}.lokr_w2"] = cast(factors, dtype, layer.dotted)
+            tensors[f"{key}.lokr_w1"], tensors[f"{key}.lokr_w2"] = cast(layer, factors, dtype)
         (folder / component).mkdir(parents=True)
         LoKrConfig(
             r=r,
@@ -82,6 +86,11 @@ def lora_bytes(layers: Layers, rank: int | None, dtype: torch.dtype) -> int:
     return size
 
 
+def dense_bytes(layers: Layers, dtype: torch.dtype) -> int:
+    """Return the bytes of the weights that the adapter changes."""
+    return sum(prod(factors.size) for factors in layers.values()) * dtype.itemsize
+
+
 def write_lora(
     path: Path,
     layers: Layers,
@@ -100,6 +109,7 @@ def write_lora(
         lora, error = kronecker_to_lora(factors, rank)
         key, r = layer.kohya if kohya_names else layer.native, lora.down.shape[0]
         up, down = ((side * r**0.5).to(dtype).contiguous() for side in (lora.up, lora.down))
+        up, down = up[(..., *[None] * len(layer.kernel))], down.unflatten(1, (-1, *layer.kernel))
         if not (up.isfinite().all() and down.isfinite().all()):
             raise KroneckerError(f"the LoRA of {key} is not finite in {dtype}; nothing was written")
         tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}

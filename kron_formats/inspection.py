@@ -8,10 +8,12 @@ from kron_formats.names import FAMILY_NAMES
 from kron_formats.reading import AdapterFile, Factors
 
 PARTS = {
-    "UNet": ("lora_unet_", "unet.", "lycoris_", "down_blocks.", "mid_block.", "up_blocks."),
-    "text encoder": ("lora_te_", "lora_te1_", "text_encoder.", "text_model.", "encoder.layers."),
-    "second text encoder": ("lora_te2_", "text_encoder_2."),
-}
+    "text encoder": ("lora_te_", "lora_te1_", "lycoris_text_model_", "text_encoder.", "text_model.", "encoder.layers.",
+                     "text_encoders.clip_l.", "text_encoders.clip_h.", "clip_l.", "clip_h."),
+    "second text encoder": ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.", "clip_g."),
+    "UNet": ("lora_unet_", "lycoris_", "unet.", "diffusion_model.", "down_blocks.", "mid_block.", "up_blocks.",
+             "input_blocks.", "middle_block.", "output_blocks."),
+}  # fmt: skip
 SHORT = 60  # characters of a metadata value that are shown
 
 
@@ -97,7 +99,9 @@ def _short(value: str) -> str:
 def _clients(file: AdapterFile, factors: dict[str, Factors]) -> list[str]:
     """Say which tools load the file as it is, and what to do for the others."""
     if not factors:
-        return ["diffusers (pipe.load_lora_weights), ComfyUI, A1111, Forge"]
+        if file.from_peft:
+            return ["peft (PeftModel.from_pretrained)"]
+        return ["diffusers (pipe.load_lora_weights), ComfyUI, A1111, Forge" + _a1111_hides(file)]
     if any(entry.transposed_rows for entry in factors.values()):
         return ["this project alone (load_kronecker); everything else: scripts/convert.py --to lora"]
     ours = ["this project (load_kronecker), and diffusers pipelines by attach_to_diffusers"]
@@ -108,7 +112,8 @@ def _clients(file: AdapterFile, factors: dict[str, Factors]) -> list[str]:
         return [*ours, *([own_tool] if square else []), "ComfyUI, A1111, Forge: scripts/convert.py --to native"]
     ours.append("ComfyUI, A1111, Forge" + _a1111_hides(file))
     if square and (file_family(file) != "sdxl" or any("_input_blocks_" in name for name in factors)):
-        ours.append("LyCORIS, sd-scripts (square A no larger than B)")
+        needs = "" if file.has_alphas else "; not without alphas: scripts/convert.py --to native adds them"
+        ours.append(f"LyCORIS, sd-scripts (square A no larger than B{needs})")
     way = "diffusers, peft or lora" if square else "lora (as LoKr they take only a square A no larger than B)"
     return [*ours, f"diffusers and peft by themselves: scripts/convert.py --to {way}"]
 
@@ -116,7 +121,7 @@ def _clients(file: AdapterFile, factors: dict[str, Factors]) -> list[str]:
 def _a1111_hides(file: AdapterFile) -> str:
     notes = []
     if file_family(file) == "sdxl" and "ss_base_model_version" not in file.metadata:
-        notes.append("A1111 hides SDXL files without ss_base_model_version: scripts/convert.py --to native adds it")
+        notes.append("A1111 hides SDXL files without ss_base_model_version, which scripts/convert.py writes")
     second = {name.rpartition("_self_attn_")[2] for name in file.layers if name.startswith("lora_te2_")}
     if second and second != {"q_proj", "k_proj", "v_proj", "out_proj"}:
         notes.append("A1111 skips the second text encoder, for it needs q, k, v and out together")

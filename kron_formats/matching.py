@@ -32,13 +32,15 @@ def match_layers(file: AdapterFile, models: Models) -> dict[Layer, Factors | Low
     expected = {x.native for x in layers if x.component in touched and match_target(x.name, targets)}
     given = [index[name].native if name in index else name for name in file.layers]
     problems = differences({*expected, *(layer.native for layer in matched)}, given)
+    if len(file.layers) < int(file.own_metadata.get("layers", 0)):
+        problems.append(f"the file holds {len(file.layers)} of its {file.own_metadata['layers']} layers")
     if len(given) > len(set(given)):
         problems.append("some layers are there twice, under different names")
     problems += [
         f"{layer.native} holds factors for {entry.size[1]} to {entry.size[0]} features, "
-        f"the model's layer maps {layer.module.in_features} to {layer.module.out_features}"
+        f"the model's layer maps {layer.size[1]} to {layer.size[0]}"
         for layer, entry in matched.items()
-        if entry.size != (layer.module.out_features, layer.module.in_features)
+        if entry.size != layer.size
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

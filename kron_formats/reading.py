@@ -1,15 +1,19 @@
 """Adapter files of any layout, read into factors.
 
-LoKr        <layer>.lokr_w1, .lokr_w2 (or .lokr_w?_a · .lokr_w?_b), .alpha     kohya, LyCORIS, diffusers, peft
+LoKr        <layer>.lokr_w1, .lokr_w2 (or .lokr_w?_a · .lokr_w?_b), .alpha     kohya, LyCORIS, diffusers, peft, ...
 LoRA        <layer>.lora_down.weight, .lora_up.weight, .alpha (or lora_A, lora_B)
 reference   <attention>.processor.to_q_lora.down.weight Aᵀ, .up.weight B       the paper's own code
 transposed  <layer>.kron_a, .kron_b                                            the same ΔW in our own files
+
+A convolution's kernel (d_out, d_in, k, k) is read as the matrix (d_out, d_in·k·k), and so is its B (b1, b2, k, k): row
+by row, A ⊗ B is the same.
 """
 
 import json
 import os
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from kron_formats.names import COMPONENTS, KroneckerError
 METADATA_PREFIX = "kronecker."  # of our own metadata keys
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+DIFFUSERS_CONFIG = "lora_adapter_metadata"  # the metadata key under which diffusers saves peft's configuration
 ROLES = {
     "lokr_w1": "w1", "lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b",
     "lokr_w2": "w2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b",
@@ -77,6 +82,7 @@ class AdapterFile:
     path: Path
     layers: dict[str, Factors | LowRank]  # by the file's own layer names
     metadata: dict[str, str]
+    has_alphas: bool = False  # whether every layer has one
 
     @property
     def is_lora(self) -> bool:
@@ -106,22 +112,20 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
     if path.is_dir():
         return _read_folder(path)
     tensors, metadata = _read_tensors(path)
-    scale = _peft_scale(path) if any(name.startswith(PEFT_PREFIX) for name in tensors) else 1.0
+    configs = _peft_configs(path, tensors, metadata)
     parts = defaultdict(dict)
     for key, tensor in tensors.items():
         name, role = _split_key(key)
-        if role is None:
-            raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(list(tensors))}")
-        parts[name.removeprefix(PEFT_PREFIX)][role] = tensor.float()
+        parts[name][role] = tensor.float()
     reference_is_lora = all(
         part["reference_down"].shape[0] == part["reference_up"].shape[-1]
         for part in parts.values()
         if "reference_down" in part and "reference_up" in part
     )
-    layers = {name: _layer(part, path, name, scale, reference_is_lora) for name, part in parts.items()}
-    if not layers:
-        raise KroneckerError(f"{path} is not a Kronecker adapter: it is empty")
-    file = AdapterFile(path, layers, metadata)
+    layers = {
+        name: _layer(part, path, name, _peft_strength(configs, name), reference_is_lora) for name, part in parts.items()
+    }
+    file = AdapterFile(path, layers, metadata, all("alpha" in part for part in parts.values()))
     _check_factors(file)
     return file
 
@@ -132,8 +136,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            if not any(_split_key(key)[1] for key in keys):
-                raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(keys)}")
+            strangers = [key for key in keys if _split_key(key)[1] is None]
+            if strangers or not keys:
+                raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(strangers)}")
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except SafetensorError as error:
         raise KroneckerError(f"{path} is not a readable safetensors file: {error}") from error
@@ -143,7 +148,9 @@ def _split_key(key: str) -> tuple[str, str | None]:
     """Return a layer's name and a tensor's role in it, None where the ending is none that adapters have."""
     for suffix, role in ROLES.items():
         if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), role
+            name = key.removesuffix(f".{suffix}").removeprefix(PEFT_PREFIX)
+            # OneTrainer's first LoKr files left a dot in kohya's names: ..._attn1.to_q.lokr_w1, ..._attn1_to_q.alpha
+            return name.replace(".", "_") if name.startswith("lora_") else name, role
     return key, None
 
 
@@ -162,18 +169,45 @@ def _read_folder(folder: Path) -> AdapterFile:
     return AdapterFile(folder, layers, metadata)
 
 
-def _peft_scale(path: Path) -> float:
-    """Return alpha / r, which peft keeps beside the tensors and applies to full factors too."""
+def _peft_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict]:
+    """Return beginning of layers' names -> what peft keeps beside their tensors, in a file or in diffusers' metadata.
+
+    Raises KroneckerError where the tensors are peft's and their configuration is not there.
+    """
+    if any(key.startswith(PEFT_PREFIX) for key in tensors):
+        try:
+            return {"": json.loads((path.parent / PEFT_CONFIG).read_text())}
+        except (OSError, json.JSONDecodeError) as error:
+            raise KroneckerError(
+                f"{path} is peft's, but its strength is unknown: {PEFT_CONFIG} beside it: {error}"
+            ) from error
+    config = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
+    if "r" in config:
+        return {"": config}
+    parts = defaultdict(dict)
+    for key, value in config.items():
+        component, _, option = key.partition(".")
+        parts[f"{component}."][option] = value
+    return parts
+
+
+def _peft_strength(configs: Mapping[str, dict], name: str) -> float:
+    """Return alpha / r of a layer, by which peft multiplies full factors too; 1 where the file is not peft's."""
+    prefix = next((prefix for prefix in configs if name.startswith(prefix)), None)
+    if prefix is None:
+        return 1.0
+    config, path = configs[prefix], name.removeprefix(prefix)
+
+    def value(pattern: str, default: float) -> float:
+        patterns = config.get(pattern) or {}
+        return next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", path)), default)
+
     try:
-        config = json.loads((path.parent / PEFT_CONFIG).read_text())
-        alpha, r = config["alpha" if "alpha" in config else "lora_alpha"], config["r"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise KroneckerError(
-            f"{path} is peft's, but its strength is unknown: {PEFT_CONFIG} beside it: {error}"
-        ) from error
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise KroneckerError(f"{path}: a rank_pattern or alpha_pattern in {PEFT_CONFIG} is not supported")
-    return alpha / r
+        alpha = value("alpha_pattern", config["alpha" if "alpha" in config else "lora_alpha"])
+        r = value("rank_pattern", config["r"])
+    except KeyError as error:
+        raise KroneckerError(f"the strength of {name} is unknown: peft's configuration has no {error}") from error
+    return alpha / (r**0.5 if config.get("use_rslora") else r)
 
 
 def _layer(parts: dict[str, Tensor], path: Path, name: str, scale: float, reference_is_lora: bool) -> Factors | LowRank:
@@ -187,13 +221,14 @@ def _layer(parts: dict[str, Tensor], path: Path, name: str, scale: float, refere
             scale *= alpha / rank  # where both factors are full, LyCORIS and ComfyUI ignore alpha
         layer = Factors(A * scale, B)
     elif roles == {"kron_a", "kron_b"}:
-        layer = Factors(parts["kron_a"], parts["kron_b"], transposed_rows=True)
+        layer = Factors(parts["kron_a"], parts["kron_b"].flatten(1), transposed_rows=True)
     elif roles == {"reference_down", "reference_up"} and not reference_is_lora:
         layer = Factors(parts["reference_down"].t(), parts["reference_up"], transposed_rows=True)
     elif roles in ({"lora_down", "lora_up"}, {"reference_down", "reference_up"}):
         down, up = (parts[role] for role in sorted(roles))
-        if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0]:
-            raise KroneckerError(f"{where}: {tuple(up.shape)} times {tuple(down.shape)} is no linear layer's LoRA")
+        down, up = down.flatten(1), up.flatten(1)
+        if up.shape[1] != down.shape[0]:
+            raise KroneckerError(f"{where}: {tuple(up.shape)} times {tuple(down.shape)} is no LoRA")
         layer = LowRank(up * (scale if alpha is None else scale * alpha / down.shape[0]), down)
     elif roles & {"lora_down", "lora_up"}:
         raise KroneckerError(
@@ -209,12 +244,12 @@ def _layer(parts: dict[str, Tensor], path: Path, name: str, scale: float, refere
 def _lokr_factor(parts: dict[str, Tensor], role: str, where: str) -> tuple[Tensor, int | None]:
     """Return a factor, multiplied out where it is stored as a product, and that product's rank."""
     full, left, right = (parts.get(f"{role}{ending}") for ending in ("", "_a", "_b"))
-    if full is not None and full.dim() == 2:
-        return full, None
+    if full is not None and (full.dim() == 2 or (full.dim() == 4 and role == "w2")):
+        return full.flatten(1), None
     if left is not None and right is not None and left.dim() == right.dim() == 2:
         return left @ right, right.shape[0]
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(parts.items()) if name != "alpha")
-    raise KroneckerError(f"{where} does not hold two full factors lokr_w1 and lokr_w2 of a linear layer, but {shapes}")
+    raise KroneckerError(f"{where} does not hold two full factors lokr_w1 and lokr_w2, but {shapes}")
 
 
 def _check_factors(file: AdapterFile) -> None:
@@ -238,8 +273,9 @@ def describe(keys: Sequence[str]) -> str:
     """Say in words what a safetensors file with these keys seems to be."""
     signs = (
         (("hada_w1",), "it is a LoHa file"),
-        (("lokr_t2",), "it is a LoKr file with factors of convolutions"),
+        (("lokr_t2",), "it is a LoKr file with Tucker-decomposed factors of convolutions, which are not supported"),
         (("dora_scale", "lora_magnitude_vector"), "it is a DoRA file"),
+        (("bundle_emb.",), "it has embeddings in it (bundle_emb); save the adapter without them"),
         (("model.diffusion_model.", "first_stage_model."), "it is a whole Stable Diffusion checkpoint"),
         (("down_blocks.", "up_blocks."), "it holds a UNet's own weights"),
         (("encoder.layers.",), "it holds a text encoder's own weights"),

@@ -1,7 +1,7 @@
 """The native file: full-factor LoKr under kohya's names, the one layout for Kronecker factors that other tools read.
 
     <layer>.lokr_w1    A (a1, a2), every strength folded in
-    <layer>.lokr_w2    B (b1, b2)
+    <layer>.lokr_w2    B (b1, b2), of a convolution (b1, b2, k, k)
     <layer>.alpha      1.0: LyCORIS fails without one, newer ComfyUI divides by zero at 0, and 1 is safe everywhere
 
 Nothing else is in it: Forge refuses a file for 13 keys that it does not know. Factors in the row order of the paper's
@@ -21,6 +21,8 @@ from kron_formats.names import Family, KroneckerError, Layer
 from kron_formats.reading import METADATA_PREFIX, Factors
 
 FORMAT_VERSION = "1"
+LAYOUT_KEYS = ("format_version", "layers", "a1", "a2", "factors", "rows")  # what `shape_metadata` writes
+FOREIGN = ("modelspec.", "ss_")  # what metadata keys of other tools begin with
 ARCHITECTURES = {  # of the Stability model spec
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",
@@ -45,7 +47,7 @@ def write_native(
     tensors, by_name = {}, {}
     for layer, factors in layers.items():
         key = layer.kohya if kohya_names else layer.native
-        A, B = cast(factors, dtype, key)
+        A, B = cast(layer, factors, dtype)
         names = ("kron_a", "kron_b") if factors.transposed_rows else ("lokr_w1", "lokr_w2")
         tensors |= {f"{key}.{names[0]}": A, f"{key}.{names[1]}": B}
         if not factors.transposed_rows:
@@ -61,9 +63,9 @@ def write_native(
 
 
 def shape_metadata(layers: Mapping[str, Factors]) -> dict[str, str]:
-    """Return what tells the factors' shapes and their row order, once for all where they are the same."""
+    """Return what tells the number of layers, the factors' shapes, once for all if they are the same, and row order."""
     shapes = {key: tuple(factors.A.shape) for key, factors in layers.items()}
-    own = {"format_version": FORMAT_VERSION}
+    own = {"format_version": FORMAT_VERSION, "layers": str(len(layers))}
     if len(set(shapes.values())) == 1:
         own["a1"], own["a2"] = map(str, next(iter(shapes.values())))
     else:
@@ -73,23 +75,24 @@ def shape_metadata(layers: Mapping[str, Factors]) -> dict[str, str]:
     return own
 
 
-def cast(factors: Factors, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
-    """Return A and B on the CPU in `dtype`; first brought to one RMS where that loses bits, since A·s, B/s is free."""
+def cast(layer: Layer, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return A and B as they lie in files, in `dtype`: a convolution's B with the sides of its kernel.
+
+    Both are first brought to one RMS where `dtype` loses bits: A·s, B/s is free.
+    """
     A, B = factors.A.detach().cpu(), factors.B.detach().cpu()
     if dtype != torch.float32 and A.any() and B.any():
         balance = (B.square().mean() / A.square().mean()).sqrt().sqrt()
         A, B = A * balance, B / balance
-    A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
+    A, B = A.to(dtype).contiguous(), B.to(dtype).unflatten(1, (-1, *layer.kernel)).contiguous()
     if not (A.isfinite().all() and B.isfinite().all()):
-        raise KroneckerError(f"the factors of {name} are not all finite in {dtype}; nothing was written")
+        raise KroneckerError(f"the factors of {layer.native} are not all finite in {dtype}; nothing was written")
     return A, B
 
 
 def file_metadata(metadata: Mapping[str, str], made_for: Family | None, network: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a file: ours under our prefix, and what other tools show or filter by."""
-    foreign = {key: value for key, value in metadata.items() if key.startswith(("modelspec.", "ss_"))}
-    entries = {METADATA_PREFIX + key: value for key, value in metadata.items() if key not in foreign}
-    entries |= {
+    entries = {
         **network,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -108,7 +111,12 @@ def file_metadata(metadata: Mapping[str, str], made_for: Family | None, network:
             "modelspec.trigger_phrase": prompt,
             "ss_tag_frequency": json.dumps({"instance images": {prompt: 1}}),
         }
-    return entries | foreign
+    return entries | prefixed(metadata)
+
+
+def prefixed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries under our prefix, but for those that have a tool's own."""
+    return {key if key.startswith(FOREIGN) else METADATA_PREFIX + key: value for key, value in metadata.items()}
 
 
 def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

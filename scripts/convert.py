@@ -4,7 +4,8 @@
     python scripts/convert.py lokr.safetensors --to native --output dog.safetensors
     python scripts/convert.py --inspect dog.safetensors
 
-INPUT is a Kronecker adapter of any tool (kohya, LyCORIS, diffusers, peft, the paper's own code) or a LoRA.  FORMAT:
+INPUT is a Kronecker adapter of any tool (kohya, LyCORIS, ai-toolkit, OneTrainer, diffusers, peft, the paper's own code)
+or a LoRA.  FORMAT:
 
     native      what training writes: ComfyUI, A1111, Forge, LyCORIS, sd-scripts, this project
     diffusers   for load_lora_adapter of diffusers 0.42 and later; square factors
@@ -28,17 +29,29 @@ from torch import nn
 from dreambooth.config import DTYPES, AdaptedModelConfig, UserError, readable_errors
 from dreambooth.models import empty_models
 from kron_formats.architectures import ARCHITECTURES, load_architecture
-from kron_formats.export import lora_bytes, square_factor, total_error, write_diffusers, write_lora, write_peft
+from kron_formats.export import (
+    dense_bytes,
+    lora_bytes,
+    square_factor,
+    total_error,
+    write_diffusers,
+    write_lora,
+    write_peft,
+)
 from kron_formats.fused import checkpoint_family, fuse_checkpoint, fuse_pipeline
 from kron_formats.inspection import inspect
 from kron_formats.lora import lora_to_kronecker
 from kron_formats.matching import file_family, match_layers
 from kron_formats.names import FAMILY_NAMES, KroneckerError, Layer, family
 from kron_formats.reading import AdapterFile, Factors, LowRank, read_adapter
-from kron_formats.writing import write_native
+from kron_formats.writing import LAYOUT_KEYS, write_native
 
 Models = dict[str, nn.Module]
 FORMATS = ("native", "diffusers", "peft", "lora", "fused")
+CARRIED = (  # metadata of other tools that stays true in another layout
+    "modelspec.title", "modelspec.author", "modelspec.license", "modelspec.resolution", "modelspec.thumbnail",
+    "modelspec.trigger_phrase", "ss_tag_frequency",
+)  # fmt: skip
 FILES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}  # family -> configs/architectures
 
 
@@ -74,6 +87,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give INPUT, --to and --output, or --inspect FILE")
     if arguments.rank is not None and (arguments.to != "lora" or arguments.rank < 1):
         parser.error("--rank is for --to lora, and at least 1")
+    if (arguments.kron_a1 is None) != (arguments.kron_a2 is None):
+        parser.error("--kron_a1 and --kron_a2 go together")
     if arguments.to == "fused" and not arguments.pretrained_model_name_or_path:
         parser.error("--to fused needs --pretrained_model_name_or_path, the base model to fuse into")
     return arguments
@@ -209,7 +224,9 @@ def to_lora(layers: dict[Layer, Factors], file: AdapterFile, models: Models, arg
     dtype, kohya_names = DTYPES[arguments.save_precision], arguments.sdxl_names == "diffusers"
     size = lora_bytes(layers, arguments.rank, dtype)
     print(f"The LoRA takes {size / 2**20:,.1f} MiB in {arguments.save_precision}", end="")
-    print("; --rank makes it smaller" if size > 2**30 and not arguments.rank else "")
+    if size >= (dense := dense_bytes(layers, dtype)):
+        print(f", the weights that it changes {dense / 2**20:,.1f}: it makes no sense without a small --rank", end="")
+    print(flush=True)
     report = write_lora(
         arguments.output, layers, family(models), carried_metadata(file), dtype, arguments.rank, kohya_names
     )
@@ -233,7 +250,7 @@ def to_fused(
             f"{'one .safetensors file' if one_file else 'a folder'}"
         )
     if one_file:
-        fuse_checkpoint(Path(base), arguments.output, layers, checkpoint_family(Path(base)), models["unet"])
+        fuse_checkpoint(Path(base), arguments.output, layers, checkpoint_family(Path(base)))
     else:
         fuse_pipeline(base, arguments.output, layers, DTYPES[arguments.save_precision])
     announce(arguments.output, layers, models)
@@ -241,8 +258,8 @@ def to_fused(
 
 def carried_metadata(file: AdapterFile) -> dict[str, str]:
     """Return what a file says about its training, for the file made of it; what its layout says is written anew."""
-    own = file.own_metadata
-    return {key: value for key, value in own.items() if key not in ("format_version", "a1", "a2", "factors", "rows")}
+    own = {key: value for key, value in file.own_metadata.items() if key not in LAYOUT_KEYS}
+    return own | {key: file.metadata[key] for key in CARRIED if key in file.metadata}
 
 
 def announce(path: Path, layers: dict, models: Models) -> None:

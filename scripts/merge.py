@@ -1,4 +1,4 @@
-"""Write a plain diffusers pipeline folder with Kronecker adapters merged into its weights.
+"""Write a plain diffusers pipeline folder with Kronecker adapters, or LoRAs, merged into its weights.
 
     python scripts/merge.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --adapter outputs/dog/pytorch_kronecker_weights.safetensors --output_dir outputs/dog-merged
@@ -16,6 +16,7 @@ from dreambooth.adapters import load_adapted_pipeline
 from dreambooth.config import AdaptedModelConfig, UserError, option, readable_errors
 from dreambooth.parsing import parse_options
 from kron_adapter import KroneckerError, kronecker_layers, merge_kronecker, remove_kronecker
+from kron_formats.names import components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,16 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output} is not empty; choose another folder")
     pipeline = load_adapted_pipeline(config)
-    layers = 0
-    for model in (component for component in pipeline.components.values() if hasattr(component, "named_modules")):
+    models, layers = components(pipeline), 0
+    for model in models.values():
         if adapted := kronecker_layers(model):
             layers += len(adapted)
             merge_kronecker(model)
             remove_kronecker(model)
+    if loras := [name for name, model in models.items() if getattr(model, "peft_config", None)]:
+        layers += sum(hasattr(module, "lora_A") for name in loras for module in models[name].modules())
+        pipeline.fuse_lora(components=loras)
+        pipeline.unload_lora_weights()
     pipeline.save_pretrained(output)
     print(f"Merged {layers} layers into {output}")
 

@@ -2,10 +2,11 @@
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kron_adapter import inject_kronecker, kronecker_layers
-from kron_formats.names import components, linear_modules
+from kron_formats.names import components, find_layers, linear_modules
 from toyworld.tiny_pipeline import build_pipeline
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -51,6 +52,22 @@ def plain_weights(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
         for component, model in components(pipeline).items()
         for _, name, module in linear_modules(model)
     }
+
+
+def write_reference_file(path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Write a file of the paper's own code for the small UNet; return layer -> (down (a2, a1), up (b1, b2))."""
+    torch.manual_seed(0)
+    layers, tensors = {}, {}
+    for layer in find_layers({"unet": plain_pipeline("sd").unet}):
+        if ".to_" in layer.name:
+            d_out, d_in = layer.size
+            down, up = torch.randn(8, 4) * 0.02, torch.randn(d_out // 4, d_in // 8) * 0.02  # a1 = 4, a2 = 8
+            attention, projection = layer.name.removesuffix(".0").rsplit(".", 1)
+            key = f"unet.{attention}.processor.{projection}_lora"
+            tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+            layers[layer.name] = down, up
+    save_file(tensors, path)
+    return layers
 
 
 def worst_error(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

@@ -7,7 +7,15 @@ import textwrap
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, worst_error
+from adapters import (
+    adapted_pipeline,
+    dense_weights,
+    draw,
+    plain_pipeline,
+    plain_weights,
+    worst_error,
+    write_reference_file,
+)
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -153,6 +161,18 @@ def test_attached_adapters_follow_model_offloading_and_half_precision(tmp_path):
     assert layer(torch.randn(2, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_the_pipeline_s_own_scale_of_a_call_holds_for_attached_adapters(tmp_path):
+    trained, path, _ = make("sd", 4, 64, tmp_path)
+    pipe = plain_pipeline("sd")
+    attach_to_diffusers(pipe, path, "dog")
+    half = draw(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert (draw(pipe) - draw(trained)).abs().max() < 1e-4  # afterwards it is whole again
+    pipe.set_adapters("dog", 0.5)
+    assert (draw(pipe) - half).abs().max() < 1e-5
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), draw(plain_pipeline("sd")))
+
+
 def test_what_cannot_be_attached_is_refused_and_the_pipeline_untouched(tmp_path):
     _, path, _ = make("sd", 4, 64, tmp_path)
     (tmp_path / "sdxl").mkdir()
@@ -231,9 +251,12 @@ def test_generate_takes_several_adapters_of_any_layout_with_their_strengths(tmp_
 
     _, native, _ = make("sd", 8, 8, tmp_path)
     base = ("--pretrained_model_name_or_path", tiny_sd)
-    files = {"native": native, "lora": tmp_path / "lora.safetensors", "peft": tmp_path / "peft"}
-    for way in ("lora", "peft"):
+    files = {"native": native, "lora": tmp_path / "lora.safetensors", "peft": tmp_path / "peft",
+             "diffusers": tmp_path / "d.safetensors"}  # fmt: skip
+    for way in ("lora", "peft", "diffusers"):
         run_convert(native, "--to", way, "--output", files[way], *base)
+    write_reference_file(tmp_path / "reference.safetensors")
+    run_convert(tmp_path / "reference.safetensors", "--to", "lora", "--output", tmp_path / "rl.safetensors", *base)
 
     def draw_with(name, *adapters):
         run_main(
@@ -250,10 +273,39 @@ def test_generate_takes_several_adapters_of_any_layout_with_their_strengths(tmp_
     for name, adapters in {
         "sum": (f"{native}:1.5", f"{native}:1"),
         "peft": (f"{files['peft']}:2.5",),
+        "diffusers": (f"{files['diffusers']}:2.5",),
         "lora": (f"{files['lora']}:2.5",),
         "mixed": (f"{native}:0.5", f"{files['lora']}:2"),
     }.items():
         assert difference(double, draw_with(name, *adapters)) <= 1, name
+    reference = draw_with("reference", f"{tmp_path / 'reference.safetensors'}:9")
+    assert difference(reference, draw_with("reference-lora", f"{tmp_path / 'rl.safetensors'}:9")) <= 1
+    assert difference(reference, draw_with("again", f"{native}:0")) > 3
+
+
+def test_merge_takes_loras_beside_kronecker_adapters(tmp_path, tiny_sd, run_main):
+    from diffusers import StableDiffusionPipeline
+
+    from scripts import merge
+
+    _, native, exact = make("sd", 4, 64, tmp_path)
+    run_convert(native, "--to", "lora", "--output", tmp_path / "lora.safetensors",
+                "--pretrained_model_name_or_path", tiny_sd)  # fmt: skip
+    run_main(merge, pretrained_model_name_or_path=tiny_sd, output_dir=tmp_path / "merged",
+             adapter=[f"{native}:0.25", f"{tmp_path / 'lora.safetensors'}:0.75"])  # fmt: skip
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert worst_error(plain_weights(merged), exact) < 2 * FUSED
+
+
+def test_generate_refuses_a_lora_as_peft_saves_it_and_says_what_to_do(tmp_path, tiny_sd):
+    from peft import get_peft_model
+
+    from dreambooth.adapters import load_adapted_pipeline
+    from dreambooth.config import AdaptedModelConfig, UserError
+
+    get_peft_model(plain_pipeline("sd").unet, LoraConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a LoRA in peft's layout, .* fuse it with scripts/convert.py"):
+        load_adapted_pipeline(AdaptedModelConfig(pretrained_model_name_or_path=str(tiny_sd), adapter=[str(tmp_path)]))
 
 
 def test_an_adapter_s_colon_is_a_strength_only_before_a_number():

@@ -1,18 +1,23 @@
-"""Conversions without their clients: the algebra, round trips, the paper's own layout, foreign files, refusals."""
-
-import json
+"""Conversions without their clients: the algebra, round trips, the paper's own layout, refusals, inspection."""
 
 import pytest
 import torch
-from adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, worst_error
+from adapters import adapted_pipeline, dense_weights, plain_pipeline, plain_weights, worst_error, write_reference_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kron_adapter import KroneckerError, attach_to_diffusers, load_kronecker, merge_kronecker, save_kronecker
+from kron_adapter import (
+    KroneckerError,
+    attach_to_diffusers,
+    kronecker_layers,
+    load_kronecker,
+    merge_kronecker,
+    save_kronecker,
+)
 from kron_formats.architectures import load_architecture
-from kron_formats.fused import original_key
+from kron_formats.export import dense_bytes, lora_bytes
 from kron_formats.lora import kronecker_to_lora, lora_to_kronecker
-from kron_formats.names import components, family, find_layers, match_target
+from kron_formats.names import components, find_layers, match_target
 from kron_formats.reading import Factors, LowRank, read_adapter
 from scripts import convert
 
@@ -167,6 +172,37 @@ def test_size_and_errors_of_a_lora_are_printed(trained, tiny_sd, tmp_path, capsy
     assert printed == pytest.approx((square / total) ** 0.5, rel=0.01)
 
 
+@pytest.mark.parametrize("a1, a2, mebibytes", [(4, 64, 257), (64, 8, 423), (16, 16, 3384)])
+def test_the_size_of_an_exact_lora_of_sdxl_is_known_before_it_is_made(a1, a2, mebibytes):
+    """(16, 16) has full rank: such a LoRA is larger than the weights that it changes, and the others are not."""
+    layers = {}
+    for layer in find_layers({"unet": load_architecture("sdxl")["unet"]}):
+        if match_target(layer.name, ("to_q", "to_k", "to_v", "to_out.0")):
+            b1, b2 = layer.size[0] // a1, layer.size[1] // a2
+            layers[layer] = Factors(torch.empty(a1, a2, device="meta"), torch.empty(b1, b2, device="meta"))
+    size = lora_bytes(layers, None, torch.float16)
+    assert round(size / 2**20) == mebibytes
+    assert (size > dense_bytes(layers, torch.float16)) == (a1 == 16)
+
+
+def test_a_lora_that_makes_no_sense_is_called_so_before_it_is_written(trained, tiny_sd, tmp_path, capsys):
+    base = ("--pretrained_model_name_or_path", tiny_sd)
+    for a1, a2, senseless in ((8, 8, True), (64, 4, False)):
+        run(trained(a1, a2)[1], "--to", "lora", "--output", tmp_path / f"{a1}.safetensors", *base)
+        assert ("it makes no sense without a small --rank" in capsys.readouterr().out.splitlines()[0]) == senseless
+
+
+@pytest.mark.parametrize("way", ["native", "lora", "diffusers"])
+def test_what_model_browsers_show_goes_along(way, tiny_sd, tmp_path):
+    shown = {"modelspec.thumbnail": "data:image/jpeg;base64,AA==", "modelspec.resolution": "64x64"}
+    save_kronecker(adapted_pipeline("sd", 8, 8), tmp_path / "a.safetensors", {**shown, "instance_prompt": "sks dog"})
+    run(tmp_path / "a.safetensors", "--to", way, "--output", tmp_path / "b.safetensors",
+        "--pretrained_model_name_or_path", tiny_sd)  # fmt: skip
+    metadata = metadata_of(tmp_path / "b.safetensors")
+    assert metadata.items() >= {**shown, "modelspec.trigger_phrase": "sks dog"}.items()
+    assert "lora_adapter_metadata" not in metadata
+
+
 @pytest.mark.parametrize("names, block", [("sgm", "input_blocks_1_1"), ("diffusers", "down_blocks_0_attentions_0")])
 def test_sdxl_names_are_a_choice(names, block, trained, tiny_sdxl, tmp_path):
     _, path = trained(4, 64, "sdxl")
@@ -207,18 +243,8 @@ def reference_delta(down, up, x):
 @pytest.fixture
 def reference_file(tmp_path):
     """A file of the paper's code for the UNet, and every layer's (down, up)."""
-    torch.manual_seed(0)
-    layers, tensors = {}, {}
-    for layer in find_layers({"unet": plain_pipeline("sd").unet}):
-        if ".to_" in layer.name:
-            d_out, d_in = layer.module.out_features, layer.module.in_features
-            down, up = torch.randn(8, 4) * 0.02, torch.randn(d_out // 4, d_in // 8) * 0.02  # a1 = 4, a2 = 8
-            attention, projection = layer.name.removesuffix(".0").rsplit(".", 1)
-            key = f"unet.{attention}.processor.{projection}_lora"
-            tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
-            layers[layer.name] = down, up
-    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
-    return tmp_path / "pytorch_lora_weights.safetensors", layers
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    return path, write_reference_file(path)
 
 
 def assert_is_reference(unet, layers):
@@ -261,46 +287,6 @@ def test_no_other_tool_can_read_them_wrongly_and_a_lora_is_exact(reference_file,
     assert_is_reference(pipeline.unet, layers)
 
 
-# ---- foreign files ----
-
-
-def test_low_rank_factors_of_lycoris_are_multiplied_out_with_their_alpha(tmp_path):
-    torch.manual_seed(0)
-    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    w1, left, right = torch.randn(4, 4), torch.randn(32, 3), torch.randn(3, 32)
-    tensors = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2_a": left, f"{key}.lokr_w2_b": right}
-    save_file({**tensors, f"{key}.alpha": torch.tensor(1.5)}, tmp_path / "a.safetensors")
-    unet = plain_pipeline("sd").unet
-    load_kronecker(unet, tmp_path / "a.safetensors")
-    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    torch.testing.assert_close(layer.delta_weight, torch.kron(w1, left @ right) * 1.5 / 3)
-
-
-@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_", "unet.", ""])
-def test_names_of_other_tools_mean_the_same_layer(prefix, tmp_path):
-    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
-    key = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
-    save_file({f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(32, 32)}, tmp_path / "a.safetensors")
-    unet = plain_pipeline("sd").unet
-    load_kronecker(unet, tmp_path / "a.safetensors")
-    assert unet.get_submodule(name).delta_weight.min() == 1
-
-
-def test_the_strength_of_a_peft_adapter_is_alpha_over_r_and_has_to_be_known(tmp_path):
-    key = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    tensors = {f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(32, 32)}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(KroneckerError, match="strength is unknown: adapter_config.json beside it"):
-        load_kronecker(plain_pipeline("sd").unet, tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 32, "alpha": 8}))
-    unet = plain_pipeline("sd").unet
-    load_kronecker(unet, tmp_path)
-    assert unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.delta_weight.max() == 0.25
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 32, "alpha": 8, "alpha_pattern": {"to_q": 4}}))
-    with pytest.raises(KroneckerError, match="alpha_pattern .* is not supported"):
-        load_kronecker(plain_pipeline("sd").unet, tmp_path)
-
-
 # ---- refusals, before anything is written ----
 
 
@@ -338,19 +324,6 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_foreign_lora_needs_factors(tmp_path, tiny_sd, capsys):
-    torch.manual_seed(0)
-    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {f"{key}.lora_down.weight": torch.randn(2, 128), f"{key}.lora_up.weight": torch.randn(128, 2)}
-    save_file({**tensors, f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "lora.safetensors")
-    options = ("--to", "native", "--output", tmp_path / "n.safetensors", "--pretrained_model_name_or_path", tiny_sd)
-    with pytest.raises(KroneckerError, match="say with --kron_a1 and --kron_a2"):
-        run(tmp_path / "lora.safetensors", *options)
-    run(tmp_path / "lora.safetensors", *options, "--kron_a1", 8, "--kron_a2", 8)
-    assert "largest relative error 0." in capsys.readouterr().out
-    assert read_adapter(tmp_path / "n.safetensors").layers[key].A.shape == (8, 8)
-
-
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -358,96 +331,13 @@ def test_a_foreign_lora_needs_factors(tmp_path, tiny_sd, capsys):
         (["a", "--to", "native", "--output", "b", "--rank", "4"], "--rank is for --to lora"),
         (["a", "--to", "fused", "--output", "b"], "--to fused needs --pretrained_model_name_or_path"),
         (["a", "--to", "onnx", "--output", "b"], "invalid choice: 'onnx'"),
+        (["a", "--to", "native", "--output", "b", "--kron_a1", "4"], "--kron_a1 and --kron_a2 go together"),
     ],
 )
 def test_a_command_line_that_does_not_go_together_is_refused(arguments, words, capsys):
     with pytest.raises(SystemExit) as exit:
         convert.main(arguments)
     assert exit.value.code == 2 and words in capsys.readouterr().err
-
-
-# ---- fused ----
-
-
-def test_a_fused_folder_draws_the_same_image_without_this_project(trained, tiny_sd, tmp_path):
-    from diffusers import StableDiffusionPipeline
-
-    pipeline, path = trained(4, 64)
-    run(path, "--to", "fused", "--output", tmp_path / "fused", "--pretrained_model_name_or_path", tiny_sd)
-    fused = StableDiffusionPipeline.from_pretrained(tmp_path / "fused")
-    fused.set_progress_bar_config(disable=True)
-    assert worst_error(plain_weights(fused), dense_weights(pipeline)) < EXACT
-    assert (draw(fused) - draw(pipeline)).abs().max() < 1e-4
-    assert components(fused).keys() == {"unet", "text_encoder"}
-
-
-@pytest.mark.parametrize("architecture", ["sd15", "sd21", "sdxl"])
-def test_places_in_a_single_file_are_those_that_diffusers_reads(architecture):
-    """Every adapted weight, put where we think it lies, comes out of diffusers' converters as the right layer's."""
-    from diffusers.loaders import single_file_utils as theirs
-
-    models = load_architecture(architecture)
-    made_for, unet = family(models), models["unet"]
-    unet_keys, encoder_keys = {}, {}
-    for layer in find_layers(models):
-        if match_target(layer.name, ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")):
-            key, rows = original_key(layer, made_for, unet)
-            (unet_keys if layer.component == "unet" else encoder_keys)[key, rows.start, rows.stop] = layer
-    by_key = {key: torch.tensor(float(n)) for n, (key, _, _) in enumerate(unet_keys)}
-    blocks = "input_blocks.0.0 middle_block.0.in_layers.0 middle_block.2.in_layers.0 label_emb.0.0 label_emb.0.2"
-    for i in range(1, 9 if made_for == "sdxl" else 12):  # the converter counts the blocks that it sees
-        blocks += f" input_blocks.{i}.0.in_layers.0 output_blocks.{i - 1}.0.in_layers.0"
-    fixed = {f"model.diffusion_model.{block}.{part}": torch.tensor(-1.0)
-             for block in blocks.split() for part in ("weight", "bias")}  # fmt: skip
-    diffusers_config = {"layers_per_block": 2, "addition_embed_type": unet.config["addition_embed_type"],
-                        "class_embed_type": None}  # fmt: skip
-    converted = theirs.convert_ldm_unet_checkpoint({**by_key, **fixed}, diffusers_config)
-    for (key, _, _), layer in unet_keys.items():
-        assert converted[f"{layer.name}.weight"] == by_key[key], layer.name
-    assert_encoder_places(encoder_keys, made_for)
-
-
-def assert_encoder_places(keys, made_for):
-    """CLIP's names are transformers' own; OpenCLIP stacks q, k and v, and counts its blocks."""
-    for (key, start, stop), layer in keys.items():
-        number = layer.name.split(".")[3]
-        if layer.component == "text_encoder" and made_for != "sd2":
-            prefix = "cond_stage_model" if made_for == "sd1" else "conditioner.embedders.0"
-            assert key == f"{prefix}.transformer.{layer.name}.weight"
-            continue
-        prefix = "cond_stage_model" if made_for == "sd2" else "conditioner.embedders.1"
-        block, size = f"{prefix}.model.transformer.resblocks.{number}.attn", layer.module.out_features
-        place = {"q_proj": 0, "k_proj": 1, "v_proj": 2}.get(layer.name.split(".")[-1])
-        if place is None:
-            assert (key, start) == (f"{block}.out_proj.weight", None)
-        else:
-            assert (key, start, stop) == (f"{block}.in_proj_weight", place * size, (place + 1) * size)
-
-
-def test_fusing_into_one_file_changes_the_adapted_weights_alone(tmp_path):
-    models = load_architecture("sd21")
-    layers = {x.name: x for x in find_layers(models)}
-    attention = layers["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
-    text = layers["text_model.encoder.layers.3.self_attn.k_proj"]
-    query = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
-    stacked = "cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight"
-    torch.manual_seed(0)
-    base = {query: torch.randn(1280, 1280).half(), stacked: torch.randn(3072, 1024), "other": torch.ones(2)}
-    save_file(base, tmp_path / "base.safetensors", metadata={"format": "pt"})
-    pairs = {attention: (torch.randn(4, 64), torch.randn(320, 20)), text: (torch.randn(4, 64), torch.randn(256, 16))}
-    deltas = {layer: torch.kron(*pair).double() for layer, pair in pairs.items()}
-    native = {f"{layer.native}.lokr_w{i}": factor for layer, pair in pairs.items() for i, factor in enumerate(pair, 1)}
-    save_file(native, tmp_path / "adapter.safetensors")
-    run(tmp_path / "adapter.safetensors", "--to", "fused", "--output", tmp_path / "fused.safetensors",
-        "--pretrained_model_name_or_path", tmp_path / "base.safetensors")  # fmt: skip
-    fused = load_file(tmp_path / "fused.safetensors")
-    assert torch.equal(fused[query], (base[query].double() + deltas[attention]).half())
-    expected = base[stacked].double()
-    expected[1024:2048] += deltas[text]
-    torch.testing.assert_close(fused[stacked], expected.float(), rtol=0, atol=0)
-    assert torch.equal(fused["other"], base["other"]) and metadata_of(tmp_path / "fused.safetensors") == {
-        "format": "pt"
-    }
 
 
 # ---- in words ----
@@ -489,3 +379,17 @@ def test_inspect_says_what_a_file_is_and_who_loads_it(trained, reference_file, t
     save_file(tensors, tmp_path / "bare.safetensors", metadata={"ss_network_module": "lycoris.kohya"})
     words = inspect(tmp_path / "bare.safetensors")
     assert "A1111 skips the second text encoder" in words
+    tensors = {name: tensor for name, tensor in load_file(trained(8, 8)[1]).items() if not name.endswith("alpha")}
+    save_file(tensors, tmp_path / "bare.safetensors")
+    assert "square A no larger than B; not without alphas" in inspect(tmp_path / "bare.safetensors")
+
+
+def test_inspect_s_ranks_and_norms_are_those_of_the_dense_deltas(trained, capsys):
+    pipeline, path = trained(4, 64)
+    layers = [layer for model in components(pipeline).values() for layer in kronecker_layers(model).values()]
+    norms = [layer.delta_weight.norm().item() for layer in layers]
+    ranks = [torch.linalg.matrix_rank(layer.delta_weight).item() for layer in layers]
+    run("--inspect", path)
+    words = capsys.readouterr().out
+    assert f"norm of ΔW: {min(norms):.3g} to {max(norms):.3g} (in lora_" in words
+    assert f"rank(A) · rank(B): {min(ranks)} to {max(ranks)}\n" in words

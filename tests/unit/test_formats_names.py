@@ -95,10 +95,22 @@ def test_no_two_layers_share_a_name_and_the_family_is_known(architecture, name):
     assert all(index[layer.native] is index[layer.kohya] is index[layer.dotted] is layer for layer in layers)
 
 
-def test_layers_outside_attentions_have_no_name_in_the_sgm_tree():
-    unet = load_architecture("sdxl")["unet"]
-    assert sgm_name("down_blocks.1.resnets.0.time_emb_proj", unet) == "down_blocks.1.resnets.0.time_emb_proj"
-    assert sgm_name("add_embedding.linear_1", unet) == "add_embedding.linear_1"
+@pytest.mark.parametrize(
+    "architecture, name, sgm",
+    [
+        ("sdxl", "down_blocks.1.resnets.0.time_emb_proj", "input_blocks.4.0.emb_layers.1"),
+        ("sdxl", "down_blocks.1.resnets.0.conv_shortcut", "input_blocks.4.0.skip_connection"),
+        ("sdxl", "down_blocks.1.downsamplers.0.conv", "input_blocks.6.0.op"),
+        ("sdxl", "up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
+        ("sdxl", "add_embedding.linear_1", "label_emb.0.0"),
+        ("sdxl", "mid_block.resnets.1.conv1", "middle_block.2.in_layers.2"),
+        ("sd15", "down_blocks.0.attentions.0.proj_in", "input_blocks.1.1.proj_in"),
+        ("sd15", "up_blocks.0.upsamplers.0.conv", "output_blocks.2.1.conv"),
+        ("sd15", "up_blocks.3.resnets.2.conv2", "output_blocks.11.0.out_layers.3"),
+    ],
+)
+def test_layers_outside_attentions_have_names_in_the_sgm_tree_too(architecture, name, sgm):
+    assert sgm_name(name, load_architecture(architecture)["unet"]) == sgm
 
 
 def test_a_name_is_the_path_without_what_wraps_the_layer_or_the_model():

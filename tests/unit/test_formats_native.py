@@ -196,7 +196,9 @@ def test_a_file_without_metadata_is_told_by_the_width_of_its_text(tmp_path):
         (lambda A, B: (A.t(), B), r"says \(4, 64\); A seems to be transposed"),
         (lambda A, B: (A * torch.nan, B), "are not all finite"),
         (lambda A, B: (A, None), "does not hold two full factors"),
-        (lambda A, B: (A, B.reshape(2, 8, 1, 1)), "does not hold two full factors"),
+        (lambda A, B: (A, B.reshape(2, 8, 1)), "does not hold two full factors"),
+        (lambda A, B: (A[..., None, None], B), "does not hold two full factors"),
+        (lambda A, B: (A, B.reshape(2, 8, 1, 1)), "holds factors for 512 to 8 features"),
         (lambda A, B: (None, None), r"1 missing \(lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q\)"),
     ],
 )
@@ -213,6 +215,25 @@ def test_factors_that_cannot_be_right_are_refused(change, words, tmp_path):
     save_file({**tensors, **new}, tmp_path / "a.safetensors", metadata=metadata)
     with pytest.raises(KroneckerError, match=words):
         load_kronecker(plain_pipeline("sd"), tmp_path / "a.safetensors")
+
+
+def test_a_file_without_one_of_its_parts_is_refused(sd, tmp_path):
+    save_kronecker(sd, tmp_path / "a.safetensors")
+    tensors = {name: t for name, t in load_file(tmp_path / "a.safetensors").items() if not name.startswith("lora_te")}
+    save_file(tensors, tmp_path / "b.safetensors", metadata=metadata_of(tmp_path / "a.safetensors"))
+    with pytest.raises(KroneckerError, match="the file holds 32 of its 40 layers"):
+        load_kronecker(plain_pipeline("sd"), tmp_path / "b.safetensors")
+
+
+def test_a_foreign_file_for_some_layers_is_saved_and_loads_again(tmp_path):
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{key}.lokr_w1": torch.ones(4, 4), f"{key}.lokr_w2": torch.ones(32, 32)}, tmp_path / "a.safetensors")
+    unet = plain_pipeline("sd").unet
+    load_kronecker(unet, tmp_path / "a.safetensors")
+    save_kronecker(unet, tmp_path / "b.safetensors")
+    again = plain_pipeline("sd").unet
+    load_kronecker(again, tmp_path / "b.safetensors")
+    assert kronecker_layers(again).keys() == kronecker_layers(unet).keys()
 
 
 def test_a_layer_that_is_there_twice_is_refused(sdxl, tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 
 from kron_adapter import (
     KroneckerError,
+    attach_to_diffusers,
     disable_kronecker,
     inject_kronecker,
     kronecker_adapters,
@@ -20,6 +21,7 @@ from kron_adapter import (
     set_kronecker_scale,
     unmerge_kronecker,
 )
+from kron_formats.names import linear_modules
 
 FACTORS = {"dog": (4, 64), "style": (16, 16), "light": (64, 4)}
 
@@ -221,16 +223,21 @@ def test_a_compiled_unet_and_one_inside_peft_are_loaded_by_the_same_names(files)
     assert torch.equal(draw(inside), with_lora)
 
 
+def quantised(linear, kind):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    if kind == "4-bit":
+        base = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
+    else:
+        base = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+    base.load_state_dict(linear.state_dict())
+    return base.to("cpu")
+
+
 @pytest.mark.parametrize("kind", ["4-bit", "8-bit"])
 def test_quantised_bases_take_adapters_but_no_merging(kind):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    plain = nn.Linear(128, 128)
-    if kind == "4-bit":
-        base = bitsandbytes.nn.Linear4bit(128, 128, compute_dtype=torch.float32, quant_type="nf4")
-    else:
-        base = bitsandbytes.nn.Linear8bitLt(128, 128, has_fp16_weights=False)
-    base.load_state_dict(plain.state_dict())
-    model = nn.ModuleDict({"to_q": base.to("cpu")})
+    base = quantised(nn.Linear(128, 128), kind)
+    model = nn.ModuleDict({"to_q": base})
     x = torch.randn(3, 128)
     before = model["to_q"](x)
     layer = inject_kronecker(model, 4, 16, ("to_q",))["to_q"]
@@ -239,3 +246,21 @@ def test_quantised_bases_take_adapters_but_no_merging(kind):
     torch.testing.assert_close(layer(x) - before, x @ layer.delta_weight.T, rtol=1e-4, atol=1e-4)
     with pytest.raises(KroneckerError, match="cannot take a merged delta"):
         merge_kronecker(model)
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "8-bit"])
+def test_files_load_into_a_quantised_unet_and_leave_it_bit_for_bit(kind, files):
+    pipeline = plain_pipeline("sd")
+    for path, _, linear in linear_modules(pipeline.unet):
+        if ".to_" in path:
+            pipeline.unet.set_submodule(path, quantised(linear, kind))
+    base = draw(pipeline)
+    with pytest.raises(KroneckerError, match="has quantised layers, .* use load_kronecker"):
+        attach_to_diffusers(pipeline, files["style"])
+    load_kronecker(pipeline, files["style"], name="style")
+    layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    x = torch.randn(2, 5, layer.in_features)
+    torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta_weight.T, rtol=1e-4, atol=1e-4)
+    assert (draw(pipeline) - base).abs().max() > 1e-3
+    remove_kronecker(pipeline)
+    assert torch.equal(draw(pipeline), base)
