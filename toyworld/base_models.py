@@ -6,6 +6,7 @@ square factors up to 64 fit. Latents are 16 x 16 with 8 channels for pictures of
 
 import json
 import random
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from toyworld.pictures import sample
 from toyworld.tiny_pipeline import TEXT_LENGTH, build_scheduler, byte_vocabulary
@@ -29,21 +30,23 @@ HIDDEN_SIZE = 128  # of each text encoder
 TIME_IDS_SIZE = 32  # features of each of SDXL's six sizes
 
 
-def build_base(kind: str, vae: AutoencoderKL) -> DiffusionPipeline:
-    """Return a pipeline of a kind ("sd" or "sdxl") around a trained autoencoder, all else untrained."""
-    return {"sd": _build_sd, "sdxl": _build_sdxl}[kind](vae)
+def build_base(kind: str, vae: AutoencoderKL, clip: Path) -> DiffusionPipeline:
+    """Return a pipeline of a kind ("sd" or "sdxl") around a trained autoencoder and the text side of a trained CLIPModel.
+
+    So the UNet, which is untrained, is told from the first step what words mean, as in the models that this follows.
+    """
+    return {"sd": _build_sd, "sdxl": _build_sdxl}[kind](vae, clip)
 
 
-def _build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
-    tokenizer = build_tokenizer()
+def _build_sd(vae: AutoencoderKL, clip: Path) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(_text_config(tokenizer)),
-        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel.from_pretrained(clip, dtype=torch.float32),
+        tokenizer=build_tokenizer(),
         unet=_build_unet(
-            block_out_channels=(128, 128),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(64, 128, 128),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=HIDDEN_SIZE,
         ),
         scheduler=build_scheduler("epsilon"),
@@ -53,13 +56,12 @@ def _build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
 
 
-def _build_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
-    tokenizer = build_tokenizer()
+def _build_sdxl(vae: AutoencoderKL, clip: Path) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(_text_config(tokenizer)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)),
-        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel.from_pretrained(clip, dtype=torch.float32),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(clip, dtype=torch.float32),
+        tokenizer=build_tokenizer(),
         tokenizer_2=build_tokenizer(),
         unet=_build_unet(
             block_out_channels=(96, 128),
@@ -83,24 +85,9 @@ def _build_unet(**options) -> UNet2DConditionModel:
         in_channels=8,
         out_channels=8,
         layers_per_block=1,
-        attention_head_dim=4,
+        attention_head_dim=2,
         norm_num_groups=16,
         **options,
-    )
-
-
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=4 * HIDDEN_SIZE,
-        projection_dim=HIDDEN_SIZE,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
 
 

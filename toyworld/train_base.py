@@ -1,7 +1,9 @@
 """Train a base model of the toy world: text encoders and UNet, on renders with captions.
 
-    python -m toyworld.train_base sd   --vae outputs/toyworld/vae/vae --output_dir outputs/toyworld/sd
-    python -m toyworld.train_base sdxl --vae outputs/toyworld/vae/vae --output_dir outputs/toyworld/sdxl
+    python -m toyworld.train_base sd --vae outputs/toyworld/vae/vae --clip outputs/toyworld/clip/model \\
+        --output_dir outputs/toyworld/sd
+    python -m toyworld.train_base sdxl --vae outputs/toyworld/vae/vae --clip outputs/toyworld/clip/model \\
+        --output_dir outputs/toyworld/sdxl
 
 Writes OUTPUT_DIR/pipeline, which DiffusionPipeline.from_pretrained loads, and sheets: described.png, 32 prompts that
 describe a character; named.png, characters as rendered above what their names alone draw. Pictures are encoded once,
@@ -161,20 +163,21 @@ def main() -> None:
     parser = build_parser(__doc__, steps=8_000, batch_size=32, learning_rate=5e-3)
     parser.add_argument("kind", choices=tuple(FAMILIES))
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
+    parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel whose text side is taken")
     parser.add_argument("--pictures", type=int, default=48_000, help="renders to learn from; default: 48000")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     vae = AutoencoderKL.from_pretrained(options.vae, dtype=torch.float32).to(device()).requires_grad_(False).eval()
     file = options.output_dir / "latents.safetensors"
     examples = load_examples(options.kind, vae, options.pictures, file)
-    pipeline = build_base(options.kind, vae)
+    pipeline = build_base(options.kind, vae, options.clip)
 
     def loss_of(models: nn.Module, step: int) -> Tensor:
         rng = random.Random(f"base {options.seed} {step}")
         rows = [rng.randrange(options.pictures) for _ in range(options.batch_size)]
         captions = ["" if rng.random() < CAPTION_DROPOUT else caption(*examples.pairs[row], rng) for row in rows]
-        latents, sizes = (tensor[rows].to(device()) for tensor in (examples.latents.float(), examples.sizes))
-        return diffusion_loss(pipeline, options.kind, latents, sizes, captions)
+        latents, sizes = (tensor[rows].to(device()) for tensor in (examples.latents, examples.sizes))
+        return diffusion_loss(pipeline, options.kind, latents.float(), sizes, captions)
 
     def save(average: nn.Module, steps: int) -> None:
         trained = save_base(pipeline, average, options.output_dir / "pipeline")

@@ -49,6 +49,7 @@ def build_clip() -> CLIPModel:
     }
     vision = {"image_size": SIZE, "patch_size": PATCH, "num_hidden_layers": LAYERS}
     both = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_attention_heads": HEADS}
+    both["projection_dim"] = WIDTH
     return CLIPModel(CLIPConfig(text_config=both | text, vision_config=both | vision, projection_dim=WIDTH))
 
 

@@ -26,7 +26,7 @@ def pipeline(request):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return CLIPTokenizer.from_pretrained(MODELS / "sd" / "tokenizer")
+    return CLIPTokenizer.from_pretrained(MODELS / "clip")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,5 +85,5 @@ def test_untrained_evaluators_would_fail():
     from toyworld.train_evaluators import build_clip, build_dino
 
     torch.manual_seed(0)
-    assert retrieval(build_clip().eval(), CLIPTokenizer.from_pretrained(MODELS / "sd" / "tokenizer")) < 0.2
+    assert retrieval(build_clip().eval(), CLIPTokenizer.from_pretrained(MODELS / "clip")) < 0.2
     assert triples(build_dino().eval()) < 0.7
