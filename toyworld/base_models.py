@@ -1,7 +1,7 @@
 """The base models of the toy world before they have learned: stock classes in the layouts of Stable Diffusion and SDXL.
 
-Attention projections have 128 features in the UNets and in the text encoders, so that (4, 64), (8, 64), (64, 8) and
-square factors up to 64 fit. Latents are 16 x 16 with 8 channels for pictures of 64 x 64 px.
+Attention projections have 64 or 128 features in the UNets and 128 in the text encoders, so that (4, 64), (8, 64),
+(64, 8) and square factors up to 64 fit. Latents are 16 x 16 with 8 channels for pictures of 64 x 64 px.
 """
 
 import json
@@ -31,7 +31,7 @@ TIME_IDS_SIZE = 32  # features of each of SDXL's six sizes
 
 
 def build_base(kind: str, vae: AutoencoderKL, clip: Path) -> DiffusionPipeline:
-    """Return a pipeline of a kind ("sd" or "sdxl") around a trained autoencoder and the text side of a trained CLIPModel.
+    """Return a pipeline of a kind ("sd" or "sdxl") around a trained autoencoder and the text side of a CLIPModel.
 
     So the UNet, which is untrained, is told from the first step what words mean, as in the models that this follows.
     """
@@ -95,7 +95,7 @@ def _build_unet(**options) -> UNet2DConditionModel:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Return a CLIP tokenizer with one token for each word of the toy world and for each reserved word, bytes for others.
+    """Return a CLIP tokenizer with a token for every word of the toy world and every reserved word, bytes for others.
 
     Without merges of its own for "sks", that word would be three letters, which occur in other words.
     """

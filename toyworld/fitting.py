@@ -35,7 +35,9 @@ def build_parser(doc: str, **defaults) -> argparse.ArgumentParser:
         "save_every": "steps between saves",
     }
     for name, default in {"seed": 0, "save_every": 500, **defaults}.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{options[name]}; default: {default}")
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"{options[name]}; default: {default}"
+        )
     return parser
 
 
@@ -60,7 +62,9 @@ def fit(
     optimizers = build_optimizers(model, options.learning_rate)
     state = options.output_dir / "state.pt"
     first = _resume(state, model, average, optimizers) if state.exists() else 0
-    progress = tqdm(range(first, options.steps), initial=first, total=options.steps, desc=options.output_dir.name, mininterval=10)
+    progress = tqdm(
+        range(first, options.steps), initial=first, total=options.steps, desc=options.output_dir.name, mininterval=10
+    )
     shown, started = None, time.monotonic()
     for step in progress:
         torch.manual_seed(options.seed * 1_000_003 + step)
@@ -99,7 +103,7 @@ def build_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim
         inside = not any(word in name for word in ("embed", "conv_in", "conv_out", "quant_conv", "patch"))
         (matrices if parameter.ndim >= 2 and inside else rest).append(parameter)
     adam = torch.optim.AdamW(rest, lr=MUON_TO_ADAM * learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    optimizers = [adam, FlatMuon(matrices, learning_rate)] if matrices else [adam]
+    optimizers = [adam, FlatMuon(matrices, learning_rate)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]

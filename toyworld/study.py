@@ -1,16 +1,17 @@
 """Compare ways to personalise a base model of the toy world: Kronecker factors of several shapes, and peft's LoRA.
 
-    python -m toyworld.study --base toyworld/models/sd --output_dir outputs/study
+    python -m toyworld.study --base outputs/toyworld/sd/pipeline --output_dir outputs/study
 
 Every method trains on every subject's photos with several seeds, in the training loop of the scripts, the base model's
 own prediction as prior; then it draws the subject's evaluation prompts, and the evaluators score what it drew. Writes
-OUTPUT_DIR/runs.jsonl, one line a run (runs that are there are not repeated), and table.md, means over subjects and seeds
-with the spread over seeds; prints the table.
+OUTPUT_DIR/runs.jsonl, one line a run (runs that are there are not repeated), and table.md, means over subjects and
+seeds with the spread over seeds; prints the table.
 """
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,7 +31,7 @@ import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.config import TrainingConfig
 from dreambooth.data import DreamBoothDataset, build_loader, prompts_of
 from dreambooth.diffusion import build_noise_scheduler, build_sampler
-from dreambooth.evaluation import draw_prompt, score_images, score_prior
+from dreambooth.evaluation import draw_prompt, read_subject_photos, score_images, score_prior
 from dreambooth.models import prompt_encoder
 from dreambooth.optimizers import build_lr_scheduler, build_optimizer
 from dreambooth.photos import read_instance_photos
@@ -40,7 +41,7 @@ from dreambooth.vae import latent_source
 from kron_adapter import ATTENTION_TARGETS, disable_kronecker, inject_kronecker, kronecker_parameters
 from toyworld.subjects import SUBJECTS, prompts, save_photos
 
-ROOT = Path(__file__).resolve().parent
+MODELS = Path(__file__).resolve().parent / "models"
 SUBJECTS_COMPARED = ("robot", "dog", "teapot", "cat")
 IMAGES = 4  # for each prompt
 CLASS_IMAGES = 16
@@ -121,25 +122,28 @@ def load_base(base: str) -> DiffusionPipeline:
     return pipeline
 
 
-def draw_all(pipeline: DiffusionPipeline, subject: str) -> tuple[list[list[Image.Image]], list[Image.Image]]:
-    """Return a row of images for each evaluation prompt, and class images."""
+@dataclass(frozen=True)
+class Drawn:
+    """A row of images for each evaluation prompt, and images of the class."""
+
+    rows: list[list[Image.Image]]
+    class_images: list[Image.Image]
+
+
+def draw_all(pipeline: DiffusionPipeline, subject: str) -> Drawn:
     rows = [draw_prompt(pipeline, prompt, range(IMAGES), IMAGES, **DRAWING) for prompt in prompts(subject)]
-    kind = SUBJECTS[subject].kind
-    return rows, draw_prompt(pipeline, f"a photo of a {kind}", range(CLASS_IMAGES), CLASS_IMAGES, **DRAWING)
+    class_prompt = f"a photo of a {SUBJECTS[subject].kind}"
+    return Drawn(rows, draw_prompt(pipeline, class_prompt, range(CLASS_IMAGES), CLASS_IMAGES, **DRAWING))
 
 
 def score(
-    drawn: tuple[list[list[Image.Image]], list[Image.Image]],
-    before: list[Image.Image],
-    photos: list[Image.Image],
-    subject: str,
-    evaluators: Evaluators,
+    drawn: Drawn, before: Drawn, photos: Sequence[Image.Image], subject: str, evaluators: Evaluators
 ) -> dict[str, float]:
-    rows, class_images = drawn
+    """Return the scores of what a model drew; `before` is what the base model drew."""
     texts = [prompt.replace("sks ", "") for prompt in prompts(subject)]
-    scores = asdict(score_images(rows, photos, texts, evaluators))
+    scores = asdict(score_images(drawn.rows, photos, texts, evaluators))
     scores.pop("by_prompt")
-    prior = score_prior(before, class_images, photos, evaluators)
+    prior = score_prior(before.class_images, drawn.class_images, photos, evaluators)
     return scores | {"prior_similarity": prior.similarity_after, "prior_diversity": prior.diversity_after}
 
 
@@ -154,33 +158,79 @@ COLUMNS = {
     "prior_similarity": "class: DINO to the photos",
     "prior_diversity": "class: diversity",
 }
+BASE = "base model"
+
+
+def run_all(options: argparse.Namespace, evaluators: Evaluators, log: Path) -> list[dict]:
+    """Do the runs that `log` lacks, adding a line for each; return all."""
+    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(run["method"], run["subject"], run["seed"]) for run in runs}
+    accelerator = None
+    for subject in tqdm(options.subjects, desc="subjects"):
+        folder = options.output_dir / "photos" / subject
+        save_photos(subject, folder)
+        photos = read_subject_photos(str(folder))
+        pipeline = load_base(options.base)
+        before = draw_all(pipeline, subject)
+        for seed, method in itertools.product(options.seeds, (BASE, *options.methods)):
+            if (method, subject, seed) in done:
+                continue
+            drawn, parameters = before, 0
+            if method != BASE:
+                config = configure(options, subject, folder, seed)
+                accelerator = accelerator or start_accelerator(config)
+                pipeline = load_base(options.base)
+                parameters = personalise(pipeline, method, config, accelerator)
+                drawn = draw_all(pipeline, subject)
+            scores = score(drawn, before, photos, subject, evaluators)
+            runs.append({"method": method, "subject": subject, "seed": seed, "parameters": parameters, **scores})
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(runs[-1]) + "\n")
+    return runs
+
+
+def configure(options: argparse.Namespace, subject: str, photos: Path, seed: int) -> TrainingConfig:
+    kind = SUBJECTS[subject].kind
+    return sd.Config(
+        pretrained_model_name_or_path=options.base,
+        instance_data_dir=str(photos),
+        instance_prompt=f"a photo of sks {kind}",
+        with_prior_preservation=True,
+        prior_source="base_model",
+        class_prompt=f"a photo of {kind}",
+        resolution=64,
+        center_crop=True,
+        train_batch_size=options.train_batch_size,
+        max_train_steps=options.max_train_steps,
+        learning_rate=options.learning_rate,
+        seed=seed,
+        output_dir=str(options.output_dir),
+        report_to=["none"],
+    )
 
 
 def table(runs: list[dict]) -> str:
     """Return means over subjects and seeds, ± the standard deviation over seeds of the means over subjects."""
-    lines = [
-        "| | parameters | " + " | ".join(COLUMNS.values()) + " |",
-        "| --- | ---: |" + " ---: |" * len(COLUMNS),
-    ]
+    lines = ["| | parameters | " + " | ".join(COLUMNS.values()) + " |", "| --- | ---: |" + " ---: |" * len(COLUMNS)]
     for method in dict.fromkeys(run["method"] for run in runs):
         mine = [run for run in runs if run["method"] == method]
-        cells = []
-        for name in COLUMNS:
-            by_seed = [
-                fmean(run[name] for run in mine if run["seed"] == seed) for seed in {run["seed"] for run in mine}
-            ]
-            spread = f" ± {stdev(by_seed):.3f}" if len(by_seed) > 1 else ""
-            cells.append(f"{fmean(by_seed):.3f}{spread}")
+        cells = [_mean_and_spread(mine, name) for name in COLUMNS]
         lines.append(f"| {method} | {mine[0]['parameters']:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _mean_and_spread(runs: list[dict], name: str) -> str:
+    seeds = sorted({run["seed"] for run in runs})
+    by_seed = [fmean(run[name] for run in runs if run["seed"] == seed) for seed in seeds]
+    spread = f" ± {stdev(by_seed):.3f}" if len(by_seed) > 1 else ""
+    return f"{fmean(by_seed):.3f}{spread}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--base", default=str(ROOT / "models" / "sd"), help="base model; default: toyworld/models/sd")
-    parser.add_argument("--evaluators", type=Path, default=ROOT / "models", help="folder with clip/ and dino/")
+    parser.add_argument("--base", required=True, help="base model in the layout of Stable Diffusion or SDXL")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS_COMPARED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -189,55 +239,10 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=4, help="photos in a step; default: 4")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="default: 2e-3")
     options = parser.parse_args()
-
-    evaluators = load_evaluators(str(options.evaluators / "clip"), str(options.evaluators / "dino"), torch.device("cpu"))
+    evaluators = load_evaluators(str(MODELS / "clip"), str(MODELS / "dino"), torch.device("cpu"))
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    log = options.output_dir / "runs.jsonl"
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(run["method"], run["subject"], run["seed"]) for run in runs}
-    wanted = [(subject, seed, method) for subject in options.subjects for seed in options.seeds for method in options.methods]
-    before: dict[str, list[Image.Image]] = {}
-    accelerator = None
-    for subject, seed, method in tqdm(wanted, desc="runs"):
-        folder = options.output_dir / "photos" / subject
-        if not folder.exists():
-            save_photos(subject, folder)
-        photos = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
-
-        def record(name: str, parameters: int, pipeline: DiffusionPipeline) -> None:
-            drawn = draw_all(pipeline, subject)
-            scores = score(drawn, before.setdefault(subject, drawn[1]), photos, subject, evaluators)
-            run = {"method": name, "subject": subject, "seed": seed, "parameters": parameters, **scores}
-            runs.append(run)
-            with log.open("a") as file:
-                file.write(json.dumps(run) + "\n")
-
-        if subject not in before:
-            record("base model", 0, load_base(options.base))
-        if (method, subject, seed) in done:
-            continue
-        kind = SUBJECTS[subject].kind
-        config = sd.Config(
-            pretrained_model_name_or_path=options.base,
-            instance_data_dir=str(folder),
-            instance_prompt=f"a photo of sks {kind}",
-            with_prior_preservation=True,
-            prior_source="base_model",
-            class_prompt=f"a photo of {kind}",
-            resolution=64,
-            center_crop=True,
-            train_batch_size=options.train_batch_size,
-            max_train_steps=options.max_train_steps,
-            learning_rate=options.learning_rate,
-            seed=seed,
-            output_dir=str(options.output_dir),
-            report_to=["none"],
-        )
-        accelerator = accelerator or start_accelerator(config)
-        pipeline = load_base(options.base)
-        record(method, personalise(pipeline, method, config, accelerator), pipeline)
-    text = table(runs)
-    (options.output_dir / "table.md").write_text(text + "\n")
+    text = table(run_all(options, evaluators, options.output_dir / "runs.jsonl"))
+    (options.output_dir / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -163,7 +163,9 @@ def main() -> None:
     parser = build_parser(__doc__, steps=8_000, batch_size=32, learning_rate=5e-3)
     parser.add_argument("kind", choices=tuple(FAMILIES))
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
-    parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel whose text side is taken")
+    parser.add_argument(
+        "--clip", type=Path, required=True, help="folder of the trained CLIPModel whose text side is taken"
+    )
     parser.add_argument("--pictures", type=int, default=48_000, help="renders to learn from; default: 48000")
     options = parser.parse_args()
     torch.manual_seed(options.seed)

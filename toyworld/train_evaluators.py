@@ -4,8 +4,8 @@
     python -m toyworld.train_evaluators dino --output_dir outputs/toyworld/dino
 
 clip learns which caption belongs to which picture. dino sees no captions: it learns which two pictures show the same
-character, in two scenes, among others of its class in the same two scenes. So do photos of a subject differ from those of
-another one: [CLS] has to tell who it is, not where.
+character, in two scenes, among others of its class in the same two scenes. [CLS] has to
+tell who it is, not where.
 
 Writes OUTPUT_DIR/model, which from_pretrained loads, processors included. Every save prints how well it separates
 held-out renders: of 32 captions the right one for a picture; and in triples the same look in another scene closer than
@@ -19,7 +19,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from toyworld.base_models import build_tokenizer
 from toyworld.fitting import build_parser, device, fit
@@ -54,7 +62,7 @@ def build_clip() -> CLIPModel:
 
 
 def caption_pairs(stream: str, step: int, count: int) -> list[tuple[Pair, str]]:
-    """Return pictures with captions, half of them in groups that share a scene; some captions say no more than the class."""
+    """Return pictures with captions, half of them in groups that share a scene; some captions tell the class alone."""
     rng = random.Random(f"{stream} {step}")
     found = []
     for i in range(count):
@@ -67,13 +75,15 @@ def caption_pairs(stream: str, step: int, count: int) -> list[tuple[Pair, str]]:
 
 
 def clip_loss(clip: CLIPModel, pixels: Tensor, captions: list[str], tokenizer) -> Tensor:
-    """Return the symmetric contrastive loss (arXiv 2103.00020); pictures with the same caption count as equally right."""
+    """Return the symmetric contrastive loss (arXiv 2103.00020); pictures with one caption count as equally right."""
     numbers = {text: i for i, text in enumerate(captions)}
     same = torch.tensor([numbers[text] for text in captions], device=pixels.device)
     same = (same[:, None] == same[None]).float()
     same = same / same.sum(1, keepdim=True)
     tokens = tokenizer(captions, padding="longest", return_tensors="pt").to(pixels.device)
-    logits = clip(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels).logits_per_image
+    logits = clip(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels
+    ).logits_per_image
     logits = logits.float()
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.t(), same)) / 2
 
@@ -146,7 +156,7 @@ def dino_loss(dino: ViTModel, here: Tensor, there: Tensor) -> Tensor:
 
 @torch.no_grad()
 def triples(dino: ViTModel) -> float:
-    """Return how often a held-out look is closer to itself in another scene than to another of its class in the same."""
+    """Return how often a look is closer to itself in another scene than to another of its class in the same scene."""
     here, there = two_views("held out triples", 0, HELD_OUT)
     first, second = (
         torch.cat([embed(dino, render_batch(part[i : i + 64]).pixels.to(dino.device)) for i in range(0, HELD_OUT, 64)])
@@ -167,7 +177,10 @@ def _pixels(pairs: list[Pair]) -> Tensor:
 def train_clip(options) -> None:
     tokenizer = build_tokenizer()
     processor = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
 
     def loss_of(clip: nn.Module, step: int) -> Tensor:
@@ -175,7 +188,9 @@ def train_clip(options) -> None:
         return clip_loss(clip, _pixels(pairs), list(captions), tokenizer)
 
     def save(clip: nn.Module, steps: int) -> None:
-        print(f"\n{steps} steps: the right one of 32 captions for {retrieval(clip, tokenizer):.1%} of {HELD_OUT} renders")
+        print(
+            f"\n{steps} steps: the right one of 32 captions for {retrieval(clip, tokenizer):.1%} of {HELD_OUT} renders"
+        )
         copy.deepcopy(clip).half().save_pretrained(options.output_dir / "model")
         CLIPProcessor(processor, tokenizer).save_pretrained(options.output_dir / "model")
 

@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from toyworld.fitting import build_parser, device, fit
 from toyworld.pictures import render_batch, sample

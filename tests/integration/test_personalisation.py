@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import ROOT, WEIGHTS
 from safetensors.torch import load_file, save_file
 
 import train_dreambooth_kronecker
 import train_dreambooth_kronecker_sdxl
-from conftest import ROOT, WEIGHTS
 from dreambooth.evaluation import PriorDrift, PromptScores, read_subject_photos, score_images, score_prior
 from dreambooth.scores import load_evaluators
 from kron_adapter import load_kronecker
@@ -51,12 +51,12 @@ def examine(evaluators, photos):
         pipeline = load_base(str(MODELS / kind))
         if adapter:
             load_kronecker(pipeline, adapter)
-        rows, class_images = draw_all(pipeline, "robot")
-        before.setdefault(kind, class_images)
+        drawn = draw_all(pipeline, "robot")
+        before.setdefault(kind, drawn.class_images)
         texts = [prompt.replace("sks ", "") for prompt in prompts("robot")]
         return Result(
-            score_images(rows, photos, texts, evaluators),
-            score_prior(before[kind], class_images, photos, evaluators),
+            score_images(drawn.rows, photos, texts, evaluators),
+            score_prior(before[kind], drawn.class_images, photos, evaluators),
         )
 
     return examined

@@ -1,14 +1,13 @@
-"""The training programs through their command lines, a few steps each: they run, save, go on, and what they save loads."""
+"""The training programs through their command lines, a few steps each: they run, save and go on; the result loads."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPModel, ViTModel
-
-from conftest import ROOT
 
 
 def run(module: str, *arguments, steps: int = 2) -> str:

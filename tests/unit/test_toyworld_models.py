@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
-from conftest import ROOT
 from toyworld.pictures import render_batch, sample
 from toyworld.train_evaluators import retrieval, triples
 from toyworld.train_vae import psnr
