@@ -49,7 +49,7 @@ def _build_sd(vae: AutoencoderKL, clip: Path) -> StableDiffusionPipeline:
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=HIDDEN_SIZE,
         ),
-        scheduler=build_scheduler("epsilon"),
+        scheduler=build_scheduler("v_prediction"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -73,7 +73,7 @@ def _build_sdxl(vae: AutoencoderKL, clip: Path) -> StableDiffusionXLPipeline:
             projection_class_embeddings_input_dim=HIDDEN_SIZE + 6 * TIME_IDS_SIZE,
             use_linear_projection=True,
         ),
-        scheduler=build_scheduler("epsilon"),
+        scheduler=build_scheduler("v_prediction"),
         force_zeros_for_empty_prompt=False,  # what is trained without a caption sees the empty one
         add_watermarker=False,
     )

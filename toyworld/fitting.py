@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 EMA_SPAN = 0.1  # share of all steps that the moving average looks back over
@@ -58,7 +58,7 @@ def fit(
     """
     options.output_dir.mkdir(parents=True, exist_ok=True)
     model.to(device(), memory_format=torch.channels_last).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(2, EMA_SPAN * options.steps)))
+    average = AveragedModel(model, multi_avg_fn=ema(max(2, EMA_SPAN * options.steps)))
     optimizers = build_optimizers(model, options.learning_rate)
     state = options.output_dir / "state.pt"
     first = _resume(state, model, average, optimizers) if state.exists() else 0
@@ -86,6 +86,18 @@ def fit(
             _save(state, model, average, optimizers, done)
             save(average.module.eval(), done)
             tqdm.write(f"{done} steps, loss {shown:.4f}, {(time.monotonic() - started) / 60:.1f} min since the start")
+
+
+def ema(span: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """Return a moving average over about `span` steps; over the last tenth of them while there are few, for what they
+    began with is noise.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], parameters: list[Tensor], steps: Tensor) -> None:
+        torch._foreach_lerp_(averages, parameters, max(1 / span, 9 / (10 + steps.item())))
+
+    return update
 
 
 def rate(step: int, steps: int) -> float:

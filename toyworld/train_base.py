@@ -1,9 +1,7 @@
 """Train a base model of the toy world: text encoders and UNet, on renders with captions.
 
-    python -m toyworld.train_base sd --vae outputs/toyworld/vae/vae --clip outputs/toyworld/clip/model \\
-        --output_dir outputs/toyworld/sd
-    python -m toyworld.train_base sdxl --vae outputs/toyworld/vae/vae --clip outputs/toyworld/clip/model \\
-        --output_dir outputs/toyworld/sdxl
+    python -m toyworld.train_base sd --output_dir outputs/toyworld/sd
+    python -m toyworld.train_base sdxl --output_dir outputs/toyworld/sdxl
 
 Writes OUTPUT_DIR/pipeline, which DiffusionPipeline.from_pretrained loads, and sheets: described.png, 32 prompts that
 describe a character; named.png, characters as rendered above what their names alone draw. Pictures are encoded once,
@@ -34,6 +32,7 @@ from toyworld.render import contact_sheet, covering_pairs, render
 from toyworld.train_vae import encode
 from toyworld.world import Look, Scene, caption, named_characters
 
+MODELS = Path(__file__).resolve().parent / "models"
 FAMILIES = {"sd": sd, "sdxl": sdxl}
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance works
 SNR_GAMMA = 5.0  # min-SNR weights, arXiv 2303.09556
@@ -100,7 +99,7 @@ class Models(nn.Module):
 def diffusion_loss(
     pipeline: DiffusionPipeline, kind: str, latents: Tensor, sizes: Tensor, captions: list[str]
 ) -> Tensor:
-    """Return the min-SNR weighted error of the predicted noise, timesteps spread evenly over the batch."""
+    """Return the min-SNR weighted error of the predicted velocity, timesteps spread evenly over the batch."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     last = scheduler.config.num_train_timesteps
     rows = torch.randperm(len(latents), device=latents.device)
@@ -109,9 +108,9 @@ def diffusion_loss(
     family = FAMILIES[kind]
     condition = family.unet_condition(family.encode_prompts(pipeline, captions), sizes)
     prediction = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, **condition).sample
+    errors = (prediction.float() - scheduler.get_velocity(latents, noise, timesteps)).square().mean((1, 2, 3))
     snr = compute_snr(scheduler, timesteps)
-    errors = (prediction.float() - noise).square().mean((1, 2, 3))
-    return (errors * snr.clamp(max=SNR_GAMMA) / snr).mean()
+    return (errors * snr.clamp(max=SNR_GAMMA) / (snr + 1)).mean()
 
 
 def save_base(pipeline: DiffusionPipeline, average: Models, folder: Path) -> DiffusionPipeline:
@@ -162,9 +161,9 @@ def draw_sheets(pipeline: DiffusionPipeline, folder: Path) -> None:
 def main() -> None:
     parser = build_parser(__doc__, steps=8_000, batch_size=32, learning_rate=5e-3)
     parser.add_argument("kind", choices=tuple(FAMILIES))
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
+    parser.add_argument("--vae", type=Path, default=MODELS / "vae", help="the autoencoder; default: the shipped one")
     parser.add_argument(
-        "--clip", type=Path, required=True, help="folder of the trained CLIPModel whose text side is taken"
+        "--clip", type=Path, default=MODELS / "clip", help="whose text side is taken; default: the same"
     )
     parser.add_argument("--pictures", type=int, default=48_000, help="renders to learn from; default: 48000")
     options = parser.parse_args()

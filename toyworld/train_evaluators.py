@@ -215,7 +215,7 @@ def train_dino(options) -> None:
 
 
 def main() -> None:
-    parser = build_parser(__doc__, steps=1_000, batch_size=128, learning_rate=1e-2, save_every=250)
+    parser = build_parser(__doc__, steps=900, batch_size=128, learning_rate=1e-2, save_every=250)
     parser.add_argument("model", choices=("clip", "dino"))
     options = parser.parse_args()
     torch.manual_seed(options.seed)
