@@ -150,7 +150,7 @@ def draw_sheets(pipeline: DiffusionPipeline, folder: Path) -> None:
     pairs = [(replace(look, name="", recoloured=False), scene) for look, scene, _ in covering_pairs(32, seed=1)]
     prompts = [caption(*pair) for pair in pairs]
     contact_sheet(list(zip(draw(pipeline, prompts), prompts)), columns=8).save(folder / "described.png")
-    looks = list(named_characters().values())[::30]
+    looks = list(named_characters().values())[::31]  # of all classes in turn
     named = [(look, Scene("beach", variant=i)) for i, look in enumerate(looks)]
     prompts = [caption(*pair) for pair in named]
     rows = [(render(*pair), prompt) for pair, prompt in zip(named, prompts)]
