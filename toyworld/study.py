@@ -71,8 +71,10 @@ def add_lora(unet: nn.Module, rank: int) -> Adapter:
     @contextmanager
     def without() -> Iterator[None]:
         unet.disable_adapters()
-        yield
-        unet.enable_adapters()
+        try:
+            yield
+        finally:
+            unet.enable_adapters()
 
     return Adapter([parameter for parameter in unet.parameters() if parameter.requires_grad], without)
 

@@ -1,0 +1,32 @@
+"""The study: its table, and that every method can be without its adapter for a while."""
+
+import pytest
+import torch
+
+from toyworld.study import COLUMNS, METHODS, table
+from toyworld.tiny_pipeline import build_pipeline
+
+
+def test_the_table_gives_means_over_all_runs_and_the_spread_of_the_seeds():
+    runs = [
+        {"method": "A", "subject": subject, "seed": seed, "parameters": 1234} | dict.fromkeys(COLUMNS, score)
+        for subject, seed, score in (("dog", 0, 0.1), ("cat", 0, 0.3), ("dog", 1, 0.5), ("cat", 1, 0.7))
+    ]
+    row = table(runs).splitlines()[2]
+    assert row.startswith("| A | 1,234 | 0.400 ± 0.283 |")  # seeds' means are 0.2 and 0.6
+    assert row.count("0.400 ± 0.283") == len(COLUMNS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_adapts_the_same_layers_and_can_be_switched_off(method):
+    unet = build_pipeline("sd").unet
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(10), torch.randn(1, 77, 64)
+    base = unet(*inputs).sample
+    adapter = METHODS[method](unet)
+    assert len(adapter.parameters) == 2 * 32
+    for parameter in adapter.parameters:
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert not torch.equal(unet(*inputs).sample, base)
+    with adapter.without():
+        assert torch.equal(unet(*inputs).sample, base)
+    assert not torch.equal(unet(*inputs).sample, base)
