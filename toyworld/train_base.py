@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
-from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
-from dreambooth.diffusion import build_sampler
+from dreambooth.diffusion import build_sampler, diffuse, snr_weights
 from toyworld.base_models import build_base, place_reserved_words
 from toyworld.fitting import batches, build_parser, device, fit
 from toyworld.pictures import render_batch, sample
@@ -35,7 +34,7 @@ from toyworld.world import Look, Scene, caption, named_characters
 MODELS = Path(__file__).resolve().parent / "models"
 FAMILIES = {"sd": sd, "sdxl": sdxl}
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance works
-SNR_GAMMA = 5.0  # min-SNR weights, arXiv 2303.09556
+SNR_GAMMA = 5.0  # of the min-SNR weights
 GUIDANCE = 4.0  # of the sheets
 PIXELS = 64
 
@@ -97,20 +96,23 @@ class Models(nn.Module):
 
 
 def diffusion_loss(
-    pipeline: DiffusionPipeline, kind: str, latents: Tensor, sizes: Tensor, captions: list[str]
+    pipeline: DiffusionPipeline,
+    kind: str,
+    noise_scheduler: DDPMScheduler,
+    latents: Tensor,
+    sizes: Tensor,
+    captions: list[str],
 ) -> Tensor:
-    """Return the min-SNR weighted error of the predicted velocity, timesteps spread evenly over the batch."""
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    last = scheduler.config.num_train_timesteps
+    """Return the min-SNR weighted error of the prediction, timesteps spread evenly over the batch."""
     rows = torch.randperm(len(latents), device=latents.device)
+    last = noise_scheduler.config.num_train_timesteps
     timesteps = ((rows + torch.rand_like(latents[:, 0, 0, 0])) * last / len(latents)).long()
-    noise = torch.randn_like(latents)
+    noisy_latents, timesteps, target = diffuse(noise_scheduler, latents, torch.randn_like(latents), timesteps)
     family = FAMILIES[kind]
     condition = family.unet_condition(family.encode_prompts(pipeline, captions), sizes)
-    prediction = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, **condition).sample
-    errors = (prediction.float() - scheduler.get_velocity(latents, noise, timesteps)).square().mean((1, 2, 3))
-    snr = compute_snr(scheduler, timesteps)
-    return (errors * snr.clamp(max=SNR_GAMMA) / (snr + 1)).mean()
+    prediction = pipeline.unet(noisy_latents, timesteps, **condition).sample
+    errors = (prediction.float() - target).square().mean((1, 2, 3))
+    return (errors * snr_weights(noise_scheduler, timesteps, SNR_GAMMA)).mean()
 
 
 def save_base(pipeline: DiffusionPipeline, average: Models, folder: Path) -> DiffusionPipeline:
@@ -172,13 +174,14 @@ def main() -> None:
     file = options.output_dir / "latents.safetensors"
     examples = load_examples(options.kind, vae, options.pictures, file)
     pipeline = build_base(options.kind, vae, options.clip)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
     def loss_of(models: nn.Module, step: int) -> Tensor:
         rng = random.Random(f"base {options.seed} {step}")
         rows = [rng.randrange(options.pictures) for _ in range(options.batch_size)]
         captions = ["" if rng.random() < CAPTION_DROPOUT else caption(*examples.pairs[row], rng) for row in rows]
         latents, sizes = (tensor[rows].to(device()) for tensor in (examples.latents, examples.sizes))
-        return diffusion_loss(pipeline, options.kind, latents.float(), sizes, captions)
+        return diffusion_loss(pipeline, options.kind, noise_scheduler, latents.float(), sizes, captions)
 
     def save(average: nn.Module, steps: int) -> None:
         trained = save_base(pipeline, average, options.output_dir / "pipeline")
