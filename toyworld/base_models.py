@@ -64,9 +64,9 @@ def _build_sdxl(vae: AutoencoderKL, clip: Path) -> StableDiffusionXLPipeline:
         tokenizer=build_tokenizer(),
         tokenizer_2=build_tokenizer(),
         unet=_build_unet(
-            block_out_channels=(96, 128),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(64, 128, 128),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=2 * HIDDEN_SIZE,
             addition_embed_type="text_time",
             addition_time_embed_dim=TIME_IDS_SIZE,

@@ -1,11 +1,12 @@
 """Compare ways to personalise a base model of the toy world: Kronecker factors of several shapes, and peft's LoRA.
 
-    python -m toyworld.study --base outputs/toyworld/sd/pipeline --output_dir outputs/study
+    python -m toyworld.study --output_dir outputs/study
 
-Every method trains on every subject's photos with several seeds, in the training loop of the scripts, the base model's
-own prediction as prior; then it draws the subject's evaluation prompts, and the evaluators score what it drew. Writes
-OUTPUT_DIR/runs.jsonl, one line a run (runs that are there are not repeated), and table.md, means over subjects and
-seeds with the spread over seeds; prints the table.
+Every method trains on every subject's photos with every learning rate and several seeds, in the training loop of the
+scripts, the base model's own prediction as prior; then it draws the subject's evaluation prompts, and the evaluators
+score what it drew. Writes OUTPUT_DIR/runs.jsonl, one line a run (runs that are there are not repeated, so methods can
+be given learning rates of their own in commands of their own), and table.md, means over subjects and seeds with the
+spread over seeds; prints the table.
 """
 
 import argparse
@@ -166,7 +167,8 @@ BASE = "base model"
 def run_all(options: argparse.Namespace, evaluators: Evaluators, log: Path) -> list[dict]:
     """Do the runs that `log` lacks, adding a line for each; return all."""
     runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(run["method"], run["subject"], run["seed"]) for run in runs}
+    done = {(run["method"], run["learning_rate"], run["subject"], run["seed"]) for run in runs}
+    wanted = [(BASE, 0.0), *itertools.product(options.methods, options.learning_rates)]
     accelerator = None
     for subject in tqdm(options.subjects, desc="subjects"):
         folder = options.output_dir / "photos" / subject
@@ -174,24 +176,27 @@ def run_all(options: argparse.Namespace, evaluators: Evaluators, log: Path) -> l
         photos = read_subject_photos(str(folder))
         pipeline = load_base(options.base)
         before = draw_all(pipeline, subject)
-        for seed, method in itertools.product(options.seeds, (BASE, *options.methods)):
-            if (method, subject, seed) in done:
+        for seed, (method, learning_rate) in itertools.product(options.seeds, wanted):
+            if (method, learning_rate, subject, seed) in done:
                 continue
             drawn, parameters = before, 0
             if method != BASE:
-                config = configure(options, subject, folder, seed)
+                config = configure(options, subject, folder, learning_rate, seed)
                 accelerator = accelerator or start_accelerator(config)
                 pipeline = load_base(options.base)
                 parameters = personalise(pipeline, method, config, accelerator)
                 drawn = draw_all(pipeline, subject)
             scores = score(drawn, before, photos, subject, evaluators)
-            runs.append({"method": method, "subject": subject, "seed": seed, "parameters": parameters, **scores})
+            run = {"method": method, "learning_rate": learning_rate, "subject": subject, "seed": seed}
+            runs.append({**run, "parameters": parameters, **scores})
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(runs[-1]) + "\n")
     return runs
 
 
-def configure(options: argparse.Namespace, subject: str, photos: Path, seed: int) -> TrainingConfig:
+def configure(
+    options: argparse.Namespace, subject: str, photos: Path, learning_rate: float, seed: int
+) -> TrainingConfig:
     kind = SUBJECTS[subject].kind
     return sd.Config(
         pretrained_model_name_or_path=options.base,
@@ -204,7 +209,7 @@ def configure(options: argparse.Namespace, subject: str, photos: Path, seed: int
         center_crop=True,
         train_batch_size=options.train_batch_size,
         max_train_steps=options.max_train_steps,
-        learning_rate=options.learning_rate,
+        learning_rate=learning_rate,
         seed=seed,
         output_dir=str(options.output_dir),
         report_to=["none"],
@@ -213,12 +218,20 @@ def configure(options: argparse.Namespace, subject: str, photos: Path, seed: int
 
 def table(runs: list[dict]) -> str:
     """Return means over subjects and seeds, ± the standard deviation over seeds of the means over subjects."""
-    lines = ["| | parameters | " + " | ".join(COLUMNS.values()) + " |", "| --- | ---: |" + " ---: |" * len(COLUMNS)]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        mine = [run for run in runs if run["method"] == method]
-        cells = [_mean_and_spread(mine, name) for name in COLUMNS]
-        lines.append(f"| {method} | {mine[0]['parameters']:,} | " + " | ".join(cells) + " |")
+    lines = [
+        "| | parameters | learning rate | " + " | ".join(COLUMNS.values()) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(COLUMNS),
+    ]
+    for method, learning_rate in sorted({(run["method"], run["learning_rate"]) for run in runs}, key=_row):
+        mine = [run for run in runs if (run["method"], run["learning_rate"]) == (method, learning_rate)]
+        cells = [f"{mine[0]['parameters']:,}", f"{learning_rate:g}", *(_mean_and_spread(mine, name) for name in COLUMNS)]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _row(entry: tuple[str, float]) -> tuple[int, float]:
+    method, learning_rate = entry
+    return [BASE, *METHODS].index(method), learning_rate
 
 
 def _mean_and_spread(runs: list[dict], name: str) -> str:
@@ -232,14 +245,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--base", required=True, help="base model in the layout of Stable Diffusion or SDXL")
+    parser.add_argument("--base", default=str(MODELS / "sd"), help="base model; default: the toy world's sd")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS_COMPARED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--max_train_steps", type=int, default=300, help="optimizer steps; default: 300")
     parser.add_argument("--train_batch_size", type=int, default=4, help="photos in a step; default: 4")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="default: 2e-3")
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-3], help="default: 2e-3")
     options = parser.parse_args()
     evaluators = load_evaluators(str(MODELS / "clip"), str(MODELS / "dino"), torch.device("cpu"))
     options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,20 @@ from toyworld.tiny_pipeline import build_pipeline
 
 def test_the_table_gives_means_over_all_runs_and_the_spread_of_the_seeds():
     runs = [
-        {"method": "A", "subject": subject, "seed": seed, "parameters": 1234} | dict.fromkeys(COLUMNS, score)
-        for subject, seed, score in (("dog", 0, 0.1), ("cat", 0, 0.3), ("dog", 1, 0.5), ("cat", 1, 0.7))
+        {"method": "LoRA r=1", "learning_rate": rate, "subject": subject, "seed": seed, "parameters": 1234}
+        | dict.fromkeys(COLUMNS, score)
+        for rate, subject, seed, score in (
+            (0.01, "dog", 0, 0.9),
+            (0.002, "dog", 0, 0.1),
+            (0.002, "cat", 0, 0.3),
+            (0.002, "dog", 1, 0.5),
+            (0.002, "cat", 1, 0.7),
+        )
     ]
-    row = table(runs).splitlines()[2]
-    assert row.startswith("| A | 1,234 | 0.400 ± 0.283 |")  # seeds' means are 0.2 and 0.6
+    row, higher_rate = table(runs).splitlines()[2:]
+    assert row.startswith("| LoRA r=1 | 1,234 | 0.002 | 0.400 ± 0.283 |")  # seeds' means are 0.2 and 0.6
     assert row.count("0.400 ± 0.283") == len(COLUMNS)
+    assert higher_rate.startswith("| LoRA r=1 | 1,234 | 0.01 | 0.900 |")
 
 
 @pytest.mark.parametrize("method", METHODS)
