@@ -20,7 +20,7 @@ what a perfect adapter would reach. Several --adapter add up, as in scripts/gene
 alone is scored.
 
 Writes scores.json (settings, means, every prompt), scores.csv (a row for each model and prompt), the images as
-images/MODEL/PROMPT-SEED.png, and sheet.png: the photos, and the models' images below each other.
+images/MODEL/PROMPT-SEED.png, and sheet.png: the photos, and the models' images of the same seeds side by side.
 """
 
 import csv
@@ -62,6 +62,7 @@ SCORES = ("clip_i", "dino", "clip_t", "diversity")
 AT_LEAST = {"num_images": 1, "num_class_images": 0, "num_inference_steps": 1, "batch_size": 1, "seed": 0}
 COLUMNS = 8  # of the sheet, images
 THUMBNAIL = (192, 192)  # px
+GAP = (16, 192)  # px, between the models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,16 +211,23 @@ def write_csv(path: Path, prompts: Sequence[str], texts: Sequence[str], results:
 def contact_sheet(
     photos: Sequence[Image.Image], prompts: Sequence[str], drawn: Mapping[str, Drawn], config: Config
 ) -> Image.Image:
-    """Return the photos, and for every prompt a row of each model: images of a seed stand below each other."""
-    rows, labels = [photos], ["photos"]
+    """Return the photos, and for every prompt a row: some images of each model, side by side, of the same seeds."""
+    rows, labels = [photos[:COLUMNS]], ["photos"]
+    models = " | ".join(drawn)
     for number, prompt in enumerate(prompts):
-        rows += [images.rows[number] for images in drawn.values()]
-        labels += [f"{model}: {prompt}" for model in drawn]
-    for model, images in drawn.items():
-        if images.class_images:
-            rows.append(images.class_images)
-            labels.append(f"{model}: {class_prompt(config)}")
-    return draw_sheet([[ImageOps.contain(image, THUMBNAIL) for image in row[:COLUMNS]] for row in rows], labels)
+        rows.append(side_by_side([images.rows[number] for images in drawn.values()]))
+        labels.append(f"{prompt}: {models}")
+    if all(images.class_images for images in drawn.values()):
+        rows.append(side_by_side([images.class_images for images in drawn.values()]))
+        labels.append(f"{class_prompt(config)}: {models}")
+    return draw_sheet([[ImageOps.contain(image, THUMBNAIL) for image in row] for row in rows], labels)
+
+
+def side_by_side(groups: Sequence[Sequence[Image.Image]]) -> list[Image.Image]:
+    """Return the first images of each group, as many as there is room for, with a gap between the groups."""
+    gap = Image.new("RGB", GAP, "white")
+    row = [cell for group in groups for cell in [*group[: COLUMNS // len(groups)], gap]]
+    return row[:-1]
 
 
 def table(results: Results) -> str:

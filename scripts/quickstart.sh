@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
-# Train an adapter on bundled pictures of a subject, on the CPU, and draw the subject with it:    scripts/quickstart.sh
+# Teach the toy world's base model a bundled subject, on the CPU, and show what it learned:    scripts/quickstart.sh [sd|sdxl]
 set -euo pipefail
+kind="${1:-sd}"
+case "$kind" in
+    sd) script=train_dreambooth_kronecker.py ;;
+    sdxl) script=train_dreambooth_kronecker_sdxl.py ;;
+    *) echo "error: '$kind' is no base model of the quickstart; there are sd and sdxl" >&2 && exit 2 ;;
+esac
 source "$(dirname "$0")/venv.sh" requirements.txt
 
 export TRANSFORMERS_VERBOSITY=error  # no notices of optional packages
-output=outputs/quickstart
-python -m toyworld.tiny_pipeline sd "$output/base"
-accelerate launch --config_file configs/accelerate/cpu.yaml train_dreambooth_kronecker.py \
-    --config configs/quickstart.yaml --overwrite_output_dir
-python scripts/generate.py --pretrained_model_name_or_path "$output/base" \
+base="toyworld/models/$kind"
+output="outputs/quickstart/$kind"
+accelerate launch --config_file configs/accelerate/cpu.yaml "$script" \
+    --config configs/quickstart.yaml --pretrained_model_name_or_path "$base" \
+    --output_dir "$output/adapter" --overwrite_output_dir
+python scripts/evaluate.py --pretrained_model_name_or_path "$base" \
     --adapter "$output/adapter/pytorch_kronecker_weights.safetensors" \
-    --prompt "a photo of sks robot" "a photo of sks robot on the beach" \
-    --num_images 4 --height 64 --width 64 --output_dir "$output/images"
+    --instance_data_dir toyworld/photos/robot --instance_token sks --class_noun robot \
+    --prompts configs/prompts/toyworld_robot.txt --num_images 4 --num_inference_steps 20 --guidance_scale 3 \
+    --clip_model toyworld/models/clip --dino_model toyworld/models/dino --output_dir "$output/evaluation"
 
 echo
-echo "The adapter:       $output/adapter/pytorch_kronecker_weights.safetensors"
-echo "While it trained:  $output/adapter/samples/"
-echo "Drawn with it:     $output/images/grid.png"
+echo "The adapter:               $output/adapter/pytorch_kronecker_weights.safetensors"
+echo "While it trained:          $output/adapter/samples/"
+echo "Photos, before and after:  $output/evaluation/sheet.png"

@@ -6,6 +6,7 @@ Attention projections have 64 or 128 features in the UNets and 128 in the text e
 
 import json
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -43,12 +44,7 @@ def _build_sd(vae: AutoencoderKL, clip: Path) -> StableDiffusionPipeline:
         vae=vae,
         text_encoder=CLIPTextModel.from_pretrained(clip, dtype=torch.float32),
         tokenizer=build_tokenizer(),
-        unet=_build_unet(
-            block_out_channels=(64, 128, 128),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=HIDDEN_SIZE,
-        ),
+        unet=_build_unet(cross_attention_dim=HIDDEN_SIZE),
         scheduler=build_scheduler("v_prediction"),
         safety_checker=None,
         feature_extractor=None,
@@ -57,16 +53,18 @@ def _build_sd(vae: AutoencoderKL, clip: Path) -> StableDiffusionPipeline:
 
 
 def _build_sdxl(vae: AutoencoderKL, clip: Path) -> StableDiffusionXLPipeline:
+    tokenizer = build_tokenizer()
+    text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
+    text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(clip, dtype=torch.float32)
+    for encoder in (text_encoder, text_encoder_2):
+        bring_to_scale(encoder, tokenizer)
     return StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel.from_pretrained(clip, dtype=torch.float32),
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(clip, dtype=torch.float32),
-        tokenizer=build_tokenizer(),
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
         tokenizer_2=build_tokenizer(),
         unet=_build_unet(
-            block_out_channels=(64, 128, 128),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=2 * HIDDEN_SIZE,
             addition_embed_type="text_time",
             addition_time_embed_dim=TIME_IDS_SIZE,
@@ -84,11 +82,46 @@ def _build_unet(**options) -> UNet2DConditionModel:
         sample_size=16,
         in_channels=8,
         out_channels=8,
+        block_out_channels=(64, 128, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         attention_head_dim=2,
         norm_num_groups=16,
         **options,
     )
+
+
+@torch.no_grad()
+def bring_to_scale(encoder: CLIPTextModel | CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> None:
+    """Give the states before the last layer, which SDXL reads, a standard deviation of 1; the output stays the same.
+
+    No norm has seen them, and contrastive training leaves them at 20, too much for the UNet's attention to learn from.
+    All that adds to these states is divided, which every norm after them undoes.
+    """
+    captions = [caption(*sample("scale", i), random.Random(i)) for i in range(64)]
+    tokens = tokenizer(captions, padding="longest", return_tensors="pt")
+    scale = encoder(**tokens, output_hidden_states=True).hidden_states[-2].std().item()
+    for name, weights in encoder.named_parameters():
+        if re.search(r"(embedding|out_proj|fc2)\.(weight|bias)$", name):
+            weights /= scale
+    encoder.config.layer_norm_eps /= scale**2
+    for module in encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = encoder.config.layer_norm_eps
+
+
+@torch.no_grad()
+def take_over(unet: UNet2DConditionModel, trained: UNet2DConditionModel) -> None:
+    """Begin with a trained UNet's weights: SDXL's UNet from Stable Diffusion's, which has the same blocks.
+
+    What a layer gets to see beyond that, such as the second text encoder's features, has weight 0 at first.
+    """
+    given = trained.state_dict()
+    for name, weights in unet.state_dict().items():
+        if name in given:
+            known = given[name].reshape(given[name].shape[: weights.dim()])  # a 1 x 1 convolution is a linear layer
+            weights.zero_()[tuple(map(slice, known.shape))] = known
 
 
 # ---- words ----

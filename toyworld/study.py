@@ -224,8 +224,9 @@ def table(runs: list[dict]) -> str:
     ]
     for method, learning_rate in sorted({(run["method"], run["learning_rate"]) for run in runs}, key=_row):
         mine = [run for run in runs if (run["method"], run["learning_rate"]) == (method, learning_rate)]
-        cells = [f"{mine[0]['parameters']:,}", f"{learning_rate:g}", *(_mean_and_spread(mine, name) for name in COLUMNS)]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        cells = [method, f"{mine[0]['parameters']:,}", f"{learning_rate:g}"]
+        cells += [_mean_and_spread(mine, name) for name in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

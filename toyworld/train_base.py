@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.diffusion import build_sampler, diffuse, snr_weights
-from toyworld.base_models import build_base, place_reserved_words
+from toyworld.base_models import build_base, place_reserved_words, take_over
 from toyworld.fitting import batches, build_parser, device, fit
 from toyworld.pictures import render_batch, sample
 from toyworld.render import contact_sheet, covering_pairs, render
@@ -148,9 +148,14 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], seed: int = 0) -> list
     return images
 
 
-def draw_sheets(pipeline: DiffusionPipeline, folder: Path) -> None:
+def described() -> list[str]:
+    """Return 32 different prompts that describe a character, of every class, place and style."""
     pairs = [(replace(look, name="", recoloured=False), scene) for look, scene, _ in covering_pairs(32, seed=1)]
-    prompts = [caption(*pair) for pair in pairs]
+    return [caption(*pair) for pair in pairs]
+
+
+def draw_sheets(pipeline: DiffusionPipeline, folder: Path) -> None:
+    prompts = described()
     contact_sheet(list(zip(draw(pipeline, prompts), prompts)), columns=8).save(folder / "described.png")
     looks = list(named_characters().values())[::31]  # of all classes in turn
     named = [(look, Scene("beach", variant=i)) for i, look in enumerate(looks)]
@@ -161,12 +166,13 @@ def draw_sheets(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = build_parser(__doc__, steps=8_000, batch_size=32, learning_rate=5e-3)
+    parser = build_parser(__doc__, steps=6_000, batch_size=32, learning_rate=5e-3)
     parser.add_argument("kind", choices=tuple(FAMILIES))
     parser.add_argument("--vae", type=Path, default=MODELS / "vae", help="the autoencoder; default: the shipped one")
     parser.add_argument(
         "--clip", type=Path, default=MODELS / "clip", help="whose text side is taken; default: the same"
     )
+    parser.add_argument("--unet", type=Path, help="a trained UNet to begin with, as sdxl may with that of sd")
     parser.add_argument("--pictures", type=int, default=48_000, help="renders to learn from; default: 48000")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
@@ -174,6 +180,8 @@ def main() -> None:
     file = options.output_dir / "latents.safetensors"
     examples = load_examples(options.kind, vae, options.pictures, file)
     pipeline = build_base(options.kind, vae, options.clip)
+    if options.unet:
+        take_over(pipeline.unet, UNet2DConditionModel.from_pretrained(options.unet, dtype=torch.float32))
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
     def loss_of(models: nn.Module, step: int) -> Tensor:

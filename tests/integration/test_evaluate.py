@@ -195,28 +195,26 @@ def test_the_prior_can_be_left_out(run_main, options, adapter):
     assert not list(options["output_dir"].rglob("class-*"))
 
 
-def test_the_sheet_shows_photos_and_a_row_of_each_model_for_each_prompt(run_main, options, adapter, monkeypatch):
+def test_the_sheet_shows_photos_and_for_each_prompt_the_models_side_by_side(run_main, options, adapter, monkeypatch):
     sheets = []
     draw_sheet = evaluate.draw_sheet
     monkeypatch.setattr(evaluate, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
     run_main(evaluate, **options, adapter=adapter)
     ((rows, labels),) = sheets
-    assert labels == [
-        "photos",
-        "base: a sks robot in the snow",
-        "adapted: a sks robot in the snow",
-        "base: a red sks robot",
-        "adapted: a red sks robot",
-        "base: a photo of robot",
-        "adapted: a photo of robot",
-    ]
+    prompts = ["a sks robot in the snow", "a red sks robot", "a photo of robot"]
+    assert labels == ["photos", *(f"{prompt}: base | adapted" for prompt in prompts)]
     folder = options["output_dir"] / "images"
-    names = ["base/00", "adapted/00", "base/01", "adapted/01", "base/class", "adapted/class"]
-    for row, name in zip(rows[1:], names, strict=True):
-        for seed, cell in enumerate(row):
-            assert cell == Image.open(folder / f"{name}-{seed}.png").resize((192, 192), Image.Resampling.BICUBIC)
+    for row, name in zip(rows[1:], ["00", "01", "class"], strict=True):
+        count = len(row) // 2
+        cells = [("base", seed, row[seed]) for seed in range(count)]
+        cells += [("adapted", seed, row[count + 1 + seed]) for seed in range(count)]
+        for model, seed, cell in cells:
+            drawn = Image.open(folder / model / f"{name}-{seed}.png")
+            assert cell == drawn.resize((192, 192), Image.Resampling.BICUBIC)
+        assert row[count].size == (16, 192)
     sheet = Image.open(options["output_dir"] / "sheet.png")
-    assert sheet.width == 3 * 192 + 2 * 4 and sheet.height == 7 * (192 + 21 + 10)
+    assert sheet.width == max(sum(cell.width + 4 for cell in row) - 4 for row in rows)
+    assert sheet.height == 4 * (192 + 21 + 10)
 
 
 @pytest.mark.parametrize(

@@ -68,25 +68,35 @@ def base(examine):
     return {kind: examine(kind) for kind in SCRIPTS}
 
 
+@pytest.fixture(scope="module")
+def trained_files():
+    """What was trained once serves every test that asks for the same."""
+    return {}
+
+
 @pytest.fixture
-def train(run_main, tmp_path):
-    """Train on the photos of the robot for about half a minute; return the adapter file."""
+def train(run_main, trained_files, tmp_path_factory):
+    """Train on the photos of the robot; return the adapter file."""
 
     def trained(kind="sd", **options):
-        defaults = {
-            "pretrained_model_name_or_path": MODELS / kind,
-            "instance_data_dir": PHOTOS,
-            "instance_prompt": "a photo of sks robot",
-            "resolution": 64,
-            "center_crop": True,
-            "train_batch_size": 4,
-            "max_train_steps": 250,
-            "learning_rate": 2e-3,
-            "output_dir": tmp_path / "out",
-            "report_to": "none",
-        }
-        run_main(SCRIPTS[kind], **defaults | options)
-        return tmp_path / "out" / WEIGHTS
+        key = (kind, *sorted(options.items()))
+        if key not in trained_files:
+            output = tmp_path_factory.mktemp("run")
+            defaults = {
+                "pretrained_model_name_or_path": MODELS / kind,
+                "instance_data_dir": PHOTOS,
+                "instance_prompt": "a photo of sks robot",
+                "resolution": 64,
+                "center_crop": True,
+                "train_batch_size": 4,
+                "max_train_steps": 200,
+                "learning_rate": 1e-2,
+                "output_dir": output,
+                "report_to": "none",
+            }
+            run_main(SCRIPTS[kind], **defaults | options)
+            trained_files[key] = output / WEIGHTS
+        return trained_files[key]
 
     return trained
 
@@ -109,7 +119,7 @@ def test_it_learns_the_subject_and_keeps_the_rest(kind, train, examine, base):
 
 def test_without_a_prior_the_class_becomes_the_subject(train, examine, base):
     with_prior = examine("sd", train(**PRIOR)).prior
-    without = examine("sd", train(overwrite_output_dir=True)).prior
+    without = examine("sd", train()).prior
     drift = without.similarity_after - without.similarity_before
     assert drift > 0.1
     assert with_prior.similarity_after - with_prior.similarity_before < 0.5 * drift
@@ -127,7 +137,7 @@ def test_a_zero_learning_rate_changes_nothing(train, examine, base):
     assert not learned(after, base["sd"].scores)
 
 
-def test_a_broken_adapter_is_told_from_a_good_one(train, examine, base):
+def test_a_broken_adapter_is_told_from_a_good_one(train, examine, base, tmp_path):
     path = train(**PRIOR)
     tensors = load_file(path)
     generator = torch.Generator().manual_seed(0)
@@ -135,6 +145,6 @@ def test_a_broken_adapter_is_told_from_a_good_one(train, examine, base):
         if name.endswith("lokr_w2"):
             order = torch.randperm(tensor.numel(), generator=generator)
             tensors[name] = tensor.flatten()[order].view_as(tensor)
-    broken = path.with_name("broken.safetensors")
+    broken = tmp_path / "broken.safetensors"
     save_file(tensors, broken)
     assert not learned(examine("sd", broken).scores, base["sd"].scores)

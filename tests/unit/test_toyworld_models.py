@@ -5,12 +5,14 @@ import random
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import AutoencoderKL
-from transformers import CLIPModel, CLIPTokenizer, ViTModel
+from diffusers import AutoencoderKL, DiffusionPipeline
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, ViTModel
 
+from dreambooth.scores import load_evaluators
 from kron_adapter import inject_kronecker, remove_kronecker
-from toyworld.base_models import build_base, place_reserved_words
+from toyworld.base_models import build_base, place_reserved_words, take_over
 from toyworld.pictures import render_batch, sample
+from toyworld.train_base import described, draw
 from toyworld.train_evaluators import build_clip, build_dino, retrieval, triples
 from toyworld.train_vae import psnr
 from toyworld.world import RESERVED, caption, named_characters
@@ -30,8 +32,29 @@ def tokenizer():
 
 def test_the_models_are_small_and_hold_safetensors_only():
     files = [path for path in MODELS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 9e6
     assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for kind, limit in (("sd", 16.5e6), ("sdxl", 18.2e6), ("vae", 4e6), ("clip", 3e6), ("dino", 2e6)):
+        assert sum(path.stat().st_size for path in files if path.is_relative_to(MODELS / kind)) < limit
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_base_model_draws_what_it_is_asked_for(kind):
+    pipeline = DiffusionPipeline.from_pretrained(MODELS / kind, dtype=torch.float32)
+    evaluators = load_evaluators(str(MODELS / "clip"), str(MODELS / "dino"), torch.device("cpu"))
+    prompts = described()
+    likeness = evaluators.clip_images(draw(pipeline, prompts)) @ evaluators.clip_texts(prompts).T
+    right = (likeness.argmax(1) == torch.arange(len(prompts))).sum()
+    assert right >= 26  # of 32; by chance it would be one
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_base_model_has_never_met_the_reserved_words(kind):
+    """Their embeddings are still those that were placed, and no name's."""
+    pipeline = DiffusionPipeline.from_pretrained(MODELS / kind, dtype=torch.float32)
+    embedding = pipeline.text_encoder.get_input_embeddings()
+    before = embedding.weight.detach().clone()
+    place_reserved_words(pipeline.tokenizer, embedding)
+    torch.testing.assert_close(embedding.weight, before, rtol=0, atol=1e-2)
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
@@ -67,6 +90,31 @@ def test_reserved_words_lie_among_the_names_and_differ_from_all(vae, tokenizer):
     lengths = vectors.norm(dim=1)
     assert lengths[len(RESERVED) :].min() < lengths[: len(RESERVED)].min()
     assert lengths[: len(RESERVED)].max() < 1.5 * lengths[len(RESERVED) :].mean()
+
+
+@torch.no_grad()
+def test_sdxls_unet_begins_as_stable_diffusions(vae):
+    sd, sdxl = (build_base(kind, vae, MODELS / "clip").unet for kind in ("sd", "sdxl"))
+    take_over(sdxl, sd)
+    torch.nn.init.zeros_(sdxl.add_embedding.linear_2.weight)  # of sizes and pooled texts, which sd does not see
+    torch.nn.init.zeros_(sdxl.add_embedding.linear_2.bias)
+    latents, timesteps, text = torch.randn(2, 8, 16, 16), torch.tensor([5, 900]), torch.randn(2, 77, 128)
+    more = {"text_embeds": torch.randn(2, 128), "time_ids": torch.randn(2, 6)}
+    both_texts = torch.cat([text, torch.randn(2, 77, 128)], dim=-1)
+    expected = sd(latents, timesteps, text).sample
+    actual = sdxl(latents, timesteps, both_texts, added_cond_kwargs=more).sample
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sdxls_text_encoders_say_the_same_at_another_scale(vae, tokenizer):
+    encoder = build_base("sdxl", vae, MODELS / "clip").text_encoder_2
+    tokens = tokenizer(["a photo of a red robot on a beach"], return_tensors="pt")
+    scaled = encoder(**tokens, output_hidden_states=True)
+    original = CLIPTextModelWithProjection.from_pretrained(MODELS / "clip", dtype=torch.float32)
+    torch.testing.assert_close(scaled.text_embeds, original(**tokens).text_embeds, rtol=1e-4, atol=1e-4)
+    assert 0.5 < scaled.hidden_states[-2].std() < 2
+    assert original(**tokens, output_hidden_states=True).hidden_states[-2].std() > 10
 
 
 def test_the_autoencoder_keeps_the_details(vae):
