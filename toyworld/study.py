@@ -133,10 +133,12 @@ class Drawn:
     class_images: list[Image.Image]
 
 
-def draw_all(pipeline: DiffusionPipeline, subject: str) -> Drawn:
-    rows = [draw_prompt(pipeline, prompt, range(IMAGES), IMAGES, **DRAWING) for prompt in prompts(subject)]
+def draw_all(
+    pipeline: DiffusionPipeline, subject: str, images: int = IMAGES, class_images: int = CLASS_IMAGES
+) -> Drawn:
+    rows = [draw_prompt(pipeline, prompt, range(images), images, **DRAWING) for prompt in prompts(subject)]
     class_prompt = f"a photo of a {SUBJECTS[subject].kind}"
-    return Drawn(rows, draw_prompt(pipeline, class_prompt, range(CLASS_IMAGES), CLASS_IMAGES, **DRAWING))
+    return Drawn(rows, draw_prompt(pipeline, class_prompt, range(class_images), class_images, **DRAWING))
 
 
 def score(

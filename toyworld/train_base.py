@@ -87,12 +87,19 @@ def _picture(kind: str, pair: tuple[Look, Scene], rng: random.Random) -> tuple[T
 
 
 class Models(nn.Module):
-    """Those of a pipeline's parts that train."""
+    """Those of a pipeline's parts that train.
 
-    def __init__(self, pipeline: DiffusionPipeline):
+    SDXL's text encoders stay as contrastive training left them: brought to scale, their weights are so small that the
+    UNet's learning rate would wipe out what they know.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, kind: str):
         super().__init__()
-        names = ("unet", "text_encoder", "text_encoder_2")
-        self.parts = nn.ModuleDict({name: part for name, part in pipeline.components.items() if name in names and part})
+        names = {"sd": ("unet", "text_encoder"), "sdxl": ("unet",)}[kind]
+        self.parts = nn.ModuleDict({name: pipeline.components[name] for name in names})
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(name in names)
 
 
 def diffusion_loss(
@@ -117,13 +124,13 @@ def diffusion_loss(
 
 def save_base(pipeline: DiffusionPipeline, average: Models, folder: Path) -> DiffusionPipeline:
     """Write the averaged model in fp16, the reserved words in their places; return it in fp32."""
-    parts = copy.deepcopy(dict(average.parts))
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    models = copy.deepcopy({**models, **average.parts})
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        if encoder in parts:
-            place_reserved_words(pipeline.components[tokenizer], parts[encoder].get_input_embeddings())
+        if encoder in models:
+            place_reserved_words(pipeline.components[tokenizer], models[encoder].get_input_embeddings())
     options = {name: value for name, value in pipeline.config.items() if name == "force_zeros_for_empty_prompt"}
-    parts["vae"] = copy.deepcopy(pipeline.vae)
-    trained = type(pipeline)(**{**pipeline.components, **parts}, **options)
+    trained = type(pipeline)(**{**pipeline.components, **models}, **options)
     trained.to(torch.float16).save_pretrained(folder)
     return trained.to(torch.float32)
 
@@ -195,7 +202,7 @@ def main() -> None:
         trained = save_base(pipeline, average, options.output_dir / "pipeline")
         draw_sheets(trained, options.output_dir)
 
-    fit(Models(pipeline), loss_of, save, options)
+    fit(Models(pipeline, options.kind), loss_of, save, options)
 
 
 if __name__ == "__main__":
