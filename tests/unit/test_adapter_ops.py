@@ -1,7 +1,7 @@
 """What the adapter adds to a frozen layer's step, counted with PyTorch's profiler.
 
-Counted are operators that start work on the device: products, sums, fills and copies. Views and allocations are free, and
-so is what an operator calls inside itself, which differs from device to device.
+Counted are operators that start work on the device: products, sums, fills and copies. Views and allocations are free,
+and so is what an operator calls inside itself, which differs from device to device.
 """
 
 import copy
