@@ -76,11 +76,11 @@ def measure(features: int, rows: int, device: torch.device, arguments: argparse.
     dtype = DTYPES[arguments.dtype]
     x = torch.randn(1, rows, features, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(1, rows, features, device=device, dtype=dtype)
-    ways = {peer: stepper(peer, x, dy) for peer in arguments.peers}
+    ways = {peer: stepper(peer, x, dy, arguments.clock) for peer in arguments.peers}
     return interleave(ways, arguments.rounds, WARM_UP)
 
 
-def stepper(peer: str, x: Tensor, dy: Tensor) -> Callable[[], float]:
+def stepper(peer: str, x: Tensor, dy: Tensor, clock: str) -> Callable[[], float]:
     """Return a function that makes one step and returns its milliseconds."""
     model = Layer(x.shape[-1], x.device, x.dtype).requires_grad_(False)
     parameters = [] if peer == FROZEN else adapt(model, peer)
@@ -90,7 +90,7 @@ def stepper(peer: str, x: Tensor, dy: Tensor) -> Callable[[], float]:
             y = model(x)
         torch.autograd.grad(y, [x, *parameters], dy)
 
-    return lambda: milliseconds(step, x.device)
+    return lambda: milliseconds(step, x.device, clock)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ unet_step-ARCHITECTURE-DTYPE.md and .json in --output_dir.
 
 import argparse
 import copy
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -47,9 +48,8 @@ def main() -> None:
     unet = random_unet(arguments.architecture, device, DTYPES[arguments.dtype])
     inputs = random_inputs(unet, arguments)
     steps = {peer: stepper(peer, unet, inputs, arguments) for peer in arguments.peers}
-    times = interleave(
-        {peer: lambda step=step: milliseconds(step, device) for peer, step in steps.items()}, arguments.rounds, WARM_UP
-    )
+    timed = {peer: functools.partial(milliseconds, step, device, arguments.clock) for peer, step in steps.items()}
+    times = interleave(timed, arguments.rounds, WARM_UP)
     saved = {peer: saved_bytes(step, unet) for peer, step in steps.items()}
     peaks = {peer: peak_bytes(step, device) for peer, step in steps.items()}
     rows = [
