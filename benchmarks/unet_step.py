@@ -1,0 +1,187 @@
+"""Time a training step of a whole UNet, for several adapters, against the least that a step can cost.
+
+    python benchmarks/unet_step.py                                       # SD 1.5; 64x64 latents on a GPU, else 16x16
+    python benchmarks/unet_step.py --architecture sdxl --compile         # SDXL at 1024 px, on a GPU
+    python benchmarks/unet_step.py --peers "Kronecker (4, 64)" "PEFT LoRA r=4" --rounds 5
+
+A step is the forward pass, the loss, the backward pass, clipping and AdamW. The UNet has the real configuration and
+random weights; all contenders share them. "frozen" is the bound: no adapter, but one trained number in the first
+attention layer, so that gradients flow as far back. In bf16 the base is bf16, all factors are fp32, and the forward
+pass runs under autocast, as accelerate runs it.
+
+Prints a table of time / time of the bound, as median (first to third quartile) of the rounds' own ratios; of the bytes
+that the forward pass keeps for the backward pass beyond the parameters; and of the step's peak memory beyond what was
+in use before it: allocated memory on a GPU, resident memory on Linux. Writes it, and all measurements, to
+unet_step-ARCHITECTURE-DTYPE.md and .json in --output_dir.
+"""
+
+import argparse
+import copy
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
+from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
+from dreambooth.config import DTYPES, TrainingConfig
+from dreambooth.optimizers import build_optimizer
+from kron_formats.architectures import ARCHITECTURES, load_architecture
+
+OPTIONS = TrainingConfig(pretrained_model_name_or_path="", instance_prompt="")
+MIB = 2**20
+WARM_UP = 1  # rounds
+
+
+def main() -> None:
+    arguments = parse()
+    device = torch.device(arguments.device)
+    unet = random_unet(arguments.architecture, device, DTYPES[arguments.dtype])
+    inputs = random_inputs(unet, arguments)
+    steps = {peer: stepper(peer, unet, inputs, arguments) for peer in arguments.peers}
+    timed = {peer: functools.partial(milliseconds, step, device, arguments.clock) for peer, step in steps.items()}
+    times = interleave(timed, arguments.rounds, WARM_UP)
+    saved = {peer: saved_bytes(step, unet) for peer, step in steps.items()}
+    peaks = {peer: peak_bytes(step, device) for peer, step in steps.items()}
+    rows = [
+        [
+            peer,
+            f"{median(times[peer]):.0f}",
+            spread(ratios(times[peer], times[FROZEN]), 3),
+            f"{saved[peer] / MIB:.0f}",
+            f"{peaks[peer] / MIB:.0f}",
+        ]
+        for peer in times
+    ]
+    what = f"A training step of the {arguments.architecture} UNet, {arguments.dtype}, batch {arguments.batch}, "
+    what += f"{arguments.latents}x{arguments.latents} latents; {machine(device)}."
+    measurements = {"milliseconds": times, "saved_bytes": saved, "peak_bytes": peaks}
+    header = ["", "ms", "time / frozen", "saved, MiB", "peak, MiB"]
+    write_results(arguments, f"unet_step-{arguments.architecture}-{arguments.dtype}", what, header, rows, measurements)
+
+
+def parse() -> argparse.Namespace:
+    options = parser(__doc__, rounds=10)
+    gpu = torch.cuda.is_available()
+    options.add_argument("--architecture", choices=list(ARCHITECTURES.values()), default="sd15")
+    options.add_argument("--device", default="cuda" if gpu else "cpu")
+    options.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32", help="Of the base.")
+    options.add_argument("--latents", type=int, help="Side of the latents, latent pixels (default: as trained; 16).")
+    options.add_argument("--batch", type=int, default=1, help="Images.")
+    options.add_argument("--gradient_checkpointing", action="store_true")
+    options.add_argument("--compile", action="store_true", help="Compile the UNet's repeated blocks.")
+    options.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="NAME")
+    arguments = options.parse_args()
+    if arguments.latents is None:
+        arguments.latents = (128 if arguments.architecture == "sdxl" else 64) if gpu else 16
+    arguments.peers = choose_peers(arguments.peers)
+    return arguments
+
+
+def random_unet(architecture: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a UNet of the real configuration with random weights."""
+    unet = load_architecture(architecture)["unet"].to(dtype).to_empty(device=device).train()
+    for parameter in unet.parameters():
+        fan_in = parameter.numel() / len(parameter)
+        nn.init.normal_(parameter, std=fan_in**-0.5 if parameter.dim() > 1 else 0.1)
+    return unet
+
+
+def random_inputs(unet: nn.Module, arguments: argparse.Namespace) -> dict:
+    """Return the UNet's keyword arguments, and the target as "target"."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(arguments.batch, *shape, device=arguments.device, dtype=unet.dtype)
+
+    side, config = arguments.latents, unet.config
+    inputs = {
+        "sample": draw(4, side, side),
+        "target": draw(4, side, side),
+        "timestep": torch.randint(1000, (arguments.batch,), device=arguments.device),
+        "encoder_hidden_states": draw(77, config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": draw(pooled), "time_ids": draw(6)}
+    return inputs
+
+
+def stepper(peer: str, unet: nn.Module, inputs: dict, arguments: argparse.Namespace) -> Callable[[], None]:
+    """Return a function that makes one training step of a UNet that shares its frozen weights with `unet`."""
+    model = copy.deepcopy(unet, {id(parameter): parameter for parameter in unet.parameters()})
+    parameters = adapt(model, peer)
+    optimizer = optimizer_over(parameters, peer)
+    vectors = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if arguments.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if arguments.compile:
+        model.compile_repeated_blocks(fullgraph=True)
+    inputs = dict(inputs)
+    target = inputs.pop("target").float()
+
+    def step() -> None:
+        with torch.autocast(target.device.type, unet.dtype, enabled=unet.dtype != torch.float32):
+            prediction = model(**inputs).sample
+        F.mse_loss(prediction.float(), target).backward()
+        nn.utils.clip_grad_norm_(vectors, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def optimizer_over(parameters: Sequence[nn.Parameter], peer: str) -> torch.optim.Optimizer:
+    """Return our optimizer over our factors, and PyTorch's fastest AdamW over those of others."""
+    if peer.startswith("Kronecker"):
+        return build_optimizer({"unet": list(parameters)}, OPTIONS, num_ranks=1)
+    return torch.optim.AdamW(parameters, lr=OPTIONS.learning_rate, fused=True)
+
+
+def saved_bytes(step: Callable[[], None], unet: nn.Module) -> int:
+    """Return the bytes of the storages, other than parameters', that the step's forward pass keeps."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
+def peak_bytes(step: Callable[[], None], device: torch.device) -> float:
+    """Return the peak of memory in the step beyond what was in use before it; NaN where that cannot be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = resident_bytes("VmRSS")
+        step()
+        return resident_bytes("VmHWM") - before
+    except OSError:
+        return math.nan
+
+
+def resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    main()
