@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dreambooth.captions import MASK_SUFFIX, METADATA, caption_of, read_captions
 from dreambooth.config import TrainingConfig, UserError
@@ -24,6 +24,15 @@ IMAGE_SUFFIXES = frozenset(
 )
 # What is decoded, whatever a file is called: not all that Pillow can, which runs Ghostscript on an EPS called photo.jpg
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+TURNS = {  # EXIF orientation: what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 LARGEST_SCALE = 32  # by which a photo may be smaller than --resolution; below lie icons and tracking pixels
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
@@ -240,11 +249,15 @@ def decode_image(data: BinaryIO, background: str = "white") -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return the image as its EXIF data say that it was held; as it is stored where they are damaged."""
+    """Return the image as its EXIF data say that it was held; as it is stored where they say nothing that reads.
+
+    Pillow's own exif_transpose writes the other data anew, and fails where they are damaged.
+    """
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # as viewers do; the pixels are whole
-        return image.copy()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as many kinds as there are kinds of damage; the pixels are whole
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image.copy()
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
