@@ -22,18 +22,23 @@ from kron_formats.names import KroneckerError
 
 LONGEST = 80  # characters of a stranger's words that a message shows
 BEGINNINGS = (  # of files that are taken for safetensors, and what they are
-    (b"PK\x03\x04", "a zip archive, as PyTorch's pickles are"),
-    (b"\x80", "a pickle, perhaps"),  # also the length of some headers: asked only where the file does not read
+    (b"PK\x03\x04", "a zip archive, as PyTorch's pickles are; scripts/convert.py --allow_pickle reads the paper's"),
+    (b"\x80", "a pickle, perhaps, and those can run code"),
     (b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself: git lfs pull"),
     (b"<", "a web page, perhaps"),
     (b"GGUF", "a GGUF file"),
 )
 
 
-def printable(text: str) -> str:
+def printable(text: str, longest: int = LONGEST) -> str:
     """Return a stranger's words as they can be shown: on one line, not too long, nothing that steers a terminal."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: LONGEST + 1])
-    return shown if len(text) <= LONGEST else f"{shown[:LONGEST]}... ({len(text)} characters)"
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:longest])
+    return shown if len(text) <= longest else f"{shown}... ({len(text)} characters)"
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error of a library, which may quote the stranger."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], longest=200)
 
 
 def check_regular(path: Path) -> None:
@@ -61,7 +66,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     # Types that torch lacks, sides beyond its integers, and names that are no UTF-8 have errors of their own.
     except (SafetensorError, OSError, TypeError, AttributeError, RuntimeError) as error:
-        raise KroneckerError(f"{path} is not a readable safetensors file: {_kind(path) or error}") from error
+        raise KroneckerError(f"{path} is not a readable safetensors file: {_kind(path) or reason(error)}") from error
 
 
 def _check_names(path: Path) -> None:
@@ -104,8 +109,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
                 raise ValueError("it is compressed, which torch.save does not do")
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes can raise anything
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise KroneckerError(f"{path} holds other things than tensors, or is damaged: {reason[0]}") from error
+        raise KroneckerError(f"{path} holds other things than tensors, or is damaged: {reason(error)}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
         for key, tensor in tensors.items()
