@@ -23,7 +23,7 @@ def inspect(file: AdapterFile) -> str:
     factors = {name: entry for name, entry in file.layers.items() if isinstance(entry, Factors)}
     made_for = file_family(file)
     lines = [
-        f"{printable(str(file.path))}: {_kind(file)}",
+        f"{printable(str(file.path), longest=4096)}: {_kind(file)}",
         f"for: {FAMILY_NAMES[made_for] if made_for else 'an unknown base model'}",
         f"layers: {_layers(file)}",
         *([_factors(factors), _ranks(factors)] if factors else [_lora_ranks(file)]),
