@@ -547,7 +547,6 @@ def load_kronecker(
         )
     if any(layer.merged for layer in _layers(parts)):
         raise KroneckerError("the model's adapters are merged; unmerge them before another one is added")
-    targets = json.loads(file.own_metadata.get("targets", "[]"))
     for layer, factors in match_layers(file, parts).items():
         model = parts[layer.component]
         position = next(iter(_around(model, layer.path)), layer.path)
@@ -555,7 +554,7 @@ def load_kronecker(
         adapter.A.data.copy_(factors.A)
         adapter.B.data.copy_(factors.B)
         adapter.transposed_rows = factors.transposed_rows
-        adapter.scale, adapter.target = float(scale), match_target(layer.name, targets) or layer.name
+        adapter.scale, adapter.target = float(scale), match_target(layer.name, file.layout.targets) or layer.name
         model.set_submodule(position, adapter)
     return file.own_metadata
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.config import TrainingConfig, UserError
+from dreambooth.files import printable, read_text
 
 logger = logging.getLogger(__name__)
 
 METADATA = "metadata.jsonl"
 CAPTION_SUFFIX, CLASS_SUFFIX, MASK_SUFFIX = ".txt", ".class.txt", ".mask.png"
 CAPTION_COLUMN, CLASS_COLUMN = "text", "class_text"
+LARGEST_CAPTION, LARGEST_METADATA = 2**16, 2**26  # bytes
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ def _read_text(photo: Path, suffix: str, source: str) -> str | None:
     """Return the text beside a photo, on one line."""
     path = photo.with_suffix(suffix)
     try:
-        text = " ".join(path.read_text(encoding="utf-8-sig").split())
+        text = " ".join(read_text(path, LARGEST_CAPTION).split())
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: {path.name} is no text in UTF-8 ({error})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {printable(path.name)} is no text in UTF-8 ({error})") from error
     if not text:
-        logger.warning("%s: %s is empty, so it is ignored", source, path.name)
+        logger.warning("%s: %s is empty, so it is ignored", source, printable(path.name))
     return text or None
 
 
@@ -66,8 +68,8 @@ def _read_metadata(directory: Path, source: str, column: str | None) -> dict[str
     if not path.exists():
         return {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, LARGEST_METADATA).split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"{source}: {METADATA} is no text in UTF-8 ({error})") from error
     rows = [
         _parse(line, f"{source}: {METADATA}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
@@ -85,7 +87,7 @@ def _read_metadata(directory: Path, source: str, column: str | None) -> dict[str
 def _parse(line: str, place: str) -> dict[str, str | None]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise UserError(f"{place}: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise UserError(f'{place}: expected {{"file_name": "photo.jpg", "text": "..."}}')
@@ -108,4 +110,6 @@ def _warn_of_orphans(directory: Path, names: Collection[str], metadata: Collecti
     orphans = [name for name in files if name not in used and not name.startswith(".")]
     orphans += [f"{name} in {METADATA}" for name in metadata if name not in names]
     if orphans:
-        logger.warning("%s: captions or masks without a photo of their name: %s", source, ", ".join(orphans))
+        logger.warning(
+            "%s: captions or masks without a photo of their name: %s", source, ", ".join(map(printable, orphans))
+        )

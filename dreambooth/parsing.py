@@ -6,15 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
 from dreambooth.checks import check_config
 from dreambooth.config import UserError
+from dreambooth.files import read_text
 
 C = TypeVar("C")
+LARGEST_FILE = 2**18  # bytes of a file of options
 
 
 def parse_config(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
@@ -62,7 +64,15 @@ class _ManPageFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDesc
 
 class _TextLoader(yaml.BaseLoader):
     """Hands on every value as it is written, so that 5e-4, no and true mean what they mean on a command line and one
-    parser judges them all. Only a null that is not quoted is None."""
+    parser judges them all. Only a null that is not quoted is None, and a name that is there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        mapping, seen = super().construct_mapping(node, deep), set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(key.value)
+        return mapping
 
 
 _TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -72,8 +82,9 @@ _TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 def flags_from_yaml(path: str, names: Sequence[str]) -> list[str]:
     """Return the flags that a YAML file of the options `names` stands for; a null means the default."""
     try:
-        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_TextLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        options = yaml.load(read_text(Path(path), LARGEST_FILE), Loader=_TextLoader)
+    # Beside its own errors, YAML has those of Python for characters that there are not, and for nests without end.
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {error}") from error
     if not isinstance(options, dict):
         raise UserError(f"--config {path}: expected lines of the form 'option: value'")
@@ -81,12 +92,30 @@ def flags_from_yaml(path: str, names: Sequence[str]) -> list[str]:
         raise UserError(f"--config {path}: there is no option {', '.join(strangers)}")
     flags = []
     for name, value in options.items():
-        if isinstance(value, dict):
-            value = [f"{key}={','.join(map(str, e)) if isinstance(e, list) else e}" for key, e in value.items()]
+        words = _words(value)
+        if not all(isinstance(word, str) for word in words):
+            raise UserError(f"--config {path}: {name} is no list of plain values; put what holds ': ' in quotes")
+        if any(re.search("[\0\ud800-\udfff]", word) for word in words):
+            raise UserError(f"--config {path}: {name} holds a character that is no text: {words!a}")
         if isinstance(value, str):
             flags.append(f"--{name}={value}")
-        elif value:
-            if not all(isinstance(entry, str) for entry in value):
-                raise UserError(f"--config {path}: {name} is no list of plain values; put what holds ': ' in quotes")
-            flags += [f"--{name}", *value]
+        elif words:
+            if flag := next((word for word in words if word.startswith("--")), None):
+                raise UserError(f"--config {path}: {name} holds {flag}, which would be taken for an option")
+            flags += [f"--{name}", *words]
     return flags
+
+
+def _words(value: Any) -> list[Any]:
+    """Return the words that a value stands for on a command line: {"to_k": ["8", "64"]} -> ["to_k=8,64"].
+
+    What is no text stays as it is.
+    """
+    if isinstance(value, dict):
+        lists = {key: entry if isinstance(entry, list) else [entry] for key, entry in value.items()}
+        if all(isinstance(word, str) for key, entries in lists.items() for word in (key, *entries)):
+            return [f"{key}={','.join(entries)}" for key, entries in lists.items()]
+        return [value]
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]

@@ -2,16 +2,18 @@
 
 import io
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dreambooth.captions import MASK_SUFFIX, METADATA, caption_of, read_captions
 from dreambooth.config import TrainingConfig, UserError
+from dreambooth.files import check_regular, printable
 from dreambooth.shapes import Size, class_size, instance_size
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,18 @@ T = TypeVar("T")
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif".split()  # the last two get an explanation
 )
+# What is decoded, whatever a file is called: not all that Pillow can, which runs Ghostscript on an EPS called photo.jpg
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+TURNS = {  # EXIF orientation: what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LARGEST_SCALE = 32  # by which a photo may be smaller than --resolution; below lie icons and tracking pixels
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -87,9 +101,12 @@ def _read_folder(
 
 def image_files(folder: Path, source: str) -> list[Path]:
     """Return the image files of a folder in the order of their names; `source` is what messages call it."""
-    if not folder.is_dir():
-        raise NoPhotosError(f"{source}: there is no such folder")
-    return [path for path in sorted(folder.iterdir()) if _is_photo(path)]
+    try:
+        if not folder.is_dir():
+            raise NoPhotosError(f"{source}: there is no such folder")
+        return [path for path in sorted(folder.iterdir()) if _is_photo(path)]
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from error
 
 
 def _is_photo(path: Path) -> bool:
@@ -111,7 +128,7 @@ def readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], sourc
         except UserError:
             raise
         except Exception as error:  # image codecs raise nearly anything on damaged files
-            unreadable.append(f"{name}: {error or type(error).__name__}")
+            unreadable.append(f"{printable(name)}: {printable(str(error) or type(error).__name__)}")
     if not photos:
         found = "; ".join(unreadable) or "it holds no image files"
         raise NoPhotosError(f"{source}: there is no readable image ({found})")
@@ -180,9 +197,9 @@ def make_photo(
     config: TrainingConfig,
     mask: Image.Image | None = None,
 ) -> Photo:
-    """Return a photo at its training size. Raises ValueError where its sides are too different."""
-    if max(image.size) > 100 * min(image.size):  # would grow without bound: 30,000 x 1 px to 24 GB
-        raise ValueError(f"{image.width} x {image.height} px is too elongated")
+    """Return a photo at its training size. Raises ValueError where it is too small for it."""
+    if config.resolution > LARGEST_SCALE * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} px is too small for --resolution {config.resolution}")
     original_size = (image.height, image.width)
     training_size = size(original_size, config)
     pixels = resize(np.asarray(image), training_size, config.image_interpolation_mode)
@@ -201,10 +218,9 @@ def resize(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
 def read_image(path: Path, background: str = "white") -> Image.Image:
     """Return an image file as upright 8-bit RGB: the first frame, on `background` where it is transparent.
 
-    Raises OSError or ValueError for damaged files and Image.DecompressionBombError for absurdly large ones.
+    Raises OSError, ValueError or whatever else Pillow does for damaged files, and for sizes that cannot be a photo's.
     """
-    if path.suffix.lower() in (".heic", ".heif"):
-        raise ValueError("HEIC is not supported; convert it to JPEG or PNG")
+    check_regular(path)
     # Opened here, since Pillow maps uncompressed TIFFs that it opens itself into memory, and scrambles the turned ones.
     with path.open("rb") as data:
         return decode_image(data, background)
@@ -212,15 +228,36 @@ def read_image(path: Path, background: str = "white") -> Image.Image:
 
 def decode_image(data: BinaryIO, background: str = "white") -> Image.Image:
     """Return what `read_image` returns, from an open file."""
-    with Image.open(data) as file:
+    try:
+        file = Image.open(data, formats=FORMATS)
+    except UnidentifiedImageError:
+        data.seek(4)
+        if data.read(4) == b"ftyp":
+            raise ValueError("HEIC is not supported; convert it to JPEG or PNG") from None
+        raise ValueError("it is no image, or damaged from its beginning") from None
+    with file:
+        if max(file.size) > 100 * min(file.size):  # resized, it would grow without bound: 30,000 x 1 px to 24 GB
+            raise ValueError(f"{file.width} x {file.height} px is too elongated")
         file.load()
-        image = ImageOps.exif_transpose(file)
+        image = _upright(file)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image as its EXIF data say that it was held; as it is stored where they say nothing that reads.
+
+    Pillow's own exif_transpose writes the other data anew, and fails where they are damaged.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as many kinds as there are kinds of damage; the pixels are whole
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image.copy()
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -233,12 +270,12 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def _read_mask(path: Path, image: Image.Image, source: str) -> Image.Image | None:
     """Return the mask of a photo, grey, at any size; what is transparent in it is outside."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         mask = read_image(path, background="black").convert("L")
     except Exception as error:  # trained without its mask, the photo would teach what was masked
-        raise UserError(f"{source}: {path.name}: {error or type(error).__name__}") from error
+        raise UserError(f"{source}: {printable(path.name)}: {error or type(error).__name__}") from error
     if abs(mask.height - mask.width * image.height / image.width) > 1:
         raise UserError(
             f"{source}: {path.name} is {mask.width} x {mask.height} px, of another shape than its photo of "

@@ -9,7 +9,8 @@ from peft import LoKrConfig
 
 from kron_formats.lora import kronecker_to_lora
 from kron_formats.names import Family, KroneckerError, Layer
-from kron_formats.reading import PEFT_PREFIX, PEFT_WEIGHTS, Factors
+from kron_formats.reading import PEFT_WEIGHTS, Factors
+from kron_formats.strength import PEFT_PREFIX
 from kron_formats.writing import cast, file_metadata, prefixed, shape_metadata, write_file
 
 Layers = Mapping[Layer, Factors]

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from kron_formats.names import Family, KroneckerError, Layer
 from kron_formats.reading import Factors, LowRank
+from kron_formats.strangers import open_safetensors
 from kron_formats.writing import write_file
 
 # Where a text encoder lies in a single file. OpenCLIP's have other names inside, and stack q, k and v.
@@ -19,7 +19,7 @@ OPEN_CLIP_NAMES = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
 
 def checkpoint_family(path: Path) -> Family:
     """Return which Stable Diffusion a single file holds. Raises KroneckerError where it holds none."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         keys = set(file.keys())
     for made_for, prefix in (("sdxl", OPEN_CLIP["sdxl"]), ("sd2", OPEN_CLIP["sd2"]), ("sd1", CLIP["sd1"])):
         if any(key.startswith(prefix) for key in keys):
@@ -45,7 +45,7 @@ def original_key(layer: Layer, made_for: Family) -> tuple[str, slice]:
 
 def fuse_checkpoint(base: Path, output: Path, layers: Mapping[Layer, Factors | LowRank], made_for: Family) -> None:
     """Write a copy of the single file `base` with every delta added to its weight, rounded once."""
-    with safe_open(base, framework="pt") as file:
+    with open_safetensors(base) as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     places = {layer: original_key(layer, made_for) for layer in layers}
     if missing := [key for key, _ in places.values() if key not in tensors]:

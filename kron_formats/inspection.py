@@ -1,11 +1,13 @@
 """What an adapter file is, in words."""
 
 from collections import Counter
+from math import prod
 
 from kron_formats.lora import numerical_rank
 from kron_formats.matching import file_family
 from kron_formats.names import FAMILY_NAMES
 from kron_formats.reading import AdapterFile, Factors
+from kron_formats.strangers import printable
 
 PARTS = {
     "text encoder": ("lora_te_", "lora_te1_", "lycoris_text_model_", "text_encoder.", "text_model.", "encoder.layers.",
@@ -14,7 +16,6 @@ PARTS = {
     "UNet": ("lora_unet_", "lycoris_", "unet.", "diffusion_model.", "down_blocks.", "mid_block.", "up_blocks.",
              "input_blocks.", "middle_block.", "output_blocks."),
 }  # fmt: skip
-SHORT = 60  # characters of a metadata value that are shown
 
 
 def inspect(file: AdapterFile) -> str:
@@ -22,12 +23,12 @@ def inspect(file: AdapterFile) -> str:
     factors = {name: entry for name, entry in file.layers.items() if isinstance(entry, Factors)}
     made_for = file_family(file)
     lines = [
-        f"{file.path}: {_kind(file)}",
+        f"{printable(str(file.path), longest=4096)}: {_kind(file)}",
         f"for: {FAMILY_NAMES[made_for] if made_for else 'an unknown base model'}",
         f"layers: {_layers(file)}",
         *([_factors(factors), _ranks(factors)] if factors else [_lora_ranks(file)]),
         _norms(file),
-        *(f"metadata: {key} = {_short(value)}" for key, value in sorted(file.metadata.items())),
+        *(f"metadata: {printable(key)} = {printable(value)}" for key, value in sorted(file.metadata.items())),
         *(f"loads in: {line}" for line in _clients(file, factors)),
     ]
     return "\n".join(lines)
@@ -67,10 +68,10 @@ def _factors(factors: dict[str, Factors]) -> str:
 def _ranks(factors: dict[str, Factors]) -> str:
     from torch.linalg import svdvals
 
-    ranks = [
-        numerical_rank(svdvals(entry.A), entry.A) * numerical_rank(svdvals(entry.B), entry.B)
-        for entry in factors.values()
-    ]
+    ranks = []
+    for entry in factors.values():
+        whole = entry.multiplied()
+        ranks.append(prod(numerical_rank(svdvals(factor), factor) for factor in (whole.A, whole.B)))
     return f"rank(A) · rank(B): {min(ranks)} to {max(ranks)}"
 
 
@@ -83,17 +84,16 @@ def _norms(file: AdapterFile) -> str:
     norms = {}
     for name, entry in file.layers.items():
         if isinstance(entry, Factors):
-            norms[name] = (entry.A.norm() * entry.B.norm()).item()  # |A ⊗ B| = |A| |B|
+            whole = entry.multiplied()
+            norms[name] = (whole.A.norm() * whole.B.norm()).item()  # |A ⊗ B| = |A| |B|
+        elif entry.down.shape[0] ** 2 > prod(entry.size):
+            norms[name] = entry.dense().norm().item()
         else:
             norms[name] = ((entry.up.t() @ entry.up) * (entry.down @ entry.down.t())).sum().clamp(min=0).sqrt().item()
     largest = max(norms, key=norms.get)
     zeros = sum(norm == 0 for norm in norms.values())
     untrained = f"; {zeros} layers are zero, as before training" if zeros else ""
     return f"norm of ΔW: {min(norms.values()):.3g} to {norms[largest]:.3g} (in {largest}){untrained}"
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= SHORT else f"{value[:SHORT]}... ({len(value)} characters)"
 
 
 def _clients(file: AdapterFile, factors: dict[str, Factors]) -> list[str]:

@@ -1,6 +1,5 @@
 """Which layer of a model each entry of an adapter file belongs to, and what is wrong where it belongs to none."""
 
-import json
 from collections.abc import Iterable
 
 from kron_formats.names import (
@@ -22,18 +21,19 @@ FAMILY_OF_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # width of the text
 def match_layers(file: AdapterFile, models: Models) -> dict[Layer, Factors | LowRank]:
     """Return the model's layer -> its entry in the file.
 
+    Factors that are stored as products are multiplied out, since now their size is known to be a layer's.
+
     Raises KroneckerError unless every entry has a layer of its size and every target of the file an entry.
     """
     layers = find_layers(models)
     index = spelling_index(layers)
     matched = {index[name]: entry for name, entry in file.layers.items() if name in index}
     touched = {layer.component for layer in matched}
-    targets = json.loads(file.own_metadata.get("targets", "[]"))
-    expected = {x.native for x in layers if x.component in touched and match_target(x.name, targets)}
+    expected = {x.native for x in layers if x.component in touched and match_target(x.name, file.layout.targets)}
     given = [index[name].native if name in index else name for name in file.layers]
     problems = differences({*expected, *(layer.native for layer in matched)}, given)
-    if len(file.layers) < int(file.own_metadata.get("layers", 0)):
-        problems.append(f"the file holds {len(file.layers)} of its {file.own_metadata['layers']} layers")
+    if len(file.layers) < file.layout.number:
+        problems.append(f"the file holds {len(file.layers)} of its {file.layout.number} layers")
     if len(given) > len(set(given)):
         problems.append("some layers are there twice, under different names")
     problems += [
@@ -47,7 +47,10 @@ def match_layers(file: AdapterFile, models: Models) -> dict[Layer, Factors | Low
         raise KroneckerError(
             f"{file.path} does not fit this model: {_wrong_family(file, models)}" + "; ".join(problems[:3]) + more
         )
-    return matched
+    multiplied = {layer: entry.multiplied() for layer, entry in matched.items()}
+    if infinite := [layer.native for layer, entry in multiplied.items() if not entry.isfinite()]:
+        raise KroneckerError(f"{file.path}: the factors of {infinite[0]} are not all finite when multiplied out")
+    return multiplied
 
 
 def file_family(file: AdapterFile) -> str | None:

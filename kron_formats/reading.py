@@ -9,24 +9,25 @@ A convolution's kernel (d_out, d_in, k, k) is read as the matrix (d_out, d_in·k
 by row, A ⊗ B is the same.
 """
 
-import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kron_formats.layout import Layout, read_layout
 from kron_formats.names import COMPONENTS, KroneckerError
+from kron_formats.strangers import is_pickle, open_safetensors, printable, read_pickle
+from kron_formats.strength import PEFT_PREFIX, peft_configs, peft_strength
 
 METADATA_PREFIX = "kronecker."  # of our own metadata keys
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
-DIFFUSERS_CONFIG = "lora_adapter_metadata"  # the metadata key under which diffusers saves peft's configuration
+PEFT_WEIGHTS = "adapter_model.safetensors"
 ROLES = {
     "lokr_w1": "w1", "lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b",
     "lokr_w2": "w2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b",
@@ -36,33 +37,20 @@ ROLES = {
     "lora_up.weight": "lora_up", "lora_B.weight": "lora_up", "lora.up.weight": "lora_up",
     "down.weight": "reference_down", "up.weight": "reference_up",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Factors:
-    """ΔW = A ⊗ B; with `transposed_rows`, its rows in the order of the paper's code.
-
-    That code reads A X Bᵀ column by column: ΔW[b·a1 + a] = (A ⊗ B)[a·b1 + b], which no Kronecker product equals.
-    """
-
-    A: Tensor  # (a1, a2) fp32
-    B: Tensor  # (b1, b2) fp32
-    transposed_rows: bool = False
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(d_out, d_in)"""
-        return self.A.shape[0] * self.B.shape[0], self.A.shape[1] * self.B.shape[1]
-
-    def dense(self) -> Tensor:
-        """Return ΔW (d_out, d_in)."""
-        product = torch.kron(self.A, self.B)
-        return transpose_rows(product, self.A.shape[0]) if self.transposed_rows else product
+KERNELS = ("w2", "kron_b", "lora_down", "lora_up")  # what may have 4 sides
+LOKR = tuple(  # what makes a layer of LoKr
+    {*first.split(), *second.split()} for first in ("w1", "w1_a w1_b") for second in ("w2", "w2_a w2_b")
+)
+NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # of a layer
+LONGEST_NAME = 256  # characters
+LARGEST_LAYER = 2**26  # entries of ΔW: twice the largest of SDXL, 1280 x 2560·3·3
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # some tools save an alpha as one
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """ΔW = up · down."""
+    """ΔW, or a factor of it, as up · down."""
 
     up: Tensor  # (d_out, r) fp32
     down: Tensor  # (r, d_in) fp32
@@ -72,9 +60,56 @@ class LowRank:
         """(d_out, d_in)"""
         return self.up.shape[0], self.down.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    def numel(self) -> int:
+        """Return the numbers that are stored."""
+        return self.up.numel() + self.down.numel()
+
+    def isfinite(self) -> Tensor:
+        return self.up.isfinite().all() & self.down.isfinite().all()
+
+    def dense(self) -> Tensor:
+        """Return the product (d_out, d_in)."""
+        return self.up @ self.down
+
+    def multiplied(self) -> "LowRank":
+        return self
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW = A ⊗ B; with `transposed_rows`, its rows in the order of the paper's code.
+
+    That code reads A X Bᵀ column by column: ΔW[b·a1 + a] = (A ⊗ B)[a·b1 + b], which no Kronecker product equals.
+
+    A file may hold factors as products, which can be far larger than the file. They are multiplied out where their
+    size is known to be that of a layer: `match_layers` returns tensors alone.
+    """
+
+    A: Tensor | LowRank  # (a1, a2) fp32
+    B: Tensor | LowRank  # (b1, b2) fp32
+    transposed_rows: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(d_out, d_in)"""
+        return self.A.shape[0] * self.B.shape[0], self.A.shape[1] * self.B.shape[1]
+
+    def isfinite(self) -> Tensor:
+        return self.A.isfinite().all() & self.B.isfinite().all()
+
+    def multiplied(self) -> "Factors":
+        """Return the same with both factors as tensors."""
+        A, B = (factor.dense() if isinstance(factor, LowRank) else factor for factor in (self.A, self.B))
+        return replace(self, A=A, B=B)
+
     def dense(self) -> Tensor:
         """Return ΔW (d_out, d_in)."""
-        return self.up @ self.down
+        product = torch.kron(self.A, self.B)
+        return transpose_rows(product, self.A.shape[0]) if self.transposed_rows else product
 
 
 @dataclass(frozen=True)
@@ -97,51 +132,69 @@ class AdapterFile:
         """What we wrote, without our prefix."""
         return {k.removeprefix(METADATA_PREFIX): v for k, v in self.metadata.items() if k.startswith(METADATA_PREFIX)}
 
+    @cached_property
+    def layout(self) -> Layout:
+        """What our metadata says of the layers. Raises KroneckerError where it does not read."""
+        return read_layout(self.own_metadata, str(self.path))
+
 
 def transpose_rows(product: Tensor, a1: int) -> Tensor:
     """Reorder rows a·b1 + b of (a1·b1, ...) to b·a1 + a: the order of the paper's code."""
     return product.unflatten(0, (a1, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def read_adapter(path: str | os.PathLike) -> AdapterFile:
+def read_adapter(path: str | os.PathLike, allow_pickle: bool = False) -> AdapterFile:
     """Read an adapter file, or a folder with one file per component as peft writes them.
+
+    `allow_pickle` reads archives of torch.save too, tensors alone, for the .bin files of the paper's code.
 
     Raises KroneckerError, saying what the file is instead, where it is neither a Kronecker adapter nor a LoRA.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path)
-    tensors, metadata = _read_tensors(path)
-    configs = _peft_configs(path, tensors, metadata)
+    tensors, metadata = _read_tensors(path, allow_pickle)
+    configs = peft_configs(path, tensors, metadata)
     parts = defaultdict(dict)
     for key, tensor in tensors.items():
         name, role = _split_key(key)
-        parts[name][role] = tensor.float()
+        if role in parts[name]:
+            raise KroneckerError(f"{path}: {name} is there twice, under different names, for example {key}")
+        parts[name][role] = _checked(tensor, role, f"{path}: {key}")
     reference_is_lora = all(
         part["reference_down"].shape[0] == part["reference_up"].shape[-1]
         for part in parts.values()
         if "reference_down" in part and "reference_up" in part
     )
     layers = {
-        name: _layer(part, path, name, _peft_strength(configs, name), reference_is_lora) for name, part in parts.items()
+        name: _layer(part, path, name, peft_strength(configs, name, path), reference_is_lora)
+        for name, part in parts.items()
     }
     file = AdapterFile(path, layers, metadata, all("alpha" in part for part in parts.values()))
     _check_factors(file)
     return file
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise KroneckerError(f"there is no adapter file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            strangers = [key for key in keys if _split_key(key)[1] is None]
-            if strangers or not keys:
-                raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(strangers)}")
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-    except SafetensorError as error:
-        raise KroneckerError(f"{path} is not a readable safetensors file: {error}") from error
+def _read_tensors(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if allow_pickle and is_pickle(path):
+        tensors = read_pickle(path)
+        _check_keys(path, list(tensors))
+        return tensors, {}
+    with open_safetensors(path) as file:
+        keys = list(file.keys())
+        _check_keys(path, keys)
+        return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+
+
+def _check_keys(path: Path, keys: Sequence[str]) -> None:
+    """Raise KroneckerError where tensors have names that no adapter's have."""
+    names = {key: _split_key(key) for key in keys}
+    strangers = [key for key, (_, role) in names.items() if role is None]
+    if strangers or not keys:
+        raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(strangers)}")
+    for name, _ in names.values():
+        if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
+            raise KroneckerError(f"{path} is not a Kronecker adapter: no layer is called {printable(name)}")
 
 
 def _split_key(key: str) -> tuple[str, str | None]:
@@ -154,10 +207,25 @@ def _split_key(key: str) -> tuple[str, str | None]:
     return key, None
 
 
+def _checked(tensor: Tensor, role: str, where: str) -> Tensor:
+    """Return a tensor as fp32. Raises KroneckerError where its type, sides or values are none of a factor."""
+    shape = tuple(tensor.shape)
+    sides = {0, 1} if role == "alpha" else {2, 4} if role in KERNELS else {2}
+    if tensor.dtype not in FLOATS and not (role == "alpha" and tensor.dtype in INTEGERS):
+        raise KroneckerError(f"{where} is of type {str(tensor.dtype).removeprefix('torch.')}, which no factor is")
+    if len(shape) not in sides or 0 in shape or (role == "alpha" and tensor.numel() != 1):
+        raise KroneckerError(f"{where} is of the shape {shape}, which it cannot be")
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise KroneckerError(f"{where}: its values are not all finite")
+    return tensor
+
+
 def _read_folder(folder: Path) -> AdapterFile:
-    if (folder / PEFT_WEIGHTS).is_file():
+    if os.path.isfile(folder / PEFT_WEIGHTS):
         return read_adapter(folder / PEFT_WEIGHTS)
-    parts = {name: folder / name / PEFT_WEIGHTS for name in COMPONENTS if (folder / name / PEFT_WEIGHTS).is_file()}
+    parts = {name: folder / name / PEFT_WEIGHTS for name in COMPONENTS}
+    parts = {name: path for name, path in parts.items() if os.path.isfile(path)}
     if not parts:
         raise KroneckerError(
             f"there is no adapter in the folder {folder}: name the .safetensors file itself, or a folder with "
@@ -169,103 +237,62 @@ def _read_folder(folder: Path) -> AdapterFile:
     return AdapterFile(folder, layers, metadata)
 
 
-def _peft_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict]:
-    """Return beginning of layers' names -> what peft keeps beside their tensors, in a file or in diffusers' metadata.
-
-    Raises KroneckerError where the tensors are peft's and their configuration is not there.
-    """
-    if any(key.startswith(PEFT_PREFIX) for key in tensors):
-        try:
-            return {"": json.loads((path.parent / PEFT_CONFIG).read_text())}
-        except (OSError, json.JSONDecodeError) as error:
-            raise KroneckerError(
-                f"{path} is peft's, but its strength is unknown: {PEFT_CONFIG} beside it: {error}"
-            ) from error
-    config = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
-    if "r" in config:
-        return {"": config}
-    parts = defaultdict(dict)
-    for key, value in config.items():
-        component, _, option = key.partition(".")
-        parts[f"{component}."][option] = value
-    return parts
-
-
-def _peft_strength(configs: Mapping[str, dict], name: str) -> float:
-    """Return alpha / r of a layer, by which peft multiplies full factors too; 1 where the file is not peft's."""
-    prefix = next((prefix for prefix in configs if name.startswith(prefix)), None)
-    if prefix is None:
-        return 1.0
-    config, path = configs[prefix], name.removeprefix(prefix)
-
-    def value(pattern: str, default: float) -> float:
-        patterns = config.get(pattern) or {}
-        return next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", path)), default)
-
-    try:
-        alpha = value("alpha_pattern", config["alpha" if "alpha" in config else "lora_alpha"])
-        r = value("rank_pattern", config["r"])
-    except KeyError as error:
-        raise KroneckerError(f"the strength of {name} is unknown: peft's configuration has no {error}") from error
-    return alpha / (r**0.5 if config.get("use_rslora") else r)
-
-
 def _layer(parts: dict[str, Tensor], path: Path, name: str, scale: float, reference_is_lora: bool) -> Factors | LowRank:
     """Return ΔW of one layer from its tensors. Raises KroneckerError where they make none."""
     where, roles = f"{path}: {name}", set(parts) - {"alpha"}
     alpha = parts["alpha"].item() if "alpha" in parts else None
-    if any(role.startswith("w") for role in roles):
+    if roles in LOKR:
         (A, rank_a), (B, rank_b) = _lokr_factor(parts, "w1", where), _lokr_factor(parts, "w2", where)
         rank = rank_b or rank_a
         if rank and alpha is not None:
             scale *= alpha / rank  # where both factors are full, LyCORIS and ComfyUI ignore alpha
-        layer = Factors(A * scale, B)
+        layer = Factors(LowRank(A.up * scale, A.down) if isinstance(A, LowRank) else A * scale, B)
     elif roles == {"kron_a", "kron_b"}:
         layer = Factors(parts["kron_a"], parts["kron_b"].flatten(1), transposed_rows=True)
     elif roles == {"reference_down", "reference_up"} and not reference_is_lora:
         layer = Factors(parts["reference_down"].t(), parts["reference_up"], transposed_rows=True)
     elif roles in ({"lora_down", "lora_up"}, {"reference_down", "reference_up"}):
-        down, up = (parts[role] for role in sorted(roles))
-        down, up = down.flatten(1), up.flatten(1)
-        if up.shape[1] != down.shape[0]:
-            raise KroneckerError(f"{where}: {tuple(up.shape)} times {tuple(down.shape)} is no LoRA")
-        layer = LowRank(up * (scale if alpha is None else scale * alpha / down.shape[0]), down)
+        down, up = (parts[role].flatten(1) for role in sorted(roles))
+        layer = _product(up * (scale if alpha is None else scale * alpha / down.shape[0]), down, where)
     elif roles & {"lora_down", "lora_up"}:
         raise KroneckerError(
             f"{path} is not a Kronecker adapter: it is a LoRA file; {name} has only {', '.join(sorted(roles))}"
         )
     else:
-        raise KroneckerError(f"{where} does not hold two factors, but {', '.join(sorted(roles)) or 'an alpha alone'}")
-    if not all(torch.isfinite(tensor).all() for tensor in parts.values()):
-        raise KroneckerError(f"{path}: the factors of {name} are not all finite")
+        held = ", ".join(f"{role} {tuple(parts[role].shape)}" for role in sorted(roles)) or "an alpha alone"
+        raise KroneckerError(f"{where} does not hold two full factors lokr_w1 and lokr_w2, but {held}")
+    if prod(layer.size) > LARGEST_LAYER:
+        raise KroneckerError(f"{where} maps {layer.size[1]} to {layer.size[0]} features: no layer is as large")
+    if not layer.isfinite():
+        raise KroneckerError(f"{where}: its factors are not all finite at the strength of {scale:.3g}")
     return layer
 
 
-def _lokr_factor(parts: dict[str, Tensor], role: str, where: str) -> tuple[Tensor, int | None]:
-    """Return a factor, multiplied out where it is stored as a product, and that product's rank."""
-    full, left, right = (parts.get(f"{role}{ending}") for ending in ("", "_a", "_b"))
-    if full is not None and (full.dim() == 2 or (full.dim() == 4 and role == "w2")):
-        return full.flatten(1), None
-    if left is not None and right is not None and left.dim() == right.dim() == 2:
-        return left @ right, right.shape[0]
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(parts.items()) if name != "alpha")
-    raise KroneckerError(f"{where} does not hold two full factors lokr_w1 and lokr_w2, but {shapes}")
+def _lokr_factor(parts: dict[str, Tensor], role: str, where: str) -> tuple[Tensor | LowRank, int | None]:
+    """Return a factor, and the rank where it is stored as a product."""
+    if role in parts:
+        return parts[role].flatten(1), None
+    product = _product(parts[f"{role}_a"], parts[f"{role}_b"], where)
+    return product, product.down.shape[0]
+
+
+def _product(up: Tensor, down: Tensor, where: str) -> LowRank:
+    if up.shape[1] != down.shape[0]:
+        raise KroneckerError(f"{where}: {tuple(up.shape)} times {tuple(down.shape)} is no product")
+    return LowRank(up, down)
 
 
 def _check_factors(file: AdapterFile) -> None:
     """Raise KroneckerError where the shapes of A are not what the metadata says: swapped or transposed factors."""
-    own = file.own_metadata
-    everywhere = [int(own[key]) for key in ("a1", "a2") if own.get(key, "").isdigit()]
-    said = json.loads(own.get("factors", "{}"))
     for name, layer in file.layers.items():
-        expected = said.get(name, everywhere)
-        if isinstance(layer, Factors) and len(expected) == 2 and tuple(layer.A.shape) != tuple(expected):
+        expected = file.layout.shape_of(name)
+        if isinstance(layer, Factors) and expected and tuple(layer.A.shape) != expected:
             (a1, a2), (b1, b2) = layer.A.shape, layer.B.shape
-            swapped = "; A and B seem to be swapped" if (b1, b2) == tuple(expected) else ""
-            transposed = "; A seems to be transposed" if (a2, a1) == tuple(expected) else ""
+            swapped = "; A and B seem to be swapped" if (b1, b2) == expected else ""
+            transposed = "; A seems to be transposed" if (a2, a1) == expected else ""
             raise KroneckerError(
                 f"{file.path}: {name} holds factors for {a2 * b2} to {a1 * b1} features with A {(a1, a2)}, "
-                f"the file's metadata says {tuple(expected)}{swapped}{transposed}"
+                f"the file's metadata says {expected}{swapped}{transposed}"
             )
 
 
@@ -283,4 +310,5 @@ def describe(keys: Sequence[str]) -> str:
     for parts, words in signs:
         if any(part in key for key in keys for part in parts):
             return words
-    return f"its {len(keys)} tensors have other names, for example {', '.join(keys[:3])}" if keys else "it is empty"
+    examples = ", ".join(map(printable, keys[:3]))
+    return f"its {len(keys)} tensors have other names, for example {examples}" if keys else "it is empty"

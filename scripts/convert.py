@@ -17,7 +17,6 @@ Names are looked up in the base model. SD 1.5, SD 2.1 and SDXL are known; anothe
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -80,6 +79,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="fp32",
         help="precision of what is written; default: fp32. A checkpoint that is one file keeps its own",
     )
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="read a .bin of the paper's code as well: tensors alone, nothing in it is run",
+    )
     parser.add_argument("--kron_a1", type=int, help="rows of A, for a LoRA that this project did not make")
     parser.add_argument("--kron_a2", type=int, help="columns of A, for a LoRA that this project did not make")
     arguments = parser.parse_args(argv)
@@ -97,11 +101,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.inspect is not None:
-        print(inspect(read_adapter(arguments.inspect)))
+        print(inspect(read_adapter(arguments.inspect, arguments.allow_pickle)))
         return
     if arguments.output.exists():
         raise UserError(f"--output {arguments.output} is there already; choose another path")
-    file = read_adapter(arguments.input)
+    file = read_adapter(arguments.input, arguments.allow_pickle)
     base = arguments.pretrained_model_name_or_path
     models = empty_base(base) if base else recognise(file)
     matched = match_layers(file, models)
@@ -143,27 +147,24 @@ def as_factors(
         return matched
     if arguments.to != "native":
         raise KroneckerError(f"{file.path} is a LoRA; it can become a Kronecker adapter (--to native) or be fused")
-    own, worst, layers = file.own_metadata, 0.0, {}
+    worst, layers = 0.0, {}
     for layer, entry in matched.items():
-        a1, a2 = factor_shape(layer, own, arguments)
+        a1, a2 = factor_shape(layer, file, arguments)
         if isinstance(entry, LowRank):
-            entry, error = lora_to_kronecker(entry, a1, a2, own.get("rows") == "transposed")
+            entry, error = lora_to_kronecker(entry, a1, a2, file.own_metadata.get("rows") == "transposed")
             worst = max(worst, error)
         layers[layer] = entry
     print(f"Nearest Kronecker product of every layer: largest relative error {worst:.2g}")
     return layers
 
 
-def factor_shape(layer: Layer, own: dict[str, str], arguments: argparse.Namespace) -> tuple[int, int]:
+def factor_shape(layer: Layer, file: AdapterFile, arguments: argparse.Namespace) -> tuple[int, int]:
     """Return (a1, a2) from the command line, or from the metadata of a LoRA that was converted from factors."""
     if arguments.kron_a1 and arguments.kron_a2:
         return arguments.kron_a1, arguments.kron_a2
-    shapes = json.loads(own.get("factors", "{}"))
-    if pair := shapes.get(layer.native, shapes.get(layer.kohya)):
-        return tuple(pair)
-    if "a1" in own and "a2" in own:
-        return int(own["a1"]), int(own["a2"])
-    raise KroneckerError(f"{arguments.input} is a LoRA: say with --kron_a1 and --kron_a2 which factors to find")
+    if shape := file.layout.shape_of(layer.native) or file.layout.shape_of(layer.kohya):
+        return shape
+    raise KroneckerError(f"{file.path} is a LoRA: say with --kron_a1 and --kron_a2 which factors to find")
 
 
 # ---- the formats ----

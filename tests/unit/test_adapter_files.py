@@ -201,8 +201,8 @@ def test_damaged_and_absent_files_are_refused(path, tmp_path):
 @pytest.mark.parametrize(
     "name, tensor, words",
     [
-        ("lokr_w1", torch.full((4, 8), float("nan")), "factors of lora_unet_blocks_0_to_q are not all finite"),
-        ("lokr_w1", torch.zeros(4, 8, 1, 1), "does not hold two full factors"),
+        ("lokr_w1", torch.full((4, 8), float("nan")), "lora_unet_blocks_0_to_q.lokr_w1: its values are not all finite"),
+        ("lokr_w1", torch.zeros(4, 8, 1, 1), r"lokr_w1 is of the shape \(4, 8, 1, 1\)"),
         ("lokr_w1", torch.zeros(8, 4), "holds factors for 12 to 48 features"),
         ("lokr_w2", None, "does not hold two full factors"),
     ],
