@@ -26,18 +26,22 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from dreambooth.adapters import inject_adapters, save_weights, without_adapters
+from dreambooth.adapters import inject_adapters, without_adapters
 from dreambooth.card import push_to_hub, save_card
-from dreambooth.checkpoint import find_start, load_checkpoint, prepare_output, save_checkpoint
+from dreambooth.checkpoint import load_checkpoint, save_checkpoint, save_result
 from dreambooth.config import TrainingConfig, readable_errors
 from dreambooth.data import DreamBoothDataset, build_loader, prompts_of, samples_per_pass
 from dreambooth.diffusion import build_noise_scheduler, build_sampler
+from dreambooth.folder import find_start, hold_folder, prepare_output
+from dreambooth.identity import identify_run
+from dreambooth.memory import explain_out_of_memory
 from dreambooth.models import empty_models, load_pipeline, prepare_training, prompt_encoder, trained_models
-from dreambooth.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, evaluating
+from dreambooth.optimizers import build_lr_scheduler, build_optimizer, check_optimizer
 from dreambooth.parsing import parse_config
 from dreambooth.photos import read_instance_photos
 from dreambooth.prior import ensure_class_images
 from dreambooth.report import Progress, save_curves
+from dreambooth.stopping import Stop
 from dreambooth.training import Denoiser, count_steps, start_accelerator, train_steps
 from dreambooth.vae import latent_source
 from dreambooth.validation import validate
@@ -70,59 +74,71 @@ def unet_condition(embeddings: dict[str, Tensor], size_conditions: Tensor) -> di
 def main() -> None:
     config = parse_config(Config, __doc__)
     accelerator = start_accelerator(config)
+    with (
+        Stop(config, accelerator) as stop,
+        hold_folder(config, accelerator),
+        explain_out_of_memory(config, accelerator),
+    ):
+        # What can be refused is refused before any weights are read
+        start = find_start(config, accelerator)
+        check_optimizer(config)
+        photos = read_instance_photos(config)
+        inject_adapters(trained_models(empty_models(config, Pipeline), config), config)
 
-    # What can be refused is refused before any weights are read
-    start = find_start(config)
-    check_optimizer(config)
-    photos = read_instance_photos(config)
-    inject_adapters(trained_models(empty_models(config, Pipeline), config), config)
+        # The frozen model: class images, latents and every distinct prompt once, then what is no longer needed goes
+        pipeline = load_models(config, accelerator)
+        noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
+        pipeline.scheduler = build_sampler(pipeline.scheduler)
+        class_photos = ensure_class_images(pipeline, config, accelerator) if config.uses_class_images else []
+        run = identify_run(start, photos, class_photos, config, accelerator)
+        prompts = prompts_of(photos, class_photos, config)
+        dataset = DreamBoothDataset(photos, class_photos, prompts, config)
+        latents_of = latent_source(pipeline, dataset, config, accelerator)
+        encode = prompt_encoder(encode_prompts, pipeline, prompts, config)
 
-    # The frozen model: class images, latents and every distinct prompt once, then what is no longer needed goes
-    pipeline = load_models(config, accelerator)
-    noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
-    pipeline.scheduler = build_sampler(pipeline.scheduler)
-    class_photos = ensure_class_images(pipeline, config, accelerator) if config.uses_class_images else []
-    prompts = prompts_of(photos, class_photos, config)
-    dataset = DreamBoothDataset(photos, class_photos, prompts, config)
-    latents_of = latent_source(pipeline, dataset, config, accelerator)
-    encode = prompt_encoder(encode_prompts, pipeline, prompts, config)
+        # What trains
+        models = trained_models(pipeline.components, config)
+        groups = inject_adapters(models, config)
+        prepare_training(pipeline, config)
+        samples = samples_per_pass(photos, config)
+        total_steps = count_steps(samples, config, accelerator.num_processes)
+        optimizer = build_optimizer(groups, config, accelerator.num_processes)
+        lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
+        denoiser = Denoiser(models, encode, unet_condition)
+        denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
 
-    # What trains
-    models = trained_models(pipeline.components, config)
-    groups = inject_adapters(models, config)
-    prepare_training(pipeline, config)
-    samples = samples_per_pass(photos, config)
-    total_steps = count_steps(samples, config, accelerator.num_processes)
-    optimizer = build_optimizer(groups, config, accelerator.num_processes)
-    lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
-    denoiser = Denoiser(models, encode, unet_condition)
-    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+        prepare_output(config, start, accelerator)
+        first_step = load_checkpoint(start, accelerator, models, optimizer, lr_scheduler) if start else 0
+        batches = build_loader(dataset, config, accelerator.process_index, accelerator.num_processes, first_step)
+        base_model = functools.partial(without_adapters, models)
+        reports = train_steps(
+            accelerator, denoiser, latents_of, noise_scheduler, base_model, batches, optimizer, lr_scheduler, config
+        )
 
-    prepare_output(config, start, accelerator)
-    first_step = load_checkpoint(start, accelerator, models, optimizer, lr_scheduler) if start else 0
-    batches = build_loader(dataset, config, accelerator.process_index, accelerator.num_processes, first_step)
-    base_model = functools.partial(without_adapters, models)
-    reports = train_steps(
-        accelerator, denoiser, latents_of, noise_scheduler, base_model, batches, optimizer, lr_scheduler, config
-    )
-
-    progress = Progress(accelerator, config, first_step, total_steps)
-    show = functools.partial(validate, accelerator, pipeline, encode, prompts, optimizer, samples, total_steps, config)
-    if first_step == 0:
-        show(step=0)
-    for step, report in progress.steps(reports):
-        progress.update(step, report)
-        if step % config.checkpointing_steps == 0:
-            save_checkpoint(accelerator, models, optimizer, lr_scheduler, step, config)
-        show(step=step)
-    if accelerator.is_main_process:
-        with evaluating(optimizer):
-            path = save_weights(models, config.output_dir, total_steps, config)
-        save_curves(config)
-        save_card(path, Pipeline, total_steps, config)
-        push_to_hub(path, config)
-        progress.say_closing_line(groups, path)
-    progress.close()
+        progress = Progress(accelerator, config, first_step, total_steps)
+        show = functools.partial(
+            validate, accelerator, pipeline, encode, prompts, optimizer, samples, total_steps, config
+        )
+        save = functools.partial(save_checkpoint, accelerator, models, optimizer, lr_scheduler, run, config)
+        show(step=first_step)  # a resumed run may have been cut off while it drew them
+        stop.only_between_steps()
+        for step, report in progress.steps(reports):
+            progress.update(step, report)
+            stopping = stop.asked()
+            if stopping or step % config.checkpointing_steps == 0:
+                save(step=step, stopping=stopping)
+            if stopping:
+                progress.close()
+                stop.leave(step)
+            show(step=step)
+        path = save_result(accelerator, models, optimizer, total_steps, config)
+        if accelerator.is_main_process:
+            save_curves(config)
+            save_card(path, Pipeline, total_steps, config)
+            progress.say_closing_line(groups, path)
+        progress.close()
+        if accelerator.is_main_process:
+            push_to_hub(path, config)  # last, so that no other process waits for it
 
 
 if __name__ == "__main__":

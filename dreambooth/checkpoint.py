@@ -1,83 +1,49 @@
-"""The output folder: whose it is, and checkpoints to go on from."""
+"""Checkpoints to go on from: whole or not there, each file known by its checksum.
 
+A checkpoint is a folder checkpoint-N: the adapter, the training state as safetensors and JSON, the options, what
+decides the run's result, and manifest.json, written last, with the size and the checksum of each.
+"""
+
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from dreambooth.adapters import WEIGHTS_NAME, adapter_state, load_adapter_state, save_weights
-from dreambooth.config import TrainingConfig, UserError, save_config
-from dreambooth.optimizers import evaluating
+from dreambooth.config import SaveError, TrainingConfig, UserError, save_config
+from dreambooth.identity import RUN_NAME
+from dreambooth.optimizers import evaluating, load_optimizer_state
+from dreambooth.ranks import on_main
+from dreambooth.report import METRICS_NAME
+from kron_formats.writing import flush
 
 logger = logging.getLogger(__name__)
 
 TENSORS_NAME = "training_state.safetensors"
 STATE_NAME = "training_state.json"
+CONFIG_NAME = "config.yaml"
+MANIFEST_NAME = "manifest.json"
+FILES = (WEIGHTS_NAME, TENSORS_NAME, STATE_NAME, CONFIG_NAME, RUN_NAME)
 
 
-# ---- the output folder ----
-
-
-def find_start(config: TrainingConfig) -> Path | None:
-    """Return the checkpoint to resume from, None to start from the beginning.
-
-    Raises UserError where that checkpoint does not exist, and where the output folder holds another run's results.
-    """
-    output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output} is a file")
-    if config.resume_from_checkpoint == "latest":
-        if checkpoints := list_checkpoints(output):
-            return checkpoints[-1]
-        logger.info("--resume_from_checkpoint latest: %s holds no checkpoint; starting from the beginning", output)
-    elif config.resume_from_checkpoint:
-        return _existing_checkpoint(config.resume_from_checkpoint, output)
-    results = [path.name for path in (*list_checkpoints(output), output / WEIGHTS_NAME) if path.exists()]
-    if results and not config.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {output} holds the results of another run ({', '.join(results)}): choose another folder, "
-            "go on with --resume_from_checkpoint latest, or replace them with --overwrite_output_dir"
-        )
-    return None
-
-
-def _existing_checkpoint(name: str, output: Path) -> Path:
-    for path in (Path(name), output / name):  # diffusers' examples take a bare checkpoint-500 too
-        if (path / STATE_NAME).is_file():
-            return path
-    there = ", ".join(path.name for path in list_checkpoints(output)) or "none"
-    raise UserError(f"--resume_from_checkpoint {name}: there is no such checkpoint; {output} holds: {there}")
-
-
-def prepare_output(config: TrainingConfig, start: Path | None, accelerator: Accelerator) -> None:
-    """Make the output folder and write config.yaml; with --overwrite_output_dir, clear what an earlier run left."""
-    if not accelerator.is_main_process:
-        return
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    if start is None and config.overwrite_output_dir:
-        for path in list_checkpoints(output):
-            shutil.rmtree(path)
-        (output / WEIGHTS_NAME).unlink(missing_ok=True)
-        shutil.rmtree(output / "samples", ignore_errors=True)
-    save_config(config, output / "config.yaml")
-
-
-# ---- checkpoints ----
+# ---- which ones there are ----
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first, whether they are whole or not."""
     found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if (path / STATE_NAME).is_file()), key=checkpoint_step)
+    return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -85,54 +51,179 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
+def latest_checkpoint(output: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, None where there is none. Broken ones are named in warnings."""
+    for path in reversed(list_checkpoints(output)):
+        try:
+            verify_checkpoint(path)
+            return path
+        except UserError as error:
+            logger.warning("Passed over: %s", error)
+    return None
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raise UserError, naming the file, where a checkpoint is not as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        strangers = set(FILES).symmetric_difference(manifest)
+        if strangers:
+            raise ValueError(f"it does not tell of {', '.join(sorted(strangers))}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no whole checkpoint: {MANIFEST_NAME}: {error}") from error
+    for name in FILES:
+        try:
+            size = (path / name).stat().st_size
+            if manifest[name]["bytes"] != size:
+                raise ValueError(f"it has {size:,} bytes instead of {manifest[name]['bytes']}")
+            if manifest[name]["sha256"] != hashlib.sha256((path / name).read_bytes()).hexdigest():
+                raise ValueError("its content is not what was written")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is no whole checkpoint: {name}: {error}") from error
+
+
+# ---- saving ----
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     models: Mapping[str, nn.Module],
     optimizer: Any,
     lr_scheduler: Any,
-    step: int,
+    run: Mapping[str, Any],
     config: TrainingConfig,
+    step: int,
+    stopping: bool,
 ) -> None:
-    """Write checkpoint-STEP: the adapter file, and the training state beside it.
+    """Write checkpoint-STEP and remove the oldest ones above the limit; all processes have to call this.
 
-    It is written under another name and renamed when whole; only then do the oldest ones go.
+    `run` is what `describe_run` returned. Raises SaveError where it cannot be written, with nothing else changed; with
+    --on_save_error continue, and unless the run stops here, that is a warning.
     """
-    if accelerator.is_main_process:
+
+    def write() -> None:
+        state = {
+            "factors": adapter_state(models),
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": lr_scheduler.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "step": step,
+        }
+        tensors, rest = _split(state)
+        contents = {TENSORS_NAME: save(tensors), STATE_NAME: _json(rest), RUN_NAME: _json(run)}
         output = Path(config.output_dir)
-        final, unfinished = output / f"checkpoint-{step}", output / f"checkpoint-{step}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        with evaluating(optimizer):
-            save_weights(models, unfinished, step, config)
-        tensors, rest = _split(
-            {
-                "factors": adapter_state(models),
-                "optimizer": optimizer.state_dict(),
-                "lr_scheduler": lr_scheduler.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                "step": step,
-            }
-        )
-        save_file(tensors, unfinished / TENSORS_NAME)
-        (unfinished / STATE_NAME).write_text(json.dumps(rest))
-        shutil.rmtree(final, ignore_errors=True)
+        with saving(output / f"checkpoint-{step}"), evaluating(optimizer):
+            _write(output / f"checkpoint-{step}", contents, models, step, config)
+            _remove_oldest(output, step, config)
+
+    try:
+        on_main(accelerator, write)
+    except SaveError as error:
+        if config.on_save_error == "stop" or stopping:
+            raise
+        logger.warning("%s\nTraining goes on (--on_save_error continue)", error)
+
+
+def _write(
+    final: Path, contents: Mapping[str, bytes], models: Mapping[str, nn.Module], step: int, config: TrainingConfig
+) -> None:
+    """Write a checkpoint beside its final name, flushed to the disk and verified, then rename it."""
+    output, unfinished, replaced = final.parent, final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
+    for leftover in output.glob("checkpoint-*.tmp"):
+        shutil.rmtree(leftover)
+    unfinished.mkdir()
+    try:
+        save_weights(models, unfinished, step, config)
+        save_config(config, unfinished / CONFIG_NAME)
+        for name, content in contents.items():
+            (unfinished / name).write_bytes(content)
+        contents = {name: contents.get(name) or (unfinished / name).read_bytes() for name in FILES}
+        manifest = {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in contents.items()
+        }
+        for name in FILES:
+            flush(unfinished / name)
+        (unfinished / MANIFEST_NAME).write_bytes(_json(manifest))
+        flush(unfinished / MANIFEST_NAME)
+        flush(unfinished)
+        verify_checkpoint(unfinished)
+        if (output / METRICS_NAME).exists():
+            flush(output / METRICS_NAME)  # a resumed run takes up its lines where the checkpoint is
+        if final.exists():
+            os.rename(final, replaced)
         os.rename(unfinished, final)
-        logger.info("Saved %s", final)
-        if config.checkpoints_total_limit:
-            for path in list_checkpoints(output)[: -config.checkpoints_total_limit]:
-                shutil.rmtree(path)
-    accelerator.wait_for_everyone()
+        flush(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    logger.info("Saved %s", final)
+
+
+def _remove_oldest(output: Path, step: int, config: TrainingConfig) -> None:
+    """Keep the newest ones up to this step. Later ones, of a run that was resumed before them, do not count."""
+    if config.checkpoints_total_limit:
+        behind = [path for path in list_checkpoints(output) if checkpoint_step(path) <= step]
+        for path in behind[: -config.checkpoints_total_limit]:
+            shutil.rmtree(path)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
+
+
+def save_result(
+    accelerator: Accelerator, models: Mapping[str, nn.Module], optimizer: Any, step: int, config: TrainingConfig
+) -> Path:
+    """Write the adapter to the output folder and return its path; all processes have to call this.
+
+    Raises SaveError where it cannot be written.
+    """
+    path = Path(config.output_dir) / WEIGHTS_NAME
+
+    def write() -> None:
+        with saving(path), evaluating(optimizer):
+            save_weights(models, path.parent, step, config)
+
+    on_main(accelerator, write)
+    return path
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into a SaveError that says how much room there is and what is still safe."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        safe = [checkpoint.name for checkpoint in list_checkpoints(path.parent)]
+        rest = (
+            f"{safe[-1]} is still there, to go on from with --resume_from_checkpoint latest"
+            if safe
+            else "there is no earlier checkpoint"
+        )
+        raise SaveError(f"{path} could not be saved: {error}; {_room(path)}; {rest}") from error
+
+
+def _room(path: Path) -> str:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free in {folder}"
+
+
+# ---- loading ----
 
 
 def load_checkpoint(
     path: Path, accelerator: Accelerator, models: Mapping[str, nn.Module], optimizer: Any, lr_scheduler: Any
 ) -> int:
-    """Restore the training state of a checkpoint; return the optimizer steps it has behind it."""
+    """Restore the training state of a checkpoint; return the optimizer steps it has behind it.
+
+    Learning rates and the optimizer's other options stay those of the present run, which are the checkpoint's unless
+    --allow_config_change let others pass.
+    """
     try:
-        state = _join(load_file(path / TENSORS_NAME), json.loads((path / STATE_NAME).read_text()))
+        state = _join(load((path / TENSORS_NAME).read_bytes()), json.loads((path / STATE_NAME).read_bytes()))
         load_adapter_state(models, state["factors"])
-        optimizer.load_state_dict(state["optimizer"])
-        lr_scheduler.load_state_dict(state["lr_scheduler"])
+        load_optimizer_state(optimizer, lr_scheduler, state["optimizer"], state["lr_scheduler"])
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
     except Exception as error:

@@ -45,6 +45,9 @@ def check_config(config: TrainingConfig) -> None:
             if value is not None and not holds(value):
                 raise UserError(f"--{name} is {value}; it has to be {words}")
     config.factors_by_target()
+    config.time_limit()
+    if config.allow_config_change and config.resume_from_checkpoint is None:
+        raise UserError("--allow_config_change needs --resume_from_checkpoint")
     _check_photos(config)
     _check_trackers(config)
     _check_prior(config)

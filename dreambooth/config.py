@@ -1,5 +1,6 @@
 """The options: one frozen dataclass, and the YAML file that it is written to."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +15,23 @@ import yaml
 class UserError(ValueError):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
 
+    exit_code = 2  # what argparse ends with too
+
+
+class SaveError(UserError):
+    """Something could not be written, for example to a full disk."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h
+
 
 @contextmanager
 def readable_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with the message alone, exit code 1, on a UserError or one of `kinds`."""
+    """End the program with the message alone on a UserError, or one of `kinds`: with its exit code, 2 by default."""
     try:
         yield
     except (UserError, *kinds) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(getattr(error, "exit_code", UserError.exit_code))
 
 
 def option(help: str, default=MISSING):
@@ -33,6 +43,8 @@ def option(help: str, default=MISSING):
 
 OPTIMIZERS = ("AdamW", "Prodigy", "Adafactor", "ScheduleFreeAdamW")
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the names of their packages too
+UNIT_TIME = re.compile("(?=.)" + "".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in "dhms"))  # 1h30m
+CLOCK_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")  # 1:30:00, or as Slurm writes it, 2-12:00:00
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -181,7 +193,18 @@ class TrainingConfig:
     checkpointing_steps: int = option("Save a checkpoint every so many optimizer steps.", 500)
     save_precision: Literal["fp32", "fp16", "bf16"] = option("Precision of the factors in the adapter file.", "fp32")
     checkpoints_total_limit: int | None = option("Keep so many of the newest checkpoints. Default: all.", None)
-    resume_from_checkpoint: str | None = option("Checkpoint folder to go on from, or 'latest'.", None)
+    resume_from_checkpoint: str | None = option(
+        "Checkpoint folder to go on from, or 'latest': the newest whole one in output_dir.", None
+    )
+    allow_config_change: bool = option("Resume although options or photos changed that change the result.", False)
+    on_save_error: Literal["stop", "continue"] = option(
+        "What follows when a checkpoint cannot be written, for example to a full disk.", "stop"
+    )
+    max_train_time: str | None = option(
+        "Save a checkpoint and stop, with exit code 75, after the step in which the run gets so old: 3h, 90m, 45s, "
+        "1h30m or 1:30:00. Default: no limit.",
+        None,
+    )
     validation_prompt: list[str] = option("Prompts to draw while training; each is one row of the sheet.", [])
     num_validation_images: int = option("Images for each validation prompt, images.", 4)
     validation_epochs: int = option("Draw samples every so many passes over the instance images.", 50)
@@ -199,6 +222,21 @@ class TrainingConfig:
     @property
     def uses_class_images(self) -> bool:
         return self.with_prior_preservation and self.prior_source == "images"
+
+    def time_limit(self) -> float | None:
+        """Return max_train_time in seconds. Raises UserError where it does not read."""
+        if self.max_train_time is None:
+            return None
+        text = "".join(self.max_train_time.lower().split())
+        match = UNIT_TIME.fullmatch(text) or CLOCK_TIME.fullmatch(text)
+        days, hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0,) * 4
+        total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        if not total > 0:
+            raise UserError(
+                f"--max_train_time {self.max_train_time}: write a time above 0 such as 3h, 90m, 45s, 1h30m or 1:30:00 "
+                "(hours:minutes:seconds)"
+            )
+        return total
 
     def factors_by_target(self) -> dict[str, tuple[int, int]]:
         """Return {"to_k": (8, 64)} from kron_factors. Raises UserError where an entry does not read."""

@@ -20,6 +20,7 @@ from dreambooth.config import TrainingConfig, UserError
 logger = logging.getLogger(__name__)
 
 ELEMENT_WISE = ("AdamW", "Prodigy", "ScheduleFreeAdamW")
+OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")  # what a group is given, beside what it remembers
 
 
 # ---- which one ----
@@ -95,6 +96,20 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, lr_scheduler: Any, optimizer_state: dict[str, Any], schedule_state: dict[str, Any]
+) -> None:
+    """Restore an optimizer and its schedule. Learning rates, betas and weight decay stay those that were given now."""
+    options = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+    base_rates = lr_scheduler.base_lrs
+    optimizer.load_state_dict(optimizer_state)
+    lr_scheduler.load_state_dict(schedule_state)
+    lr_scheduler.base_lrs = base_rates
+    rates = zip(base_rates, lr_scheduler.lr_lambdas)
+    for group, given, (rate, factor) in zip(optimizer.param_groups, options, rates, strict=True):
+        group.update(given, lr=rate * factor(lr_scheduler.last_epoch))
 
 
 @contextmanager

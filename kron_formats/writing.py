@@ -120,11 +120,37 @@ def prefixed(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under another name first, so that an earlier one stays until the new one is whole."""
+    """Write a safetensors file under another name first, so that an earlier one stays until the new one is whole, and
+    on the disk."""
     unfinished = f"{os.fspath(path)}.tmp"
     try:
         save_file(dict(tensors), unfinished, metadata=dict(metadata))
+        _sort_metadata(unfinished)
+        flush(unfinished)
         os.replace(unfinished, path)
+        flush(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def _sort_metadata(path: str) -> None:
+    """Put a file's metadata, which safetensors writes in an order by chance, in that of their names: the same content
+    makes the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def flush(path: str | os.PathLike) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,7 +7,7 @@
 
 Writes two Markdown tables to the standard output: adapted attention layers and trained parameters, with the size of
 the tensors in fp32; and the largest rank that the delta weight of a layer can have. Where an (a1, a2) does not divide
-the layers of a model, its cell says so. One that fits no model ends in an error and exit code 1.
+the layers of a model, its cell says so. One that fits no model ends in an error and exit code 2.
 
 Adapters are really injected, into models without weights built from configs/architectures: nothing is downloaded, and
 a CPU does it in seconds.
@@ -26,6 +26,7 @@ from transformers import HfArgumentParser
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dreambooth.config import readable_errors
 from kron_adapter import (
     ATTENTION_TARGETS,
     KroneckerError,
@@ -101,10 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(argv)
     adapters = [Kronecker(a1, a2) for a1, a2 in zip(config.kron_a1, config.kron_a2)] + [Lora(config.lora_rank)]
     models = load_models()
-    try:
-        print(parameter_table(models, adapters))
-    except KroneckerError as error:
-        sys.exit(f"error: {error}")
+    print(parameter_table(models, adapters))
     print()
     print(rank_table(models, adapters))
 
@@ -197,4 +195,5 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors(KroneckerError):
+        main()

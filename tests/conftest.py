@@ -14,10 +14,17 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+pytest_plugins = ["tests.faults.runs"]
+
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "pytorch_kronecker_weights.safetensors"
 DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"
 TINY_TRANSFORMER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=15, help="SIGKILLs for each scenario of tests/faults/test_kills.py.")
+    parser.addoption("--kill_seed", type=int, help="Seed of the moments of those kills. Default: another every time.")
 
 
 def pytest_runtest_setup(item):

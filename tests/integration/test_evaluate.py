@@ -267,5 +267,5 @@ def test_errors_of_the_command_line_are_one_line(options, tmp_path):
     options["instance_data_dir"] = "nowhere"
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *flags(options)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == "error: --instance_data_dir nowhere: there is no such folder"

@@ -87,5 +87,5 @@ def test_errors_of_the_command_line_are_one_line(script, tmp_path, adapter):
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--pretrained_model_name_or_path", "nowhere"]
     command += ["--adapter", str(adapter), "--output_dir", "x", *(["--prompt", "sks"] if script == "generate" else [])]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: --pretrained_model_name_or_path nowhere is no base model")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreambooth.config import UserError, readable_errors, save_config
+from dreambooth.config import SaveError, UserError, readable_errors, save_config
 from dreambooth.parsing import parse_config
 from train_dreambooth_kronecker import Config
 
@@ -387,11 +387,12 @@ def test_every_field_is_read_somewhere():
 # ---- how a program ends ----
 
 
-@pytest.mark.parametrize("error", [UserError, KeyError])
-def test_errors_that_the_user_can_mend_end_the_program_with_their_message(error):
+@pytest.mark.parametrize("error, code", [(UserError, 2), (KeyError, 2), (SaveError, 74)])
+def test_errors_that_the_user_can_mend_end_the_program_with_their_message(error, code, capsys):
     with pytest.raises(SystemExit) as exit, readable_errors(KeyError):
         raise error("no photos")
-    assert exit.value.code == f"error: {error('no photos')}"  # which Python prints, and exits with 1
+    assert exit.value.code == code
+    assert capsys.readouterr().err == f"error: {error('no photos')}\n"
 
 
 def test_other_errors_keep_their_traceback():

@@ -157,7 +157,7 @@ def test_the_program_prints_both_tables_from_anywhere(tmp_path):
 
 def test_factors_that_fit_no_model_end_in_one_readable_line(tmp_path):
     result = run("--kron_a1", "7", "--kron_a2", "64", cwd=tmp_path)
-    assert result.returncode == 1 and not result.stdout
+    assert result.returncode == 2 and not result.stdout
     assert "error: Kronecker (7, 64) fits none of the models; SD 1.5 UNet: layer down_blocks.0" in result.stderr
     assert "a1 = 7 does not divide d_out = 320 (nearest that do: 5 and 8)" in result.stderr
     assert "Traceback" not in result.stderr

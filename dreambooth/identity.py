@@ -1,0 +1,124 @@
+"""Whether a resumed run is the same run: the options and the photos that decide its result."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from dreambooth.config import TrainingConfig, UserError, public_options
+from dreambooth.photos import Photo
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME = "run.json"
+
+# Options that change nothing in the result, or only through photos, which are compared themselves
+FREE = frozenset(
+    (
+        # where things go, and what is told of them
+        "output_dir overwrite_output_dir logging_dir report_to push_to_hub hub_model_id "
+        # checkpoints, and when a run ends
+        "checkpointing_steps checkpoints_total_limit resume_from_checkpoint allow_config_change on_save_error "
+        "max_train_time save_precision "
+        # samples
+        "validation_prompt num_validation_images validation_epochs validation_steps validation_num_inference_steps "
+        "validation_guidance_scale "
+        # where photos come from
+        "instance_data_dir dataset_name dataset_config_name image_column caption_column class_data_dir "
+        "num_class_images sample_batch_size prior_num_inference_steps prior_guidance_scale prior_negative_prompt "
+        # how batches and encodings are prepared
+        "dataloader_num_workers cache_latents_to_disk"
+    ).split()
+)
+CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not look at the number of steps
+
+
+def deciding_options(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the options that decide the result. The batch counts as a whole, however it is split over devices."""
+    options = {name: value for name, value in public_options(config).items() if name not in FREE}
+    options["mixed_precision"] = accelerator.mixed_precision  # accelerate's own where the option is not given
+    batch, accumulation = options.pop("train_batch_size"), options.pop("gradient_accumulation_steps")
+    options["global batch (devices x accumulation x train_batch_size)"] = (
+        accelerator.num_processes * accumulation * batch
+    )
+    if config.aspect_ratio_buckets:  # the shapes follow each other in runs of this length
+        options["train_batch_size"] = batch
+    if config.lr_scheduler in CONSTANT:
+        del options["max_train_steps"], options["num_train_epochs"]
+    return json.loads(json.dumps(options))  # as a file has it
+
+
+def identify_run(
+    start: Path | None,
+    photos: Sequence[Photo],
+    class_photos: Sequence[Photo],
+    config: TrainingConfig,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Return what decides the result of a run: the options, and for every photo its prompts and a digest of its pixels
+    as they are trained on.
+
+    Raises UserError where the checkpoint `start` is of a run on other photos, naming each; with --allow_config_change
+    it is a warning.
+    """
+    named = {f"instance photo {photo.path.name}": _describe(photo) for photo in photos}
+    named |= {f"class image {photo.path.name}": _describe(photo) for photo in class_photos}
+    if start is not None:
+        _refuse(start, "photos", _flat(_read_run(start)["photos"]), _flat(named), config)
+    return {"options": deciding_options(config, accelerator), "photos": named}
+
+
+def _describe(photo: Photo) -> dict[str, str | None]:
+    digest = hashlib.sha256(f"{photo.original_size} {photo.pixels.shape}".encode() + photo.pixels.tobytes())
+    if photo.mask is not None:
+        digest.update(photo.mask.tobytes())
+    return {"image": digest.hexdigest()[:16], "prompt": photo.prompt, "class prompt": photo.class_prompt}
+
+
+# ---- then and now ----
+
+
+def refuse_other_options(start: Path, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Raise UserError where the checkpoint is of a run whose options give another result, showing the difference.
+
+    With --allow_config_change it is a warning.
+    """
+    _refuse(start, "options", _read_run(start)["options"], deciding_options(config, accelerator), config)
+
+
+def _flat(photos: Mapping[str, Mapping[str, str | None]]) -> dict[str, str | None]:
+    return {f"{name}, {aspect}": value for name, aspects in photos.items() for aspect, value in aspects.items()}
+
+
+def _read_run(start: Path) -> dict[str, Any]:
+    return json.loads((start / RUN_NAME).read_text(encoding="utf-8"))
+
+
+def _refuse(start: Path, what: str, then: Mapping[str, Any], now: Mapping[str, Any], config: TrainingConfig) -> None:
+    rows = [
+        (name, _shown(then, name), _shown(now, name))
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    ]
+    if not rows:
+        return
+    text = (
+        f"--resume_from_checkpoint {start} was trained with other {what}, so that the result would be another:\n"
+        f"{_table([('', 'then', 'now'), *rows])}"
+    )
+    if not config.allow_config_change:
+        raise UserError(f"{text}\nGo on with the {what} of then, or with --allow_config_change")
+    logger.warning("%s", text)
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name], ensure_ascii=False) if name in values else "-"
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"    {name:<{widths[0]}}  {then:<{widths[1]}}  {now}".rstrip() for name, then, now in rows)

@@ -1,0 +1,89 @@
+"""Killed with SIGKILL at any moment and resumed, a run ends with the bytes of one that was never interrupted."""
+
+import itertools
+import random
+import signal
+import time
+
+import pytest
+
+from tests.faults import child
+
+# Between them: shuffling, crops, flips, captions and their dropout, accumulation, class images, samples, schedules
+SCENARIOS = {
+    "class images": {
+        "with_prior_preservation": True,
+        "class_data_dir": "class",
+        "class_prompt": "a photo of dog",
+        "num_class_images": 4,
+        "sample_batch_size": 1,
+        "prior_num_inference_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+    },
+    "text encoder": {
+        "train_text_encoder": True,
+        "optimizer": "ScheduleFreeAdamW",
+        "train_batch_size": 2,
+        "aspect_ratio_buckets": True,
+        "cache_latents_to_disk": "latents",
+        "save_precision": "fp16",
+    },
+}
+COMMON = {
+    "random_flip": True,
+    "caption_dropout_probability": 0.3,
+    "checkpoints_total_limit": 2,
+    "validation_prompt": "sks dog",
+    "validation_steps": 2,
+    "num_validation_images": 1,
+    "validation_num_inference_steps": 2,
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_killed_at_random_and_resumed_a_run_ends_with_the_same_bytes(scenario, start_run, request):
+    kills, seed = request.config.getoption("--kills"), request.config.getoption("--kill_seed")
+    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+    print(f"--kill_seed {seed}")  # pytest shows it where the test fails
+    chance = random.Random(f"{scenario} {seed}")
+
+    uninterrupted = start_run("uninterrupted", **COMMON, **SCENARIOS[scenario])
+    began = time.monotonic()
+    assert uninterrupted.run()[0] == 0, uninterrupted.said
+    duration = time.monotonic() - began
+    assert uninterrupted.checkpoints == ["checkpoint-4", "checkpoint-6"]
+
+    killed = finished = 0
+    while killed < kills or not finished:
+        run = start_run(f"run-{finished}", **COMMON, **SCENARIOS[scenario])
+        while True:
+            process = run.start(child.scramble_random_numbers)
+            process.join(chance.uniform(0, duration) if killed < kills else None)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                killed += 1
+                continue
+            assert process.exitcode == 0, run.said
+            break
+        assert run.results() == uninterrupted.results()
+        finished += 1
+
+
+def test_killed_before_any_change_of_its_folder_a_run_loses_no_checkpoint(start_run):
+    """Every file opened for writing, renamed or removed from the second checkpoint on, one kill each."""
+    options = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    uninterrupted = start_run("uninterrupted", **options)
+    assert uninterrupted.run()[0] == 0
+    for number in itertools.count(1):
+        run = start_run(f"run-{number}", **options)
+        code, said = run.run(child.after_step, 2, child.kill_at_change, number, str(run.output))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, said
+        code, said = run.run()
+        assert code == 0 and "Resuming from" in said, said
+        assert run.results() == uninterrupted.results()
+    assert number > 20, "the kills have to reach every change"
