@@ -95,7 +95,7 @@ def save_checkpoint(
     step: int,
     stopping: bool,
 ) -> None:
-    """Write checkpoint-STEP and remove the oldest ones above the limit; all processes have to call this.
+    """Write checkpoint-STEP, and only then remove the oldest ones; all processes have to call this.
 
     `run` is what `describe_run` returned. Raises SaveError where it cannot be written, with nothing else changed; with
     --on_save_error continue, and unless the run stops here, that is a warning.
@@ -114,7 +114,7 @@ def save_checkpoint(
         output = Path(config.output_dir)
         with saving(output / f"checkpoint-{step}"), evaluating(optimizer):
             _write(output / f"checkpoint-{step}", contents, models, step, config)
-            _remove_oldest(output, step, config)
+            tidy_checkpoints(output, step, config)
 
     try:
         on_main(accelerator, write)
@@ -129,8 +129,7 @@ def _write(
 ) -> None:
     """Write a checkpoint beside its final name, flushed to the disk and verified, then rename it."""
     output, unfinished, replaced = final.parent, final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
-    for leftover in output.glob("checkpoint-*.tmp"):
-        shutil.rmtree(leftover)
+    _clear_unfinished(output)
     unfinished.mkdir()
     try:
         save_weights(models, unfinished, step, config)
@@ -160,12 +159,21 @@ def _write(
     logger.info("Saved %s", final)
 
 
-def _remove_oldest(output: Path, step: int, config: TrainingConfig) -> None:
-    """Keep the newest ones up to this step. Later ones, of a run that was resumed before them, do not count."""
+def tidy_checkpoints(output: Path, step: int, config: TrainingConfig) -> None:
+    """Remove what was cut off half-written or half-removed, and the oldest checkpoints above the limit.
+
+    The checkpoint of `step` is whole. Later ones, of a run that was resumed before them, do not count.
+    """
     if config.checkpoints_total_limit:
         behind = [path for path in list_checkpoints(output) if checkpoint_step(path) <= step]
         for path in behind[: -config.checkpoints_total_limit]:
-            shutil.rmtree(path)
+            os.rename(path, path.with_suffix(".tmp"))
+    _clear_unfinished(output)
+
+
+def _clear_unfinished(output: Path) -> None:
+    for path in output.glob("checkpoint-*.tmp"):
+        shutil.rmtree(path)
 
 
 def _json(value: Any) -> bytes:

@@ -13,7 +13,13 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dreambooth.adapters import WEIGHTS_NAME
-from dreambooth.checkpoint import checkpoint_step, latest_checkpoint, list_checkpoints, verify_checkpoint
+from dreambooth.checkpoint import (
+    checkpoint_step,
+    latest_checkpoint,
+    list_checkpoints,
+    tidy_checkpoints,
+    verify_checkpoint,
+)
 from dreambooth.config import TrainingConfig, UserError, save_config
 from dreambooth.identity import refuse_other_options
 from dreambooth.ranks import on_main
@@ -172,6 +178,8 @@ def prepare_output(config: TrainingConfig, start: Path | None, accelerator: Acce
                 shutil.rmtree(path)
             (output / WEIGHTS_NAME).unlink(missing_ok=True)
         first_step = checkpoint_step(start) if start else 0
+        if start is not None and start.parent.resolve() == output.resolve():
+            tidy_checkpoints(output, first_step, config)
         for path in (output / "samples").glob("step-*.png"):
             if int(path.stem.rpartition("-")[2]) > first_step or start is None:
                 path.unlink()

@@ -23,7 +23,7 @@ TINY_TRANSFORMER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_lay
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=15, help="SIGKILLs for each scenario of tests/faults/test_kills.py.")
+    parser.addoption("--kills", type=int, default=13, help="SIGKILLs for each scenario of tests/faults/test_kills.py.")
     parser.addoption("--kill_seed", type=int, help="Seed of the moments of those kills. Default: another every time.")
 
 

@@ -88,12 +88,12 @@ def kill_at_change(number: int, output: str) -> None:
     sys.addaudithook(watch)
 
 
-def signal_oneself(first: int, second: int | None = None, delay: float = 0.0) -> None:
-    """Get a signal, and a second one `delay` seconds later while the step goes on."""
+def signal_oneself(first: int, second: int | None = None, delay: float = 0.0, length: float = 60.0) -> None:
+    """Get a signal, and a second one `delay` seconds later, while a step of `length` seconds goes on."""
     os.kill(os.getpid(), first)
     if second is not None:
         threading.Timer(delay, os.kill, (os.getpid(), second)).start()
-        time.sleep(60)  # a step that takes its time
+        time.sleep(length)
 
 
 def limit_file_size(limit: int) -> None:
@@ -119,8 +119,8 @@ def remove_files(folder: str) -> None:
         path.unlink()
 
 
-def touch_and_wait(path: str) -> None:
-    """Tell that a place was reached, and stay there."""
+def stay(path: str) -> None:
+    """Tell by a file that this place was reached, and stay there."""
     Path(path).touch()
     time.sleep(60)
 
@@ -138,8 +138,3 @@ def between_class_images(act: Callable[..., None], *arguments) -> None:
         return draw(*given)
 
     prior._draw = drawing
-
-
-def both(first: tuple, second: tuple) -> None:
-    for prepare, *arguments in (first, second):
-        prepare(*arguments)

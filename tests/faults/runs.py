@@ -73,7 +73,9 @@ def photos(tmp_path_factory) -> Path:
     """Three photos that are not square, so that crops are drawn, two of them with captions."""
     folder = tmp_path_factory.mktemp("photos")
     for number in range(3):
-        Image.effect_mandelbrot((96, 80), (-2 + number, -1.5, 1, 1.5), 100).convert("RGB").save(folder / f"{number}.png")
+        Image.effect_mandelbrot((96, 80), (-2 + number, -1.5, 1, 1.5), 100).convert("RGB").save(
+            folder / f"{number}.png"
+        )
     (folder / "0.txt").write_text("sks dog in the grass")
     (folder / "2.txt").write_text("{instance_prompt}, asleep")
     return folder

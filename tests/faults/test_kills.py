@@ -1,13 +1,17 @@
 """Killed with SIGKILL at any moment and resumed, a run ends with the bytes of one that was never interrupted."""
 
 import itertools
+import os
 import random
+import shutil
 import signal
 import time
 
 import pytest
 
+from dreambooth.checkpoint import latest_checkpoint
 from tests.faults import child
+from tests.faults.checkpoints import Training, content
 
 # Between them: shuffling, crops, flips, captions and their dropout, accumulation, class images, samples, schedules
 SCENARIOS = {
@@ -72,18 +76,35 @@ def test_killed_at_random_and_resumed_a_run_ends_with_the_same_bytes(scenario, s
         finished += 1
 
 
-def test_killed_before_any_change_of_its_folder_a_run_loses_no_checkpoint(start_run):
-    """Every file opened for writing, renamed or removed from the second checkpoint on, one kill each."""
-    options = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
-    uninterrupted = start_run("uninterrupted", **options)
-    assert uninterrupted.run()[0] == 0
+def test_killed_before_any_change_on_the_disk_a_save_loses_no_checkpoint(tmp_path):
+    """Every file opened for writing, renamed or removed while the second checkpoint is saved: one kill each."""
+    training = Training(tmp_path / "out", checkpoints_total_limit=1)
+    first = training.save(1)
+    training.step()
+    expected = {first.name: content(first)}
+    expected["checkpoint-2"] = content(training.save(2))
+    output = first.parent
     for number in itertools.count(1):
-        run = start_run(f"run-{number}", **options)
-        code, said = run.run(child.after_step, 2, child.kill_at_change, number, str(run.output))
-        if code == 0:
+        shutil.rmtree(output)
+        output.mkdir()
+        write(first, expected["checkpoint-1"])
+        child_process = os.fork()
+        if not child_process:
+            child.kill_at_change(number, str(output))
+            training.save(2)
+            os._exit(0)
+        _, status = os.waitpid(child_process, 0)
+        if os.WIFEXITED(status):
             break
-        assert code == -signal.SIGKILL, said
-        code, said = run.run()
-        assert code == 0 and "Resuming from" in said, said
-        assert run.results() == uninterrupted.results()
-    assert number > 20, "the kills have to reach every change"
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        newest = latest_checkpoint(output)
+        assert content(newest) == expected[newest.name]
+        training.save(2)
+        assert {path.name: content(path) for path in output.iterdir()} == {"checkpoint-2": expected["checkpoint-2"]}
+    assert os.WEXITSTATUS(status) == 0 and number > 10, "the kills have to reach every change"
+
+
+def write(folder, files):
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)

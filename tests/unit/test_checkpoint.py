@@ -1,39 +1,14 @@
-"""Checkpoints on disk: nested state in safetensors and JSON, which one is the latest, what is refused."""
+"""Checkpoints on disk: nested state in safetensors and JSON, their order, which are kept, what follows a failure."""
 
 import json
+import os
 
 import pytest
 import torch
 
-from dreambooth.checkpoint import STATE_NAME, WEIGHTS_NAME, _join, _split, find_start, list_checkpoints, prepare_output
-from dreambooth.config import TrainingConfig, UserError
-
-
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def config(output):
-    def make(**options) -> TrainingConfig:
-        return TrainingConfig(
-            pretrained_model_name_or_path="base",
-            instance_data_dir="photos",
-            instance_prompt="sks",
-            output_dir=str(output),
-            **options,
-        )
-
-    return make
-
-
-def make_checkpoint(output, step, whole=True):
-    folder = output / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    if whole:
-        (folder / STATE_NAME).write_text("{}")
-    return folder
+from dreambooth.checkpoint import _join, _split, list_checkpoints
+from dreambooth.config import SaveError, UserError
+from tests.faults.checkpoints import Training, content
 
 
 def test_an_optimizer_s_state_goes_through_json_and_tensors_unchanged():
@@ -50,55 +25,84 @@ def test_an_optimizer_s_state_goes_through_json_and_tensors_unchanged():
         assert torch.equal(other.state[other.param_groups[0]["params"][0]][name], value)
 
 
-def test_checkpoints_are_ordered_by_step_and_unfinished_ones_do_not_count(output):
-    for step in (1000, 9, 200):
-        make_checkpoint(output, step)
-    make_checkpoint(output, 2000, whole=False)
-    make_checkpoint(output, "3000.tmp")
-    make_checkpoint(output, "best")
-    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-9", "checkpoint-200", "checkpoint-1000"]
+def test_checkpoints_are_ordered_by_step_and_others_do_not_count(tmp_path):
+    for name in ("checkpoint-1000", "checkpoint-9", "checkpoint-200", "checkpoint-3000.tmp", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-200", "checkpoint-1000"]
 
 
-def test_where_a_run_starts(output, config):
-    assert find_start(config()) is None
-    assert find_start(config(resume_from_checkpoint="latest")) is None
-    first, second = make_checkpoint(output, 5), make_checkpoint(output, 10)
-    assert find_start(config(resume_from_checkpoint="latest")) == second
-    assert find_start(config(resume_from_checkpoint=str(first))) == first
-    assert find_start(config(resume_from_checkpoint="checkpoint-5")) == first
-    assert find_start(config(overwrite_output_dir=True)) is None
+def test_the_limit_counts_back_from_the_one_that_was_just_saved(tmp_path):
+    """After resuming from an earlier one, the later ones are neither counted nor touched."""
+    training = Training(tmp_path, checkpoints_total_limit=2)
+    for name in ("checkpoint-8", "checkpoint-9", "checkpoint-3.tmp"):
+        (tmp_path / name).mkdir()
+    for step in (1, 2, 3, 4):
+        training.save(step)
+    assert [path.name for path in list_checkpoints(tmp_path)][:2] == ["checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (3, 4, 8, 9)]
 
 
-def test_what_is_refused(output, config):
-    with pytest.raises(UserError, match="checkpoint-7: there is no such checkpoint; .* holds: none"):
-        find_start(config(resume_from_checkpoint="checkpoint-7"))
-    make_checkpoint(output, 5)
-    with pytest.raises(UserError, match=r"results of another run \(checkpoint-5\).*--overwrite_output_dir"):
-        find_start(config())
-    with pytest.raises(UserError, match="holds: checkpoint-5"):
-        find_start(config(resume_from_checkpoint="checkpoint-7"))
+def test_nothing_is_removed_before_the_new_one_is_flushed_and_has_its_name(tmp_path, monkeypatch):
+    training = Training(tmp_path, checkpoints_total_limit=1)
+    training.save(1)
+    seen = []
+    monkeypatch.setattr("dreambooth.checkpoint.flush", lambda path: seen.append((os.path.basename(path), _there())))
+
+    def _there():
+        return sorted(path.name for path in list_checkpoints(tmp_path))
+
+    training.save(2)
+    names = [name for name, _ in seen]
+    assert names[-4:] == ["run.json", "manifest.json", "checkpoint-2.tmp", tmp_path.name]
+    assert [there for _, there in seen] == [["checkpoint-1"]] * (len(seen) - 1) + [["checkpoint-1", "checkpoint-2"]]
+    assert _there() == ["checkpoint-2"]
 
 
-def test_an_output_folder_that_is_a_file_is_refused(output, config):
-    output.write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        find_start(config())
+def fail(*_):
+    raise OSError(28, "No space left on device")
 
 
-class MainProcess:
-    is_main_process = True
+@pytest.mark.parametrize("policy, stopping", [("stop", False), ("continue", True), ("continue", False)])
+def test_a_save_that_fails_leaves_all_as_it_was(policy, stopping, tmp_path, monkeypatch, caplog):
+    training = Training(tmp_path, on_save_error=policy)
+    before = content(training.save(1))
+    monkeypatch.setattr("dreambooth.checkpoint.save_config", fail)
+    words = (
+        r"checkpoint-2 could not be saved: \[Errno 28\] No space left on device; .* MiB are free in .*; checkpoint-1"
+    )
+    if policy == "stop" or stopping:  # a run that ends here must not say that it saved
+        with pytest.raises(SaveError, match=words):
+            training.save(2, stopping)
+    else:
+        training.save(2, stopping)
+        assert "No space left on device" in caplog.text and "Training goes on" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert content(tmp_path / "checkpoint-1") == before
 
 
-def test_overwriting_clears_an_earlier_run_and_keeps_other_files(output, config):
-    make_checkpoint(output, 5)
-    (output / "samples").mkdir()
-    for name in (WEIGHTS_NAME, "notes.txt", "samples/step-000005.png"):
-        (output / name).write_text("")
-    prepare_output(config(overwrite_output_dir=True), None, MainProcess())
-    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "notes.txt"]
+def test_a_checkpoint_can_be_written_again(tmp_path):
+    training = Training(tmp_path)
+    before = content(training.save(1))
+    assert content(training.save(1)) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_resuming_clears_nothing(output, config):
-    start = make_checkpoint(output, 5)
-    prepare_output(config(overwrite_output_dir=True), start, MainProcess())
-    assert start.exists()
+def test_the_options_of_now_win_over_those_of_the_checkpoint(tmp_path):
+    """`--allow_config_change` has to have an effect on what optimizer and schedule remember."""
+    before = Training(tmp_path / "a", lr_scheduler="cosine", learning_rate=1.0, adam_beta1=0.5)
+    for _ in range(3):
+        before.step()
+    after = Training(tmp_path / "b", lr_scheduler="cosine", learning_rate=3.0, adam_beta1=0.7)
+    assert after.load(before.save(3)) == 3
+    (then,), (now,) = before.optimizer.param_groups, after.optimizer.param_groups
+    assert now["lr"] == pytest.approx(3 * then["lr"]) and now["betas"][0] == 0.7
+    before.lr_scheduler.step()
+    after.lr_scheduler.step()
+    assert now["lr"] == pytest.approx(3 * then["lr"])
+
+
+def test_a_checkpoint_of_other_factors_is_refused_where_they_do_not_fit(tmp_path):
+    path = Training(tmp_path / "a").save(1)
+    with pytest.raises(UserError, match="checkpoint-1 cannot be resumed here: "):
+        Training(tmp_path / "b", kron_factors=["to_q=1,1"]).load(path)

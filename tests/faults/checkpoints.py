@@ -1,0 +1,73 @@
+"""A small model in training, and its checkpoints, without a run around them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from dreambooth.adapters import inject_adapters
+from dreambooth.checkpoint import load_checkpoint, save_checkpoint
+from dreambooth.config import TrainingConfig
+from dreambooth.identity import identify_run
+from dreambooth.optimizers import build_lr_scheduler, build_optimizer
+
+ALONE = SimpleNamespace(num_processes=1, is_main_process=True, mixed_precision="no", scaler=None)
+
+
+def make_config(output: Path, **options) -> TrainingConfig:
+    return TrainingConfig(
+        pretrained_model_name_or_path="base",
+        instance_data_dir="photos",
+        instance_prompt="sks",
+        output_dir=str(output),
+        kron_a1=2,
+        kron_a2=2,
+        **options,
+    )
+
+
+class Training:
+    """One attention block that trains towards nothing in particular, the same way every time."""
+
+    def __init__(self, output: Path, **options):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            block_out_channels=(4,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            mid_block_type=None,
+            layers_per_block=1,
+            attention_head_dim=2,
+            norm_num_groups=2,
+            cross_attention_dim=4,
+        )
+        self.config = make_config(output, **options)
+        self.models = {"unet": unet}
+        self.groups = inject_adapters(self.models, self.config)
+        self.optimizer = build_optimizer(self.groups, self.config, num_ranks=1)
+        self.lr_scheduler = build_lr_scheduler(self.optimizer, self.config, total_steps=10)
+        self.run = identify_run(None, [], [], self.config, ALONE)
+        output.mkdir(exist_ok=True)
+
+    def step(self) -> None:
+        for number, factor in enumerate(self.groups["unet"]):
+            factor.grad.copy_(factor.detach() + number)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+
+    def save(self, step: int, stopping: bool = False) -> Path:
+        save_checkpoint(
+            ALONE, self.models, self.optimizer, self.lr_scheduler, self.run, self.config, step=step, stopping=stopping
+        )
+        return Path(self.config.output_dir) / f"checkpoint-{step}"
+
+    def load(self, path: Path) -> int:
+        return load_checkpoint(path, ALONE, self.models, self.optimizer, self.lr_scheduler)
+
+    def state(self) -> list:
+        return [self.optimizer.state_dict(), self.lr_scheduler.state_dict(), [f.detach() for f in self.groups["unet"]]]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,0 +1,120 @@
+"""The output folder: who holds it, where a run in it starts, what is cleared."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dreambooth.adapters import WEIGHTS_NAME
+from dreambooth.config import UserError
+from dreambooth.folder import LOCK_NAME, find_start, hold_folder, prepare_output
+from tests.faults.checkpoints import ALONE, Training, make_config
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out"
+
+
+def save(output, *steps) -> list[Path]:
+    training = Training(output)
+    return [training.save(step) for step in steps]
+
+
+# ---- the lock ----
+
+
+def test_a_folder_that_is_held_says_by_whom_and_is_free_afterwards(output):
+    with hold_folder(make_config(output), ALONE):
+        child = os.fork()  # the lock is not inherited, so that a forked process is a stranger
+        if not child:
+            try:
+                with hold_folder(make_config(output), ALONE):
+                    os._exit(1)
+            except UserError as error:
+                os._exit(0 if f"(process {os.getppid()} on {os.uname().nodename})" in str(error) else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        (output / "kept").write_text("")
+    assert os.listdir(output) == ["kept"]
+    with hold_folder(make_config(output), ALONE):
+        pass
+
+
+def test_the_lock_of_a_dead_run_is_taken_over(output):
+    child = os.fork()
+    if not child:
+        hold_folder(make_config(output), ALONE).__enter__()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (output / LOCK_NAME).exists()
+    with hold_folder(make_config(output), ALONE):
+        pass
+    assert not output.exists()
+
+
+def test_a_run_that_is_refused_leaves_no_folder_behind(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="no photos"), hold_folder(make_config(tmp_path / "mine" / "a" / "b"), ALONE):
+        raise UserError("no photos")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_an_output_folder_that_is_a_file_is_refused(output):
+    output.write_text("")
+    with pytest.raises(UserError, match="is a file"), hold_folder(make_config(output), ALONE):
+        pass
+
+
+# ---- where a run starts ----
+
+
+def test_where_a_run_starts(output):
+    assert find_start(make_config(output), ALONE) is None
+    assert find_start(make_config(output, resume_from_checkpoint="latest"), ALONE) is None
+    first, second = save(output, 5, 10)
+    assert find_start(make_config(output, resume_from_checkpoint="latest"), ALONE) == second
+    assert find_start(make_config(output, resume_from_checkpoint=str(first)), ALONE) == first
+    assert find_start(make_config(output, resume_from_checkpoint="checkpoint-5"), ALONE) == first
+    assert find_start(make_config(output, overwrite_output_dir=True), ALONE) is None
+
+
+def test_what_is_refused(output):
+    with pytest.raises(UserError, match="checkpoint-7: there is no such checkpoint; .* holds: none"):
+        find_start(make_config(output, resume_from_checkpoint="checkpoint-7"), ALONE)
+    (path,) = save(output, 5)
+    with pytest.raises(UserError, match=r"results of another run \(checkpoint-5\).*--overwrite_output_dir"):
+        find_start(make_config(output), ALONE)
+    with pytest.raises(UserError, match="holds: checkpoint-5"):
+        find_start(make_config(output, resume_from_checkpoint="checkpoint-7"), ALONE)
+    (path / "run.json").unlink()
+    with pytest.raises(UserError, match="checkpoint-5 is no whole checkpoint: run.json"):
+        find_start(make_config(output, resume_from_checkpoint="checkpoint-5"), ALONE)
+    with pytest.raises(UserError, match=r"results of another run \(checkpoint-5\)"):  # never begun anew over it
+        find_start(make_config(output, resume_from_checkpoint="latest"), ALONE)
+
+
+# ---- what is cleared ----
+
+
+def make(output, *names):
+    (output / "samples").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (output / name).write_text("")
+
+
+def test_overwriting_clears_an_earlier_run_and_keeps_other_files(output):
+    save(output, 5)
+    make(output, WEIGHTS_NAME, "notes.txt", "samples/step-000005.png", "samples/step-000000.png", "samples/mine.png")
+    prepare_output(make_config(output, overwrite_output_dir=True), None, ALONE)
+    assert sorted(os.listdir(output)) == ["config.yaml", "notes.txt", "samples"]
+    assert os.listdir(output / "samples") == ["mine.png"]
+
+
+def test_resuming_clears_what_comes_later_and_what_was_cut_off(output):
+    save(output, 3, 4, 5)
+    (output / "checkpoint-6.tmp").mkdir()
+    make(output, *(f"samples/step-00000{step}.png" for step in (0, 5, 6)))
+    config = make_config(output, overwrite_output_dir=True, checkpoints_total_limit=2)
+    prepare_output(config, output / "checkpoint-5", ALONE)
+    assert sorted(os.listdir(output)) == ["checkpoint-4", "checkpoint-5", "config.yaml", "samples"]
+    assert sorted(os.listdir(output / "samples")) == ["step-000000.png", "step-000005.png"]

@@ -1,0 +1,55 @@
+"""What makes a resumed run the same run."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from dreambooth.config import TrainingConfig
+from dreambooth.identity import FREE, deciding_options
+from tests.faults.checkpoints import ALONE, make_config
+
+TWO = SimpleNamespace(num_processes=2, mixed_precision="no")
+
+
+def test_what_changes_nothing_is_an_option_that_there_is():
+    assert not FREE - set(TrainingConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output_dir": "b"},
+        {"max_train_steps": 9},
+        {"checkpointing_steps": 9},
+        {"hub_token": "t"},
+        {"max_train_time": "1h"},
+    ],
+)
+def test_what_may_differ(changes, tmp_path):
+    changed = replace(make_config(tmp_path), **changes)
+    assert deciding_options(changed, ALONE) == deciding_options(make_config(tmp_path), ALONE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"kron_init": "reference"}, {"learning_rate": 1e-5}, {"train_batch_size": 2}, {"resolution": 64}],
+)
+def test_what_may_not(changes, tmp_path):
+    assert deciding_options(make_config(tmp_path, **changes), ALONE) != deciding_options(make_config(tmp_path), ALONE)
+
+
+def test_the_global_batch_counts_and_with_buckets_its_rows_too(tmp_path):
+    for buckets in (False, True):
+        one = deciding_options(make_config(tmp_path, train_batch_size=4, aspect_ratio_buckets=buckets), ALONE)
+        split = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "aspect_ratio_buckets": buckets}
+        assert (deciding_options(make_config(tmp_path, **split), TWO) == one) is not buckets
+
+
+def test_the_length_counts_where_the_schedule_looks_at_it(tmp_path):
+    cosine = [make_config(tmp_path, lr_scheduler="cosine", max_train_steps=steps) for steps in (5, 6)]
+    assert deciding_options(cosine[0], ALONE) != deciding_options(cosine[1], ALONE)
+
+
+def test_tokens_are_in_no_description(tmp_path):
+    assert "canary" not in str(deciding_options(make_config(tmp_path, hub_token="canary"), ALONE))
