@@ -203,18 +203,19 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        raise SaveError(f"{path} could not be saved: {error}; {_situation(path)}") from error
+
+
+def _situation(path: Path) -> str:
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free in {folder}"
         safe = [checkpoint.name for checkpoint in list_checkpoints(path.parent)]
-        rest = (
-            f"{safe[-1]} is still there, to go on from with --resume_from_checkpoint latest"
-            if safe
-            else "there is no earlier checkpoint"
-        )
-        raise SaveError(f"{path} could not be saved: {error}; {_room(path)}; {rest}") from error
-
-
-def _room(path: Path) -> str:
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free in {folder}"
+    except OSError:
+        return "its folder cannot be read either"
+    if not safe:
+        return f"{free}; there is no earlier checkpoint"
+    return f"{free}; {safe[-1]} is still there, to go on from with --resume_from_checkpoint latest"
 
 
 # ---- loading ----

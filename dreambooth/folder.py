@@ -62,8 +62,8 @@ def _made(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for path in missing:
-            if path.exists() and not any(path.iterdir()):
+        with suppress(OSError):  # the first that is not empty, or gone
+            for path in missing:
                 path.rmdir()
 
 

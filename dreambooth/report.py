@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -55,7 +55,7 @@ class Progress:
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_main_process
         )
-        self.metrics = open(os.devnull, "w")
+        self.metrics, self.disk_failed = open(os.devnull, "w"), False
         if accelerator.is_main_process:
             self.metrics = _open_metrics(Path(config.output_dir) / METRICS_NAME, first_step)
             start_trackers(accelerator, config, first_step)
@@ -78,9 +78,18 @@ class Progress:
         values["step_time"] = round(self.step_time, 4)
         self.bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{report.learning_rate:.2e}", refresh=False)
         self.bar.update()
-        self.metrics.write(_json_line({"step": step, **values}))
-        self.metrics.flush()
+        self._note(_json_line({"step": step, **values}))
         log_values(self.accelerator, values, step)
+
+    def _note(self, line: str) -> None:
+        """Append to metrics.jsonl. Where the disk is full lines wait for room, with one warning."""
+        try:
+            self.metrics.write(line)
+            self.metrics.flush()
+        except OSError as error:
+            if not self.disk_failed:
+                logger.warning("%s was not written, training goes on: %s", METRICS_NAME, error)
+            self.disk_failed = True
 
     def say_closing_line(self, groups: Mapping[str, Sequence[nn.Parameter]], path: Path) -> None:
         """Tell what was trained, how long it took, and where the file is."""
@@ -91,7 +100,8 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-        self.metrics.close()
+        with suppress(OSError):  # `_note` has told of a full disk
+            self.metrics.close()
         _each_tracker(self.accelerator, lambda tracker: tracker.finish())
         self.accelerator.trackers.clear()
         self.accelerator.wait_for_everyone()  # a rank that leaves while another still works can hang at its exit

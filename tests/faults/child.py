@@ -96,6 +96,14 @@ def signal_oneself(first: int, second: int | None = None, delay: float = 0.0, le
         time.sleep(length)
 
 
+def join(rank: int, port: int, act: Callable[..., None] | None = None, *arguments) -> None:
+    """Be one of two processes that train together; then act(*arguments), which prepares something else."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if act:
+        act(*arguments)
+
+
 def limit_file_size(limit: int) -> None:
     """Let no file grow beyond `limit` bytes, which a write beyond it is told like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -108,9 +116,11 @@ def limit_memory(limit: int) -> None:
 
 
 def revoke_permissions(folder: str) -> None:
-    """Make a folder read-only, for root too."""
+    """Make a folder read-only, for root too, who stops being root; the folders of tests are root's alone."""
     os.chmod(folder, 0o555)
     if os.geteuid() == 0:
+        for parent in Path(folder).parents[:3]:
+            parent.chmod(0o755)
         os.seteuid(65534)  # nobody
 
 

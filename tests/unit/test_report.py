@@ -152,6 +152,15 @@ def test_a_new_run_drops_an_earlier_one_s_lines(config, accelerate, tmp_path):
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.5]
 
 
+def test_a_full_disk_is_one_warning_and_training_goes_on(config, accelerate, caplog):
+    progress = Progress(accelerate(), config, 0, 3)
+    progress.metrics = open("/dev/full", "w")
+    for step, report in progress.steps(reports(0.5, 0.4, 0.3)):
+        progress.update(step, report)
+    progress.close()
+    assert caplog.text.count("metrics.jsonl was not written, training goes on: [Errno 28]") == 1
+
+
 def test_numbers_that_json_lacks_become_null(config, accelerate, tmp_path):
     train(accelerate(), config, 0, math.nan, math.inf)
     text = (tmp_path / "metrics.jsonl").read_text()
