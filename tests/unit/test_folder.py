@@ -43,8 +43,8 @@ def test_a_folder_that_is_held_says_by_whom_and_is_free_afterwards(output):
 def test_the_lock_of_a_dead_run_is_taken_over(output):
     child = os.fork()
     if not child:
-        hold_folder(make_config(output), ALONE).__enter__()
-        os._exit(0)
+        with hold_folder(make_config(output), ALONE):
+            os._exit(0)
     os.waitpid(child, 0)
     assert (output / LOCK_NAME).exists()
     with hold_folder(make_config(output), ALONE):
