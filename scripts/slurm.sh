@@ -14,7 +14,8 @@
 #
 # --signal has Slurm send USR1 300 s before the end to what srun starts. A step, the samples if they are being drawn, and
 # a checkpoint have to fit in. Python is started without `accelerate launch`, which would end at the signal and not pass
-# it on. For several GPUs write `torchrun --nproc_per_node N` instead of `python`, and --signal=TERM@300.
+# it on. For several GPUs start one task for each (#SBATCH --ntasks=N), each with the variables RANK=$SLURM_PROCID,
+# LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR and MASTER_PORT: a signal to one then stops all.
 set -uo pipefail
 
 stopping=

@@ -187,6 +187,8 @@ def test_parsing_touches_nothing(tmp_path, monkeypatch):
         (["--lr_scheduler", "cosin"], "--lr_scheduler.*'cosin'.*cosine_with_restarts"),
         (["--mixed_precision", "fp8"], "--mixed_precision.*'fp8'.*bf16"),
         (["--validation_prompt"], "--validation_prompt"),
+        (["--max_train_time", "soon"], "--max_train_time soon: write a time above 0"),
+        (["--allow_config_change"], "--allow_config_change needs --resume_from_checkpoint"),
         (["--config"], "--config"),
         (["--config="], "--config"),
     ],
@@ -314,7 +316,8 @@ EVERYTHING = """
     --lr_power 2 --use_8bit_adam --adam_beta1 0.8 --adam_beta2 0.9 --adam_weight_decay 0 --adam_epsilon 1e-20
     --max_grad_norm 1e9 --mixed_precision no --gradient_checkpointing --allow_tf32
     --enable_xformers_memory_efficient_attention --dataloader_num_workers 2 --checkpointing_steps 5
-    --checkpoints_total_limit 1 --resume_from_checkpoint latest --validation_prompt "a, b" yes "{c}"
+    --checkpoints_total_limit 1 --resume_from_checkpoint latest --allow_config_change --on_save_error continue
+    --max_train_time 1:30:00 --validation_prompt "a, b" yes "{c}"
     --save_precision fp16 --num_validation_images 2 --validation_epochs 3 --validation_steps 7
     --validation_num_inference_steps 8
     --validation_guidance_scale 2 --report_to wandb tensorboard --logging_dir "" --vae_precision fp16
