@@ -11,14 +11,12 @@ import pytest
 from conftest import ROOT, flags
 from PIL import Image
 
-from tests.faults import child
-
 
 @pytest.fixture(scope="session")
 def nursery() -> multiprocessing.context.BaseContext:
     """A process that has imported the training script, to fork others from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", child.__name__])
+    context.set_forkserver_preload(["pytest", "tests.faults.child"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)
     context.Process(target=int).start()  # starts the server, which keeps this environment
@@ -35,6 +33,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, prepare: Callable[..., None] | None = None, *arguments, **options) -> ForkServerProcess:
+        from tests.faults import child  # which imports the training script: not for every session of tests
+
         argv = flags({**self.options, **options})
         process = self.nursery.Process(target=child.train, args=(self.folder, argv, self.log, prepare, arguments))
         process.start()
