@@ -17,6 +17,7 @@ unet_step-ARCHITECTURE-DTYPE.md and .json in --output_dir.
 
 import argparse
 import copy
+import ctypes
 import functools
 import math
 import sys
@@ -170,11 +171,12 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> float:
         step()
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # hands back what earlier steps freed, or it would count as in use
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident_bytes("VmRSS")
         step()
         return resident_bytes("VmHWM") - before
-    except OSError:
+    except (OSError, AttributeError):  # not Linux, or another C library than glibc
         return math.nan
 
 
