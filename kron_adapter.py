@@ -80,7 +80,7 @@ def kron_apply(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     x: (..., a2·b2)    A: (a1, a2)    B: (b1, b2)    ->    (..., a1·b1), all of one dtype
     """
     X = x.reshape(-1, A.shape[1], B.shape[1])
-    product, _ = _contract(X, A, B, 1.0, _a_first(A, B))
+    product, _ = _contract(X, A, B, _a_first(A, B))
     return product.reshape(*x.shape[:-1], A.shape[0] * B.shape[0])
 
 
@@ -90,24 +90,22 @@ def _a_first(A: Tensor, B: Tensor) -> bool:
     return a1 * b2 * (a2 + b1) <= a2 * b1 * (b2 + a1)
 
 
-def _contract(X: Tensor, A: Tensor, B: Tensor, scale: float, a_first: bool) -> tuple[Tensor, Tensor]:
-    """Return scale · A X Bᵀ (N, a1, b1) and what lies between: scale · A X (N, a1, b2) or scale · X Bᵀ (N, a2, b1)."""
+def _contract(X: Tensor, A: Tensor, B: Tensor, a_first: bool) -> tuple[Tensor, Tensor]:
+    """Return A X Bᵀ (N, a1, b1) and what lies between the two products: A X (N, a1, b2) or X Bᵀ (N, a2, b1)."""
     if a_first:
-        inner = _times_left(A, X, scale)
+        inner = _times_left(A, X)
         return _times_right(inner, B), inner
-    inner = _times_right(X, B, scale)
+    inner = _times_right(X, B)
     return _times_left(A, inner), inner
 
 
-def _times_left(A: Tensor, X: Tensor, scale: float = 1.0) -> Tensor:
-    # bmm takes the stride-0 batch as it is, where matmul would copy A once per row of the batch. The scale goes into
-    # the product itself; with beta = 0 the first argument is not read.
-    return torch.baddbmm(X.new_empty(()), A.expand(X.shape[0], -1, -1), X, beta=0, alpha=scale)
+def _times_left(A: Tensor, X: Tensor) -> Tensor:
+    # bmm takes the stride-0 batch as it is, where matmul would copy A once per row of the batch.
+    return torch.bmm(A.expand(X.shape[0], -1, -1), X)
 
 
-def _times_right(X: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    rows = X.reshape(-1, B.shape[1])
-    return torch.addmm(X.new_empty(()), rows, B.t(), beta=0, alpha=scale).view(X.shape[0], X.shape[1], B.shape[0])
+def _times_right(X: Tensor, B: Tensor) -> Tensor:
+    return (X.reshape(-1, B.shape[1]) @ B.t()).view(X.shape[0], X.shape[1], B.shape[0])
 
 
 class _FrozenLinearPlusKronecker(torch.autograd.Function):
@@ -116,17 +114,16 @@ class _FrozenLinearPlusKronecker(torch.autograd.Function):
     The frozen GEMM accumulates onto the delta, forward and in dx, so a delta far below one unit in the last place of
     the base output still reaches it; and the delta never makes a pass over memory of its own.
 
-    Backward, with G = dy as (N, a1, b1) and a1·b2-sized S = scale · G B (A first) or a2·b1-sized T = scale · Aᵀ G
-    (B first). The products that forward and backward share carry the scale, so that nothing else need be multiplied:
-        A first: dA = Σ_n S Xᵀ,  dB = Gᵀ (scale · A X)         B first: dA = Σ_n G (scale · X Bᵀ)ᵀ,  dB = Tᵀ X
+    Backward, with G = dy as (N, a1, b1) and a1·b2-sized S = G B (A first) or a2·b1-sized T = Aᵀ G (B first):
+        A first: dA = Σ_n S Xᵀ,  dB = Gᵀ (A X)         B first: dA = Σ_n G (X Bᵀ)ᵀ,  dB = Tᵀ X
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale):
         ctx.scale, ctx.a_first = scale, _a_first(A, B)
-        A, B = A.to(x.dtype), B.to(x.dtype)
+        A, B = (A * scale).to(x.dtype), B.to(x.dtype)
         X = x.reshape(-1, A.shape[1], B.shape[1])
-        product, inner = _contract(X, A, B, scale, ctx.a_first)
+        product, inner = _contract(X, A, B, ctx.a_first)
         y = product.view(-1, weight.shape[0])
         if bias is not None:
             y += bias  # before the GEMM: with B = 0 this is then exactly what the frozen layer computes
@@ -141,15 +138,16 @@ class _FrozenLinearPlusKronecker(torch.autograd.Function):
         G = dy.contiguous().view(-1, A.shape[0], B.shape[0])  # attention hands over transposed gradients
         dx = dA = dB = None
         if needs_dx:
-            product, between = _contract(G, A.t(), B.t(), ctx.scale, not ctx.a_first)
+            product, between = _contract(G, A.t(), B.t(), not ctx.a_first)
             dx = product.view(-1, weight.shape[1])
             dx.addmm_(G.view(-1, weight.shape[0]), weight)
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
         else:
-            between = _times_right(G, B.t(), ctx.scale) if ctx.a_first else _times_left(A.t(), G, ctx.scale)
+            between = _times_right(G, B.t()) if ctx.a_first else _times_left(A.t(), G)
         if needs_dA:
             left, right = (between, X) if ctx.a_first else (G, inner)
             dA = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.promote_types(X.dtype, torch.float32))
+            dA *= ctx.scale
         if needs_dB:
             left, right = (G, inner) if ctx.a_first else (between, X)
             dB = left.reshape(-1, B.shape[0]).t() @ right.reshape(-1, B.shape[1])
