@@ -22,6 +22,18 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from dreambooth.config import TrainingConfig, readable_errors
+from dreambooth.parsing import parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingConfig):
+    """The shared options, with Stable Diffusion's defaults."""
+
+
+if __name__ == "__main__":
+    parse_config(Config, __doc__)  # --help and wrong options are answered before the imports below, which take seconds
+
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -29,19 +41,19 @@ from torch import Tensor
 from dreambooth.adapters import inject_adapters, without_adapters
 from dreambooth.card import push_to_hub, save_card
 from dreambooth.checkpoint import load_checkpoint, save_checkpoint, save_result
-from dreambooth.config import TrainingConfig, readable_errors
 from dreambooth.data import DreamBoothDataset, build_loader, prompts_of, samples_per_pass
 from dreambooth.diffusion import build_noise_scheduler, build_sampler
 from dreambooth.folder import find_start, hold_folder, prepare_output
 from dreambooth.identity import identify_run
 from dreambooth.memory import explain_out_of_memory
-from dreambooth.models import empty_models, load_pipeline, prepare_training, prompt_encoder, trained_models
+from dreambooth.models import empty_models, load_pipeline, prepare_training, trained_models
+from dreambooth.noise import noise_drawer
 from dreambooth.optimizers import build_lr_scheduler, build_optimizer, check_optimizer
-from dreambooth.parsing import parse_config
 from dreambooth.photos import read_instance_photos
 from dreambooth.prior import ensure_class_images
 from dreambooth.report import Progress, save_curves
 from dreambooth.stopping import Stop
+from dreambooth.text import prompt_encoder
 from dreambooth.training import Denoiser, count_steps, start_accelerator, train_steps
 from dreambooth.vae import latent_source
 from dreambooth.validation import validate
@@ -50,13 +62,8 @@ from kron_adapter import KroneckerError
 Pipeline = StableDiffusionPipeline
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(TrainingConfig):
-    """The shared options, with Stable Diffusion's defaults."""
-
-
 def load_models(config: Config, accelerator: Accelerator) -> Pipeline:
-    """Return the frozen base model on the device."""
+    """Return the frozen base model on the device, VAE and text encoders still to be read."""
     return load_pipeline(Pipeline, config, accelerator, safety_checker=None, requires_safety_checker=False)
 
 
@@ -85,7 +92,7 @@ def main() -> None:
         photos = read_instance_photos(config)
         inject_adapters(trained_models(empty_models(config, Pipeline), config), config)
 
-        # The frozen model: class images, latents and every distinct prompt once, then what is no longer needed goes
+        # The frozen model: class images, latents, every distinct prompt once; what of it has nothing to do is not read
         pipeline = load_models(config, accelerator)
         noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
         pipeline.scheduler = build_sampler(pipeline.scheduler)
@@ -94,7 +101,7 @@ def main() -> None:
         prompts = prompts_of(photos, class_photos, config)
         dataset = DreamBoothDataset(photos, class_photos, prompts, config)
         latents_of = latent_source(pipeline, dataset, config, accelerator)
-        encode = prompt_encoder(encode_prompts, pipeline, prompts, config)
+        encode = prompt_encoder(encode_prompts, pipeline, prompts, config, accelerator)
 
         # What trains
         models = trained_models(pipeline.components, config)
@@ -109,23 +116,22 @@ def main() -> None:
 
         prepare_output(config, start, accelerator)
         first_step = load_checkpoint(start, accelerator, models, optimizer, lr_scheduler) if start else 0
-        batches = build_loader(dataset, config, accelerator.process_index, accelerator.num_processes, first_step)
+        draw = noise_drawer(pipeline, noise_scheduler, config)
+        batches = build_loader(dataset, draw, config, accelerator.process_index, accelerator.num_processes, first_step)
         base_model = functools.partial(without_adapters, models)
         reports = train_steps(
             accelerator, denoiser, latents_of, noise_scheduler, base_model, batches, optimizer, lr_scheduler, config
         )
 
-        progress = Progress(accelerator, config, first_step, total_steps)
-        show = functools.partial(
-            validate, accelerator, pipeline, encode, prompts, optimizer, samples, total_steps, config
-        )
+        progress = Progress(accelerator, dataset, config, first_step, total_steps)
+        show = functools.partial(validate, progress, pipeline, encode, prompts, optimizer, samples, config)
         save = functools.partial(save_checkpoint, accelerator, models, optimizer, lr_scheduler, run, config)
         show(step=first_step)  # a resumed run may have been cut off while it drew them
         stop.only_between_steps()
-        for step, report in progress.steps(reports):
-            progress.update(step, report)
+        for step in progress.steps(reports):
             stopping = stop.asked()
             if stopping or step % config.checkpointing_steps == 0:
+                progress.read()
                 save(step=step, stopping=stopping)
             if stopping:
                 progress.close()

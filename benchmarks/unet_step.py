@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
-from dreambooth.config import DTYPES, TrainingConfig
+from dreambooth.config import TrainingConfig
+from dreambooth.models import DTYPES
 from dreambooth.optimizers import build_optimizer
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 

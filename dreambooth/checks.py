@@ -13,13 +13,14 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "train_batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit num_class_images "
         "sample_batch_size num_validation_images validation_epochs validation_steps prior_num_inference_steps "
-        "validation_num_inference_steps lr_num_cycles max_train_steps num_train_epochs resolution repeats",
+        "validation_num_inference_steps lr_num_cycles max_train_steps num_train_epochs resolution repeats "
+        "logging_steps",
         lambda value: value >= 1,
         "at least 1",
     ),
     (
         "seed lr_warmup_steps dataloader_num_workers learning_rate prior_loss_weight adam_beta1 adam_beta2 "
-        "adam_weight_decay adam_epsilon caption_dropout_probability unmasked_weight",
+        "adam_weight_decay adam_epsilon caption_dropout_probability unmasked_weight skip_nonfinite",
         lambda value: value >= 0,
         "0 or more; it cannot be negative",
     ),

@@ -8,7 +8,6 @@ from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 
 
@@ -45,7 +44,6 @@ OPTIMIZERS = ("AdamW", "Prodigy", "Adafactor", "ScheduleFreeAdamW")
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the names of their packages too
 UNIT_TIME = re.compile("(?=.)" + "".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in "dhms"))  # 1h30m
 CLOCK_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")  # 1:30:00, or as Slurm writes it, 2-12:00:00
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,9 @@ class TrainingConfig:
     cache_latents: Literal["auto", "on", "off"] = option(
         "Encode photos once. auto: where crops do not vary; on: always, each photo with one crop.", "auto"
     )
-    cache_latents_to_disk: str | None = option("Folder in which encoded photos are kept for later runs.", None)
+    cache_latents_to_disk: str | None = option(
+        "Folder in which encoded photos and prompts are kept for later runs.", None
+    )
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"] = option(
         "How images are resized.", "lanczos"
     )
@@ -117,7 +117,7 @@ class TrainingConfig:
     class_data_dir: str | None = option("Folder with the class images; missing ones are drawn by the base model.", None)
     class_prompt: str | None = option('Prompt of the class images, for example "a photo of dog".', None)
     num_class_images: int = option("Class images wanted; only those the folder lacks are drawn, images.", 100)
-    sample_batch_size: int = option("Class images drawn at once on each device, images.", 4)
+    sample_batch_size: int = option("Class images, and samples of a prompt, drawn at once on each device, images.", 4)
     prior_num_inference_steps: int = option("Denoising steps for a class image.", 25)
     prior_guidance_scale: float = option("Classifier-free guidance for class images.", 7.5)
     prior_negative_prompt: str = option("Negative prompt for class images.", "")
@@ -187,6 +187,11 @@ class TrainingConfig:
     compile: bool = option("Compile the UNet's repeated blocks with torch.compile.", False)
     channels_last: bool = option("Keep the UNet and the VAE in the channels-last memory format.", False)
     enable_xformers_memory_efficient_attention: bool = option("Use xformers' attention instead of PyTorch's.", False)
+    skip_nonfinite: int = option(
+        "Steps with a loss or gradients that are not finite that are skipped before the run stops, optimizer steps. "
+        "Counted anew after resuming. Above 0 it has every step waited for.",
+        0,
+    )
     dataloader_num_workers: int = option("Processes that prepare batches; 0 means the training process.", 0)
 
     # Checkpoints and samples
@@ -213,6 +218,9 @@ class TrainingConfig:
     validation_guidance_scale: float = option("Classifier-free guidance for samples.", 7.5)
     report_to: list[str] = option(
         "Where to log: tensorboard, wandb, trackio (several at once), or none.", ["tensorboard"]
+    )
+    logging_steps: int = option(
+        "Read losses from the device every so many optimizer steps; every step is logged all the same.", 10
     )
     push_to_hub: bool = option("Upload the adapter and its model card to the Hub at the end.", False)
     hub_model_id: str | None = option("Repository on the Hub. Default: the name of output_dir.", None)

@@ -5,8 +5,10 @@ which noise. So a resumed run continues where it stopped, and the number of devi
 With buckets it depends on the batch size too, since a batch has one shape; still not on the devices.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +16,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dreambooth.config import TrainingConfig
-from dreambooth.order import GlobalSampler, Stream, batch_unit, generator_of, order_of_pass, samples_per_pass, seed_of
+from dreambooth.noise import Draw
+from dreambooth.order import (
+    GlobalSampler,
+    Stream,
+    batch_unit,
+    generator_of,
+    order_of_pass,
+    samples_of_step,
+    samples_per_pass,
+    seed_of,
+)
 from dreambooth.photos import Photo, prior_from_base_model, resize
 from dreambooth.shapes import Size, cover, shape_of
 
@@ -78,10 +90,7 @@ class DreamBoothDataset(Dataset):
         self.moments: dict[Crop, Tensor] = {}  # filled by cache_latents
 
     def __getitem__(self, k: int) -> list[Row]:
-        config = self.config
-        pass_number, position = divmod(k, self.samples_per_pass)
-        order = order_of_pass(config.seed, pass_number, self.shapes, config.repeats, batch_unit(config))
-        number = order[position]
+        config, number = self.config, self._photo_number(k)
         photo, shape = self.photos[number], self.shapes[number]
         dropped = generator_of(config.seed, Stream.CAPTION_DROPOUT, k).random() < config.caption_dropout_probability
         crop = self._draw_crop(False, number, shape, k)
@@ -94,11 +103,27 @@ class DreamBoothDataset(Dataset):
         return rows
 
     def _class_row(self, shape: Size, k: int) -> Row:
-        seed, count = self.config.seed, len(self.class_photos)
-        pass_number, position = divmod(k, count)
-        number = int(generator_of(seed, Stream.CLASS_ORDER, pass_number).permutation(count)[position])
+        number = self._class_photo_number(k)
         crop = self._draw_crop(True, number, shape, k)
-        return self._row(crop, self.class_photos[number].prompt, seed_of(seed, Stream.CLASS_NOISE, k))
+        return self._row(crop, self.class_photos[number].prompt, seed_of(self.config.seed, Stream.CLASS_NOISE, k))
+
+    def _photo_number(self, k: int) -> int:
+        config = self.config
+        pass_number, position = divmod(k, self.samples_per_pass)
+        return order_of_pass(config.seed, pass_number, self.shapes, config.repeats, batch_unit(config))[position]
+
+    def _class_photo_number(self, k: int) -> int:
+        count = len(self.class_photos)
+        pass_number, position = divmod(k, count)
+        return int(generator_of(self.config.seed, Stream.CLASS_ORDER, pass_number).permutation(count)[position])
+
+    def paths_of_step(self, step: int, num_ranks: int) -> list[Path]:
+        """Return the files of all photos and class photos that optimizer step `step` shows, the first step being 1."""
+        samples = samples_of_step(step, self.config, num_ranks)
+        paths = [self.photos[self._photo_number(k)].path for k in samples]
+        if self.class_photos:
+            paths += [self.class_photos[self._class_photo_number(k)].path for k in samples]
+        return list(dict.fromkeys(paths))
 
     def _row(self, crop: Crop, prompt: str, noise_seed: int) -> Row:
         photo, moments = self.photo(crop), self.moments.get(crop)
@@ -179,33 +204,37 @@ class Batch:
     pixel_values: Tensor | None  # (rows, 3, height, width) fp32 in [-1, 1]
     moments: Tensor | None  # (rows, 2 · latent channels, height / 8, width / 8) fp32
     prompt_rows: Tensor  # (rows,) int64: row of each image's prompt in the encoded prompts
-    noise_seeds: Tensor  # (rows,) int64: seeds each row's noise and timestep
+    posterior_noise: Tensor  # (rows, channels, height, width) of the latents, fp32: samples them from the moments
+    noise: Tensor  # (rows, channels, height, width) of the latents, fp32: what they are hidden under
+    timesteps: Tensor  # (rows,) int64, 0 is the cleanest
     size_conditions: Tensor  # (rows, 6) fp32: original height, width, crop top, left, target height, width, px
     loss_weights: Tensor | None  # (rows, 1, height, width) fp32; None where no row has a mask
     num_instances: int
 
     def to(self, device: torch.device) -> "Batch":
-        """Move all but the noise seeds, which are used on the CPU."""
+        """Move the batch. Where it is pinned, this waits neither for the copies nor for the device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":  # the DataLoader calls it
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        names = ("pixel_values", "moments", "prompt_rows", "size_conditions", "loss_weights")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items() if tensor is not None})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
-def collate(samples: Sequence[list[Row]]) -> Batch:
-    """Stack samples: all instance rows, then all class rows. Each row brings its own prompt along."""
+def collate(samples: Sequence[list[Row]], draw: Draw) -> Batch:
+    """Stack samples: all instance rows, then all class rows. Each row brings its own prompt along, and its noise."""
     rows = [row for kind in zip(*samples) for row in kind]
+    drawn = [draw(row.noise_seed, row.size_conditions[4:]) for row in rows]
     cached = rows[0].moments is not None
     return Batch(
         pixel_values=None if cached else torch.stack([row.pixel_values for row in rows]),
         moments=torch.stack([row.moments for row in rows]) if cached else None,
         prompt_rows=torch.tensor([row.prompt_row for row in rows]),
-        noise_seeds=torch.tensor([row.noise_seed for row in rows], dtype=torch.uint64).view(torch.int64),
+        posterior_noise=torch.stack([row.posterior_noise for row in drawn]),
+        noise=torch.stack([row.noise for row in drawn]),
+        timesteps=torch.stack([row.timestep for row in drawn]),
         size_conditions=torch.tensor([row.size_conditions for row in rows], dtype=torch.float32),
         loss_weights=_stack_loss_weights(rows),
         num_instances=len(samples),
@@ -219,14 +248,16 @@ def _stack_loss_weights(rows: Sequence[Row]) -> Tensor | None:
     return torch.stack([everywhere if row.loss_weights is None else row.loss_weights for row in rows])
 
 
-def build_loader(dataset: Dataset, config: TrainingConfig, rank: int, num_ranks: int, first_step: int) -> DataLoader:
-    """Return this device's endless batches, from optimizer step `first_step` on."""
+def build_loader(
+    dataset: Dataset, draw: Draw, config: TrainingConfig, rank: int, num_ranks: int, first_step: int
+) -> DataLoader:
+    """Return this device's endless batches, with the noise that `draw` gives, after `first_step` optimizer steps."""
     return DataLoader(
         dataset,
         batch_sampler=GlobalSampler(
             config.train_batch_size, config.gradient_accumulation_steps, rank, num_ranks, first_step
         ),
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, draw=draw),
         num_workers=config.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
     )

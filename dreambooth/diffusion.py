@@ -57,7 +57,8 @@ def _diffuse_edm(
 
     F is the network's own output; regressing it on (latents - c_skip x) / c_out with equal weights is their loss.
     """
-    index = noise_scheduler.config.num_train_timesteps - 1 - timesteps.cpu()  # sigmas are stored from high to low
+    noise_scheduler.sigmas = noise_scheduler.sigmas.to(timesteps.device)  # it keeps them on the CPU otherwise
+    index = noise_scheduler.config.num_train_timesteps - 1 - timesteps  # sigmas are stored from high to low
     sigma = noise_scheduler.sigmas[index].to(latents)[:, None, None, None]
     noisy_latents = latents + sigma * noise
     skipped = noise_scheduler.precondition_outputs(noisy_latents, torch.zeros_like(noise), sigma)

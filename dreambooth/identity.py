@@ -20,10 +20,10 @@ RUN_NAME = "run.json"
 FREE = frozenset(
     (
         # where things go, and what is told of them
-        "output_dir overwrite_output_dir logging_dir report_to push_to_hub hub_model_id "
+        "output_dir overwrite_output_dir logging_dir logging_steps report_to push_to_hub hub_model_id "
         # checkpoints, and when a run ends
         "checkpointing_steps checkpoints_total_limit resume_from_checkpoint allow_config_change on_save_error "
-        "max_train_time save_precision "
+        "max_train_time skip_nonfinite save_precision "
         # samples
         "validation_prompt num_validation_images validation_epochs validation_steps validation_num_inference_steps "
         "validation_guidance_scale "

@@ -1,19 +1,21 @@
 """The base model: looked at before it is loaded, loaded in the precision asked for, let go of piece by piece."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
-from dreambooth.config import DTYPES, AdaptedModelConfig, TrainingConfig, UserError
+from dreambooth.config import AdaptedModelConfig, TrainingConfig, UserError
 from dreambooth.quantise import quantise
 
-Encode = Callable[[Tensor], dict[str, Tensor]]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 # ---- before loading ----
@@ -32,7 +34,7 @@ def empty_models(
         unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
         text_configs = {
             part: transformers.AutoConfig.from_pretrained(name, subfolder=part, revision=revision)
-            for part in ("text_encoder", "text_encoder_2")
+            for part in TEXT_ENCODERS
             if index.get(part, (None,))[0]
         }
     except (OSError, ValueError) as error:
@@ -53,7 +55,7 @@ def empty_models(
 
 def trained_models(models: Mapping[str, Any], config: TrainingConfig) -> dict[str, nn.Module]:
     """Return those of a pipeline's components that get adapters: the UNet, and the text encoders if they train."""
-    names = [name for name in ("text_encoder", "text_encoder_2") if config.train_text_encoder and models.get(name)]
+    names = [name for name in TEXT_ENCODERS if config.train_text_encoder and models.get(name)]
     return {name: models[name] for name in ["unet", *names]}
 
 
@@ -70,30 +72,85 @@ def base_dtype(config: TrainingConfig, accelerator: Accelerator) -> torch.dtype:
 def load_pipeline(
     pipeline_class: type[DiffusionPipeline], config: TrainingConfig, accelerator: Accelerator, **parts
 ) -> DiffusionPipeline:
-    """Return the frozen base model on the device, the VAE in its own precision."""
-    name, dtype = config.pretrained_model_name_or_path, base_dtype(config, accelerator)
-    other_vae = config.pretrained_vae_model_name_or_path
-    try:
-        parts["vae"] = AutoencoderKL.from_pretrained(
-            other_vae or name,
-            subfolder=None if other_vae else "vae",
-            dtype=DTYPES[config.vae_precision],
-            **({} if other_vae else {"revision": config.revision, "variant": config.variant}),
-        )
+    """Return the frozen base model on the device, without what may not be needed: VAE and text encoders are read by
+    `ensure_vae` and `ensure_text_encoders` where there is something to encode or to draw."""
+    name = config.pretrained_model_name_or_path
+    with _readable_loading():
+        index = pipeline_class.load_config(name, revision=config.revision)
+        components = {part for part, entry in index.items() if isinstance(entry, (list, tuple))}
+        absent = dict.fromkeys(components - {"unet", "scheduler", "tokenizer", "tokenizer_2"})
         pipeline = pipeline_class.from_pretrained(
-            name, dtype=dtype, revision=config.revision, variant=config.variant, **parts
+            name,
+            dtype=base_dtype(config, accelerator),
+            revision=config.revision,
+            variant=config.variant,
+            **absent | parts,
         )
-    except OSError as error:
-        raise UserError(f"the base model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    pipeline.vae_scale_factor = 2 ** (len(load_vae_config(config)["block_out_channels"]) - 1)  # a pipeline asks its VAE
     if config.base_precision in ("nf4", "int8"):
         quantise(pipeline.unet, config.base_precision, accelerator.device)
     pipeline.to(accelerator.device)
     if config.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
     if config.enable_xformers_memory_efficient_attention:
         _enable_xformers(pipeline.unet)
     return pipeline
+
+
+def ensure_vae(pipeline: DiffusionPipeline, config: TrainingConfig, accelerator: Accelerator) -> AutoencoderKL:
+    """Return the pipeline's VAE, read in its own precision where it is not there yet."""
+    if pipeline.vae is None:
+        with _readable_loading():
+            vae = AutoencoderKL.from_pretrained(**_vae_source(config), dtype=DTYPES[config.vae_precision])
+        if config.channels_last:
+            vae.to(memory_format=torch.channels_last)
+        pipeline.register_modules(vae=vae.to(accelerator.device))
+    return pipeline.vae
+
+
+def load_vae_config(config: TrainingConfig) -> dict[str, Any]:
+    """Return the configuration of the VAE, defaults included, which says how latents are scaled. Reads no weights."""
+    with _readable_loading(), init_empty_weights():
+        return dict(AutoencoderKL.from_config(AutoencoderKL.load_config(**_vae_source(config))).config)
+
+
+def _vae_source(config: TrainingConfig) -> dict[str, Any]:
+    if config.pretrained_vae_model_name_or_path:
+        return {"pretrained_model_name_or_path": config.pretrained_vae_model_name_or_path}
+    return {
+        "pretrained_model_name_or_path": config.pretrained_model_name_or_path,
+        "subfolder": "vae",
+        "revision": config.revision,
+        "variant": config.variant,
+    }
+
+
+def ensure_text_encoders(pipeline: DiffusionPipeline, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Have the text encoders in the pipeline, read where they are not there yet."""
+    name = config.pretrained_model_name_or_path
+    absent = [part for part in TEXT_ENCODERS if part in pipeline.components and pipeline.components[part] is None]
+    index = pipeline.load_config(name, revision=config.revision) if absent else {}
+    for part in absent:
+        library, class_name = index[part]
+        if library is None:  # the base model has none
+            continue
+        with _readable_loading():
+            text_encoder = getattr(transformers, class_name).from_pretrained(
+                name,
+                subfolder=part,
+                dtype=base_dtype(config, accelerator),
+                revision=config.revision,
+                variant=config.variant,
+            )
+        pipeline.register_modules(**{part: text_encoder.to(accelerator.device)})
+
+
+@contextmanager
+def _readable_loading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the base model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _enable_xformers(unet: UNet2DConditionModel) -> None:
@@ -117,41 +174,17 @@ def prepare_training(pipeline: DiffusionPipeline, config: TrainingConfig) -> Non
     pipeline.unet.train()
 
 
-# ---- text ----
-
-
-def prompt_encoder(
-    encode: Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]],
-    pipeline: DiffusionPipeline,
-    prompts: list[str],
-    config: TrainingConfig,
-) -> Encode:
-    """Return a function from rows of `prompts` (rows,) to their embeddings.
-
-    Text encoders that train encode at every call, each distinct prompt once. Frozen ones encode here, once for the
-    whole run, and are freed.
-    """
-    if config.train_text_encoder:
-
-        def encode_rows(rows: Tensor) -> dict[str, Tensor]:
-            distinct, inverse = rows.unique(return_inverse=True)
-            embeddings = encode(pipeline, [prompts[row] for row in distinct.tolist()])
-            return {name: tensor[inverse] for name, tensor in embeddings.items()}
-
-        return encode_rows
-    with torch.no_grad():
-        embeddings = encode(pipeline, prompts)
-    free_components(pipeline, _text_parts(pipeline))
-    return lambda rows: {name: tensor[rows] for name, tensor in embeddings.items()}
-
-
-def _text_parts(pipeline: DiffusionPipeline) -> list[str]:
-    return [name for name in pipeline.components if name.startswith(("text_encoder", "tokenizer"))]
+# ---- letting go ----
 
 
 def free_components(pipeline: DiffusionPipeline, names: list[str]) -> None:
     """Drop components of the pipeline, and the memory they held."""
     pipeline.register_modules(**dict.fromkeys(names))
+    free_memory()
+
+
+def free_memory() -> None:
+    """Give back the device memory that nothing holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -81,10 +81,16 @@ def _runs(queue: list[int], unit: int) -> Iterator[list[int]]:
 # ---- samples to devices ----
 
 
+def samples_of_step(step: int, config: TrainingConfig, num_ranks: int) -> range:
+    """Return the samples k that optimizer step `step` uses on all devices together, the first step being 1."""
+    count = config.train_batch_size * config.gradient_accumulation_steps * num_ranks
+    return range((step - 1) * count, step * count)
+
+
 class GlobalSampler:
     """Yields, without end, this device's share of the samples: lists of `batch_size` numbers k.
 
-    Optimizer step s uses the samples s·G to (s+1)·G - 1, G = devices · accumulation · batch size, whatever the split.
+    Each optimizer step uses those of `samples_of_step`, whatever the split over devices and accumulation.
     Every list begins at a multiple of the batch size, as buckets need it.
     """
 

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dreambooth.config import TrainingConfig
+from dreambooth.models import ensure_text_encoders, ensure_vae
 from dreambooth.order import Stream, seed_of
 from dreambooth.photos import NoPhotosError, Photo, read_class_photos
 from dreambooth.vae import draw_images
@@ -30,6 +31,8 @@ def ensure_class_images(pipeline: DiffusionPipeline, config: TrainingConfig, acc
     accelerator.wait_for_everyone()  # all have counted before the first new image appears
     if not missing:
         return photos
+    ensure_vae(pipeline, config, accelerator)
+    ensure_text_encoders(pipeline, config, accelerator)
     logger.info("Drawing %d class images for '%s' into %s", len(missing), config.class_prompt, folder)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(total=len(mine), desc="Class images", unit="image", disable=not accelerator.is_local_main_process)

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +21,10 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from dreambooth.config import TrainingConfig, public_options
+from dreambooth.config import TrainingConfig, UserError, public_options
 from dreambooth.curves import draw_curves
-from dreambooth.training import StepReport
+from dreambooth.data import DreamBoothDataset
+from dreambooth.training import StepReport, is_sound, read_reports
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,24 @@ def warn_only(consequence: str) -> Iterator[None]:
 
 
 class Progress:
-    """The progress bar with loss and learning rate, metrics.jsonl, the trackers, and the time since it began."""
+    """The progress bar with loss and learning rate, metrics.jsonl, the trackers, and the time since it began.
 
-    def __init__(self, accelerator: Accelerator, config: TrainingConfig, first_step: int, total_steps: int):
-        self.accelerator = accelerator
+    Steps are told of once they are read, several together, since reading waits for the device.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        dataset: DreamBoothDataset,
+        config: TrainingConfig,
+        first_step: int,
+        total_steps: int,
+    ):
+        self.accelerator, self.dataset, self.config = accelerator, dataset, config
         self.first_step, self.total_steps = first_step, total_steps
-        self.began, self.step_time = time.monotonic(), 0.0
+        self.began, self.working = time.monotonic(), 0.0
+        self.unread: dict[int, StepReport] = {}
+        self.skipped = 0
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_main_process
         )
@@ -64,20 +76,39 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def steps(self, reports: Iterator[StepReport]) -> Iterator[tuple[int, StepReport]]:
-        """Number the steps that are left to train, and clock each: not what the caller does between them."""
+    def steps(self, reports: Iterator[StepReport]) -> Iterator[int]:
+        """Number the steps that are left to train, and read them every `logging_steps` and after the last.
+
+        What the caller does between steps is not counted as their time.
+        """
         for step in range(self.first_step + 1, self.total_steps + 1):
             began = time.monotonic()
-            report = next(reports)
-            self.step_time = time.monotonic() - began
-            yield step, report
+            self.unread[step] = next(reports)
+            self.working += time.monotonic() - began
+            if step % self.config.logging_steps == 0 or step == self.total_steps:
+                self.read()
+            self.bar.update()
+            yield step
 
-    def update(self, step: int, report: StepReport) -> None:
-        """Tell of one step; a field of the report that is None is left out. `step_time` is in seconds."""
-        values = {name: value for name, value in asdict(report).items() if value is not None}
-        values["step_time"] = round(self.step_time, 4)
-        self.bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{report.learning_rate:.2e}", refresh=False)
-        self.bar.update()
+    def read(self) -> None:
+        """Wait for the steps that are not read yet, and tell of each: before anything is made of what they trained.
+
+        Their `step_time`, seconds, is the mean over them: a single step is not waited for. All processes have to read
+        at the same steps. Raises UserError, on all alike, where a step's loss or gradients were not finite.
+        """
+        began = time.monotonic()
+        steps, rows = list(self.unread), read_reports(list(self.unread.values())) if self.unread else []
+        self.working += time.monotonic() - began
+        for step, values in zip(steps, rows):
+            self._tell(step, {**values, "step_time": round(self.working / len(steps), 4)})
+        self.unread.clear()
+        self.working = 0.0
+        for step, values in zip(steps, rows):
+            if not is_sound(values, self.accelerator):
+                self._tolerate(step, values)
+
+    def _tell(self, step: int, values: dict[str, float]) -> None:
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.2e}", refresh=False)
         self._note(_json_line({"step": step, **values}))
         log_values(self.accelerator, values, step)
 
@@ -91,12 +122,29 @@ class Progress:
                 logger.warning("%s was not written, training goes on: %s", METRICS_NAME, error)
             self.disk_failed = True
 
+    def _tolerate(self, step: int, values: dict[str, float]) -> None:
+        """Warn of a step that was skipped, since it was not finite; raise UserError where there are too many."""
+        self.skipped += 1
+        files = ", ".join(map(str, self.dataset.paths_of_step(step, self.accelerator.num_processes)))
+        what = (
+            f"step {step} is not finite: its loss is {values['loss']:g}, the norm of its gradients "
+            f"{values['grad_norm']:g}; it trained on {files}"
+        )
+        if self.skipped <= self.config.skip_nonfinite:
+            logger.warning("%s; it was skipped, as %d of --skip_nonfinite", what, self.skipped)
+            return
+        self.bar.close()
+        raise UserError(f"{what}. Nothing that came of it was saved. {what_to_try(self.config)}")
+
     def say_closing_line(self, groups: Mapping[str, Sequence[nn.Parameter]], path: Path) -> None:
         """Tell what was trained, how long it took, and where the file is."""
         factors = [factor for group in groups.values() for factor in group]
         steps = self.total_steps - self.first_step
         self.bar.clear()
-        print(closing_line(factors, steps, self.seconds, path, self.accelerator.device), flush=True)
+        print(
+            closing_line(factors, steps, self.seconds, compile_seconds(self.config), path, self.accelerator.device),
+            flush=True,
+        )
 
     def close(self) -> None:
         self.bar.close()
@@ -106,6 +154,22 @@ class Progress:
         self.accelerator.trackers.clear()
         self.accelerator.wait_for_everyone()  # a rank that leaves while another still works can hang at its exit
         self.accelerator.end_training()
+
+
+def what_to_try(config: TrainingConfig) -> str:
+    """Return what may keep losses finite that these options leave to do."""
+    advice = [f"a lower --learning_rate than {config.learning_rate:g}"]
+    if config.mixed_precision == "fp16" or config.base_precision == "fp16":
+        advice.append("--mixed_precision bf16, whose range is that of fp32, instead of fp16")
+    if config.vae_precision != "fp32" or config.pretrained_vae_model_name_or_path:
+        advice.append(
+            "--vae_precision fp32, or --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix, where the "
+            "VAE's latents overflow"
+        )
+    if config.snr_gamma is None:
+        advice.append("--snr_gamma 5")
+    advice.append("--skip_nonfinite N, which passes over up to N such steps")
+    return f"Try {'; '.join(advice)}. Where the first step already fails, the base model's weights may be damaged"
 
 
 # ---- metrics.jsonl and its picture ----
@@ -199,15 +263,31 @@ def _flat(options: dict[str, Any]) -> dict[str, int | float | str]:
 
 
 def closing_line(
-    parameters: Iterable[nn.Parameter], steps: int, seconds: float, path: Path, device: torch.device
+    parameters: Iterable[nn.Parameter],
+    steps: int,
+    seconds: float,
+    compiling: float,
+    path: Path,
+    device: torch.device,
 ) -> str:
-    """Say what was trained, in all groups together, how long it took, the peak memory, and where the file is."""
+    """Say what was trained, in all groups together, how long it took, how much of that was compiling, the peak memory,
+    and where the file is."""
     count = sum(parameter.numel() for parameter in parameters)
     minutes, rest = divmod(round(seconds), 60)
+    compiled = f", {compiling:.1f} s of it compiling" if compiling else ""
     return (
         f"Trained {count:,} parameters ({count * 4 / 2**20:.2f} MiB in fp32) for {steps} steps in {minutes} min "
-        f"{rest} s; peak memory {peak_memory(device) / 2**30:.2f} GiB on {device.type}; the adapter is {path}"
+        f"{rest} s{compiled}; peak memory {peak_memory(device) / 2**30:.2f} GiB on {device.type}; the adapter is {path}"
     )
+
+
+def compile_seconds(config: TrainingConfig) -> float:
+    """Return the time that --compile took so far, s, as torch.compile itself counts it; 0 without."""
+    if not config.compile:
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent  # imported here: most runs do not compile
+
+    return calculate_time_spent()["total_wall_time"]
 
 
 def peak_memory(device: torch.device) -> int:

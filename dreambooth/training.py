@@ -97,19 +97,37 @@ class Denoiser(nn.Module):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did. Losses are means over the step's forward passes and over the devices."""
+    """What one optimizer step did. Its numbers are still on their way from the device: see `read_reports`."""
 
-    loss: float
-    instance_loss: float
-    prior_loss: float
+    numbers: Tensor  # (4,): loss, instance loss, prior loss, all means over forward passes and devices; gradient norm
     learning_rate: float
-    grad_norm: float
+
+
+def read_reports(reports: Sequence[StepReport]) -> list[dict[str, float]]:
+    """Return the numbers of steps by name. Waits, once for all, until the device has done the last of them."""
+    rows = torch.stack([report.numbers for report in reports]).tolist()
+    return [
+        {
+            "loss": loss,
+            "instance_loss": instance_loss,
+            "prior_loss": prior_loss,
+            "learning_rate": report.learning_rate,
+            "grad_norm": grad_norm,
+        }
+        for report, (loss, instance_loss, prior_loss, grad_norm) in zip(reports, rows)
+    ]
+
+
+def is_sound(values: Mapping[str, float], accelerator: Accelerator) -> bool:
+    """Whether a step's loss and gradients are finite; with fp16, its loss: the scaler itself passes over gradients
+    that its scale made overflow, and lowers it."""
+    return math.isfinite(values["loss"]) and (accelerator.scaler is not None or math.isfinite(values["grad_norm"]))
 
 
 def train_steps(
     accelerator: Accelerator,
     denoiser: nn.Module,
-    latents_of: Callable[[Batch, Sequence[torch.Generator]], Tensor],
+    latents_of: Callable[[Batch], Tensor],
     noise_scheduler: NoiseScheduler,
     base_model: Callable[[], AbstractContextManager],
     batches: Iterable[Batch],
@@ -117,59 +135,43 @@ def train_steps(
     lr_scheduler: Any,
     config: TrainingConfig,
 ) -> Iterator[StepReport]:
-    """Train on `batches`, yielding once per optimizer step.
+    """Train on `batches`, yielding once per optimizer step. Nothing in a step waits for the device.
 
-    `latents_of` samples a batch's latents, fp32, each row's with its own generator. Inside the context
-    `base_model()` the denoiser is the base model.
+    `latents_of` samples a batch's latents, fp32. Inside the context `base_model()` the denoiser is the base model.
+    With --skip_nonfinite every step is read, and the factors stay as they are where it is not sound.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     losses = []
     for batch in batches:
         batch = batch.to(accelerator.device)
         with accelerator.accumulate(denoiser):
-            generators = [torch.Generator().manual_seed(seed) for seed in batch.noise_seeds.tolist()]
-            latents = latents_of(batch, generators)
-            noise, timesteps = draw_noise(generators, latents, noise_scheduler.config.num_train_timesteps, config)
-            noisy_latents, unet_timesteps, target = diffuse(noise_scheduler, latents, noise, timesteps)
+            latents = latents_of(batch)
+            noisy_latents, unet_timesteps, target = diffuse(noise_scheduler, latents, batch.noise, batch.timesteps)
             inputs = (noisy_latents, unet_timesteps, batch.prompt_rows, batch.size_conditions)
             if config.with_prior_preservation and config.prior_source == "base_model":
                 prior_inputs = [tensor[batch.num_instances :] for tensor in inputs]
                 with torch.no_grad(), base_model():
                     prior = accelerator.unwrap_model(denoiser)(*prior_inputs)
                 target = torch.cat([target[: batch.num_instances], prior.to(target)])
-            rows = row_losses(denoiser(*inputs), target, timesteps, batch.loss_weights, noise_scheduler, config)
+            rows = row_losses(denoiser(*inputs), target, batch.timesteps, batch.loss_weights, noise_scheduler, config)
             instance_loss, prior_loss = dreambooth_losses(rows, batch.num_instances)
             loss = instance_loss + config.prior_loss_weight * prior_loss
             accelerator.backward(loss)
             losses.append(torch.stack([loss, instance_loss, prior_loss]).detach())
             if not accelerator.sync_gradients:
                 continue
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            means = accelerator.reduce(torch.stack(losses).mean(0), "mean")
             learning_rate = optimizer.param_groups[0]["lr"] * optimizer.param_groups[0].get("d", 1)  # d: Prodigy's own
-            optimizer.step()
+            report = StepReport(torch.cat([means, grad_norm.view(1)]), learning_rate)
+            if config.skip_nonfinite == 0 or is_sound(read_reports([report])[0], accelerator):
+                optimizer.step()
+            elif accelerator.scaler is not None:
+                accelerator.scaler.update()  # as the optimizer's own step would have done
             optimizer.zero_grad()
             lr_scheduler.step()
-        means = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
         losses.clear()
-        yield StepReport(*means, learning_rate, float(grad_norm))
-
-
-def draw_noise(
-    generators: Sequence[torch.Generator], latents: Tensor, num_timesteps: int, config: TrainingConfig
-) -> tuple[Tensor, Tensor]:
-    """Return noise like the latents (rows, channels, height, width) and timesteps (rows,), each row's from its own
-    generator.
-
-    Drawn on the CPU, so that every device and every split over devices sees the same numbers.
-    """
-    last = num_timesteps - 1 if config.max_timestep is None else config.max_timestep
-    shape = latents.shape[1:]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    timesteps = [torch.randint(config.min_timestep, last + 1, (1,), generator=generator) for generator in generators]
-    if config.noise_offset:
-        offsets = [torch.randn(shape[0], 1, 1, generator=generator) for generator in generators]
-        noise = noise + config.noise_offset * torch.stack(offsets)
-    return noise.to(latents), torch.cat(timesteps).to(latents.device)
+        yield report
 
 
 def dreambooth_losses(rows: Tensor, num_instances: int) -> tuple[Tensor, Tensor]:

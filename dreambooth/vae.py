@@ -1,6 +1,7 @@
 """Photos to latents: where a batch's latents come from, and how long the VAE stays for it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from dreambooth.config import TrainingConfig
 from dreambooth.data import Batch, DreamBoothDataset
 from dreambooth.latents import cache_latents, encode_moments
-from dreambooth.models import free_components
+from dreambooth.models import ensure_vae, free_components, free_memory, load_vae_config
 
-LatentsOf = Callable[[Batch, Sequence[torch.Generator]], Tensor]
+LatentsOf = Callable[[Batch], Tensor]
 
 
 def latent_source(
@@ -25,18 +26,23 @@ def latent_source(
     """Return a function that samples a batch's latents (rows, channels, height, width), fp32, from the VAE's posterior.
 
     Photos are encoded here, once for the whole run, where their crops allow it; the VAE then goes, or, where samples
-    are still to be decoded with it, leaves the device.
+    are still to be decoded with it, leaves the device. It is not read where it has nothing to do.
     """
-    vae, vae_config = pipeline.vae, pipeline.vae.config
-    if cache_latents(dataset, vae, config, accelerator):
-        vae = None
-        _release(pipeline, config)
+    load_vae = functools.partial(ensure_vae, pipeline, config, accelerator)
+    cached = cache_latents(dataset, load_vae, config, accelerator)
+    vae = None if cached else load_vae()
+    vae_config = load_vae_config(config)
+    if cached and config.validation_prompt:
+        load_vae().to("cpu")
+        free_memory()
+    elif cached:
+        free_components(pipeline, ["vae"])
 
     @torch.no_grad()
-    def latents_of(batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
-        moments = batch.moments if batch.moments is not None else encode_moments(vae, batch.pixel_values, "a batch")
-        latents = DiagonalGaussianDistribution(moments.float()).sample(list(generators))
-        return normalise(latents, vae_config)
+    def latents_of(batch: Batch) -> Tensor:
+        moments = batch.moments if vae is None else encode_moments(vae, batch.pixel_values)
+        posterior = DiagonalGaussianDistribution(moments.float())
+        return normalise(posterior.mean + posterior.std * batch.posterior_noise, vae_config)
 
     return latents_of
 
@@ -45,9 +51,14 @@ def normalise(latents: Tensor, vae_config: Mapping[str, Any]) -> Tensor:
     """Return latents as the UNet knows them, by whichever constants the VAE's configuration has."""
     mean, std = vae_config.get("latents_mean"), vae_config.get("latents_std")
     if mean is not None and std is not None:  # EDM models: mean and std of every channel
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
+        mean, std = (_per_channel(tuple(values), latents.device).to(latents) for values in (mean, std))
         return (latents - mean) * vae_config["scaling_factor"] / std
     return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
+
+
+@functools.cache  # at every step anew, copying it would have the step wait for the device
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def denormalise(latents: Tensor, vae_config: Mapping[str, Any]) -> Tensor:
@@ -64,15 +75,6 @@ def draw_images(pipeline: DiffusionPipeline, **arguments) -> list[Image.Image]:
     latents = denormalise(pipeline(**arguments, output_type="latent").images.float(), vae.config).to(vae.dtype)
     images = torch.cat([vae.decode(image).sample for image in latents.split(1)])
     return pipeline.image_processor.postprocess(images.float(), output_type="pil")
-
-
-def _release(pipeline: DiffusionPipeline, config: TrainingConfig) -> None:
-    if not config.validation_prompt:
-        free_components(pipeline, ["vae"])
-        return
-    pipeline.vae.to("cpu")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dreambooth.config import TrainingConfig
-from dreambooth.models import Encode
 from dreambooth.optimizers import evaluating
 from dreambooth.order import Stream, seed_of
-from dreambooth.report import log_image, warn_only
+from dreambooth.report import Progress, log_image, warn_only
+from dreambooth.text import Encode
 from dreambooth.training import steps_per_pass
 from dreambooth.vae import draw_images, vae_on_device
 
@@ -26,13 +26,12 @@ MOST_LINES = 4  # of a label; the rest of a prompt is cut off
 
 @torch.no_grad()
 def validate(
-    accelerator: Accelerator,
+    progress: Progress,
     pipeline: DiffusionPipeline,
     encode: Encode,
     prompts: Sequence[str],
     optimizer: torch.optim.Optimizer,
     samples: int,
-    total_steps: int,
     config: TrainingConfig,
     step: int,
 ) -> None:
@@ -40,9 +39,12 @@ def validate(
 
     `samples` is the number of samples in a pass over the photos. What fails is a warning.
     """
-    if not accelerator.is_main_process or not validation_due(
-        step, total_steps, steps_per_pass(samples, config, accelerator.num_processes), config
-    ):
+    accelerator = progress.accelerator
+    pass_steps = steps_per_pass(samples, config, accelerator.num_processes)
+    if not validation_due(step, progress.total_steps, pass_steps, config):
+        return
+    progress.read()  # trackers take the steps in their order
+    if not accelerator.is_main_process:
         return
     with (
         warn_only(f"no samples of step {step}, training goes on"),
@@ -65,7 +67,7 @@ def draw_samples(
     """Return a row of images for each validation prompt. Seeds are fixed, so that successive sheets compare.
 
     `embeddings` holds one row for each of `prompts`, under the names of the pipeline's arguments; the prompt "" is
-    the unconditional one. Images are drawn one at a time, to need no more memory than that.
+    the unconditional one.
     """
     pipeline.set_progress_bar_config(disable=True)
     unconditional = _rows(embeddings, prompts.index(""))
@@ -75,17 +77,20 @@ def draw_samples(
     for number, prompt in enumerate(config.validation_prompt):
         conditions = _rows(embeddings, prompts.index(prompt))
         conditions |= {f"negative_{name}": tensor for name, tensor in unconditional.items()}
+        first = number * config.num_validation_images
+        seeds = [seed_of(config.seed, Stream.VALIDATION, first + i) for i in range(config.num_validation_images)]
         row = []
-        for i in range(config.num_validation_images):
-            seed = seed_of(config.seed, Stream.VALIDATION, number * config.num_validation_images + i)
+        for start in range(0, len(seeds), config.sample_batch_size):
+            generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + config.sample_batch_size]]
             row += draw_images(
                 pipeline,
                 **conditions,
+                num_images_per_prompt=len(generators),
                 height=config.resolution,
                 width=config.resolution,
                 num_inference_steps=config.validation_num_inference_steps,
                 guidance_scale=config.validation_guidance_scale,
-                generator=torch.Generator().manual_seed(seed),
+                generator=generators,
             )
         rows.append(row)
     return rows

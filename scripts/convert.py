@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dreambooth.config import DTYPES, AdaptedModelConfig, UserError, readable_errors
-from dreambooth.models import empty_models
+from dreambooth.config import AdaptedModelConfig, UserError, readable_errors
+from dreambooth.models import DTYPES, empty_models
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 from kron_formats.export import (
     dense_bytes,

@@ -37,7 +37,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from dreambooth.adapters import add_adapters, load_base_pipeline, read_adapters
+from dreambooth.adapters import add_adapters, hasten_drawing, load_base_pipeline, read_adapters
 from dreambooth.config import AdaptedModelConfig, UserError, option, readable_errors
 from dreambooth.evaluation import (
     PLACEHOLDER,
@@ -81,7 +81,7 @@ class Config(AdaptedModelConfig):
     negative_prompt: str = option("Negative prompt for all images.", "")
     height: int | None = option("Height of the images, px. Default: the base model's.", None)
     width: int | None = option("Width of the images, px. Default: the base model's.", None)
-    num_inference_steps: int = option("Denoising steps.", 30)
+    num_inference_steps: int = option("Denoising steps.", 25)
     guidance_scale: float = option("Classifier-free guidance.", 7.5)
     batch_size: int = option("Images drawn at once, images.", 4)
     clip_model: str = option("CLIP that scores, a name on the Hub or a folder.", "openai/clip-vit-base-patch32")
@@ -130,12 +130,14 @@ def main() -> None:
     pipeline = load_base_pipeline(config).to(device)
     pipeline.vae.float()  # SDXL's gives NaN in fp16
     pipeline.set_progress_bar_config(disable=True)
+    hasten_drawing(pipeline, config)
     named = name_subject(prompts, f"{config.instance_token} {config.class_noun}")
     texts = name_subject(prompts, config.class_noun)
     drawn = {BASE: draw(pipeline, named, BASE, config)}
     if files:
         add_adapters(pipeline, files, config)
-        drawn[ADAPTED] = draw(pipeline.to(device), named, ADAPTED, config)
+        hasten_drawing(pipeline.to(device), config)
+        drawn[ADAPTED] = draw(pipeline, named, ADAPTED, config)
 
     scores = {model: score_images(images.rows, photos, texts, evaluators) for model, images in drawn.items()}
     prior = None

@@ -12,11 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dreambooth.adapters import load_adapted_pipeline
+from dreambooth.adapters import load_adapted_pipeline, merge_adapters
 from dreambooth.config import AdaptedModelConfig, UserError, option, readable_errors
 from dreambooth.parsing import parse_options
-from kron_adapter import KroneckerError, kronecker_layers, merge_kronecker, remove_kronecker
-from kron_formats.names import components
+from kron_adapter import KroneckerError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +32,7 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output} is not empty; choose another folder")
     pipeline = load_adapted_pipeline(config)
-    models, layers = components(pipeline), 0
-    for model in models.values():
-        if adapted := kronecker_layers(model):
-            layers += len(adapted)
-            merge_kronecker(model)
-            remove_kronecker(model)
-    if loras := [name for name, model in models.items() if getattr(model, "peft_config", None)]:
-        layers += sum(hasattr(module, "lora_A") for name in loras for module in models[name].modules())
-        pipeline.fuse_lora(components=loras)
-        pipeline.unload_lora_weights()
+    layers = merge_adapters(pipeline)
     pipeline.save_pretrained(output)
     print(f"Merged {layers} layers into {output}")
 

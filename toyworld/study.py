@@ -33,10 +33,11 @@ from dreambooth.config import TrainingConfig
 from dreambooth.data import DreamBoothDataset, build_loader, prompts_of
 from dreambooth.diffusion import build_noise_scheduler, build_sampler
 from dreambooth.evaluation import draw_prompt, read_subject_photos, score_images, score_prior
-from dreambooth.models import prompt_encoder
+from dreambooth.noise import noise_drawer
 from dreambooth.optimizers import build_lr_scheduler, build_optimizer
 from dreambooth.photos import read_instance_photos
 from dreambooth.scores import Evaluators, load_evaluators
+from dreambooth.text import prompt_encoder
 from dreambooth.training import Denoiser, start_accelerator, train_steps
 from dreambooth.vae import latent_source
 from kron_adapter import ATTENTION_TARGETS, disable_kronecker, inject_kronecker, kronecker_parameters
@@ -99,7 +100,7 @@ def personalise(pipeline: DiffusionPipeline, method: str, config: TrainingConfig
     words = prompts_of(photos, [], config)
     dataset = DreamBoothDataset(photos, [], words, config)
     latents_of = latent_source(pipeline, dataset, config, accelerator)
-    encode = prompt_encoder(family.encode_prompts, pipeline, words, config)
+    encode = prompt_encoder(family.encode_prompts, pipeline, words, config, accelerator)
     torch.manual_seed(config.seed)
     adapter = METHODS[method](pipeline.unet)
     optimizer = build_optimizer({"unet": adapter.parameters}, config, 1)
@@ -108,7 +109,7 @@ def personalise(pipeline: DiffusionPipeline, method: str, config: TrainingConfig
         Denoiser({"unet": pipeline.unet}, encode, family.unet_condition), optimizer
     )
     noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
-    batches = build_loader(dataset, config, 0, 1, 0)
+    batches = build_loader(dataset, noise_drawer(pipeline, noise_scheduler, config), config, 0, 1, 0)
     steps = train_steps(
         accelerator, denoiser, latents_of, noise_scheduler, adapter.without, batches, optimizer, lr_scheduler, config
     )

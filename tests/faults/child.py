@@ -61,10 +61,11 @@ def after_step(step: int, act: Callable[..., None], *arguments) -> None:
     """Call act(*arguments) between step `step` and its checkpoint."""
 
     class Progress(script.Progress):
-        def update(self, number, report):
-            super().update(number, report)
-            if number == step:
-                act(*arguments)
+        def steps(self, reports):
+            for number in super().steps(reports):
+                if number == step:
+                    act(*arguments)
+                yield number
 
     script.Progress = Progress
 

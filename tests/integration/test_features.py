@@ -14,6 +14,7 @@ from PIL import Image
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
+from dreambooth.diffusion import diffuse
 from dreambooth.training import Denoiser
 from scripts import generate, merge
 
@@ -144,16 +145,12 @@ def test_the_loss_is_the_sum_done_by_hand(twin, prior, run_main, monkeypatch):
         seen.setdefault("call", (noisy_latents, timesteps, prediction.detach()))
         return prediction
 
-    def remember_noise(*arguments):
-        noise, timesteps = draw_noise(*arguments)
+    def remember_noise(noise_scheduler, latents, noise, timesteps):
         seen.setdefault("noise", noise)
-        return noise, timesteps
+        return diffuse(noise_scheduler, latents, noise, timesteps)
 
-    import dreambooth.training as training
-
-    draw_noise = training.draw_noise
     monkeypatch.setattr(Denoiser, "forward", watch)
-    monkeypatch.setattr(training, "draw_noise", remember_noise)
+    monkeypatch.setattr("dreambooth.training.diffuse", remember_noise)
     options = {**twin.options, "train_batch_size": 2, "prior_loss_weight": 0.5, "snr_gamma": 5.0, "max_train_steps": 1}
     run_main(twin.script, **options, **prior)
 
@@ -273,13 +270,13 @@ def test_text_encoder_training_resumes_exactly(twin, run_main):
 
 def test_frozen_text_encoders_and_an_unused_vae_are_really_freed(twin, run_main, monkeypatch):
     references = {}
-    load_models, train_steps = twin.script.load_models, twin.script.train_steps
+    register_modules, train_steps = DiffusionPipeline.register_modules, twin.script.train_steps
 
-    def load(*arguments):
-        pipeline = load_models(*arguments)
-        names = [name for name in pipeline.components if name.startswith("text_encoder")] + ["vae"]
-        references.update({name: weakref.ref(getattr(pipeline, name)) for name in names})
-        return pipeline
+    def register(pipeline, **parts):
+        for name, part in parts.items():
+            if part is not None and (name.startswith("text_encoder") or name == "vae"):
+                references[name] = weakref.ref(part)
+        register_modules(pipeline, **parts)
 
     def steps(*arguments):
         gc.collect()
@@ -287,7 +284,7 @@ def test_frozen_text_encoders_and_an_unused_vae_are_really_freed(twin, run_main,
         return train_steps(*arguments)
 
     alive = []
-    monkeypatch.setattr(twin.script, "load_models", load)
+    monkeypatch.setattr(DiffusionPipeline, "register_modules", register)
     monkeypatch.setattr(twin.script, "train_steps", steps)
     run_main(twin.script, **twin.options, center_crop=True)
     assert len(references) == {"sd": 2, "sdxl": 3}[twin.name] and not alive

@@ -326,7 +326,7 @@ EVERYTHING = """
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
     --text_encoder_kron_a1 2 --text_encoder_kron_a2 16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
     --save_precision fp16 --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
-    --push_to_hub --hub_model_id me/dog
+    --push_to_hub --hub_model_id me/dog --logging_steps 4 --skip_nonfinite 2
 """
 # what does not go with the above
 REST = """

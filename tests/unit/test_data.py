@@ -1,6 +1,7 @@
 """Photos to samples, samples to batches: by pixel values that say which photo they are of, and which part of it."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter
@@ -12,7 +13,8 @@ import torch
 
 from dreambooth.config import TrainingConfig
 from dreambooth.data import DreamBoothDataset, build_loader, collate, prompts_of
-from dreambooth.order import GlobalSampler, samples_per_pass
+from dreambooth.noise import draw_noise
+from dreambooth.order import GlobalSampler, samples_of_step, samples_per_pass
 from dreambooth.photos import Photo
 from dreambooth.shapes import cover, shape_of
 
@@ -76,13 +78,22 @@ def draws(dataset, kind, count):
     return [decode(dataset[k][kind].pixel_values) for k in range(count)]
 
 
+def drawer(config):
+    """The noise of a base model with 4 latent channels."""
+    return functools.partial(draw_noise, channels=4, factor=8, num_timesteps=1000, config=config)
+
+
+def loader_of(dataset, config, rank=0, num_ranks=1, first_step=0):
+    return build_loader(dataset, drawer(config), config, rank, num_ranks, first_step)
+
+
 def make_loader(rank=0, num_ranks=1, first_step=0, **options):
     dataset, _, config = make_dataset(**options)
-    return build_loader(dataset, config, rank, num_ranks, first_step)
+    return loader_of(dataset, config, rank, num_ranks, first_step)
 
 
 def batches_of(dataset, config, count):
-    return list(itertools.islice(build_loader(dataset, config, 0, 1, 0), count))
+    return list(itertools.islice(loader_of(dataset, config), count))
 
 
 def assert_equal(batch, other):
@@ -95,7 +106,7 @@ def assert_equal(batch, other):
 @pytest.mark.parametrize("classes", [CLASSES, []])
 def test_every_row_has_the_prompt_of_its_photo(batch_size, classes):
     dataset, prompts, config = make_dataset(classes=classes, train_batch_size=batch_size)
-    for batch in itertools.islice(build_loader(dataset, config, 0, 1, 0), 10):
+    for batch in itertools.islice(loader_of(dataset, config, 0, 1, 0), 10):
         numbers = [decode(pixel_values)[0] for pixel_values in batch.pixel_values]
         assert [prompts[row] for row in batch.prompt_rows] == [f"photo {number}" for number in numbers]
         assert batch.num_instances == batch_size and len(numbers) == batch_size * (2 if classes else 1)
@@ -107,20 +118,21 @@ def test_a_batch_is_what_the_training_step_expects():
     halves = np.array([[(0,) * 3, (255,) * 3]], np.uint8).repeat(20, 0).repeat(10, 1)
     photo = Photo(Path("halves.png"), halves, "", None, (40, 40), np.full((20, 20), 255, np.uint8))
     dataset = DreamBoothDataset([photo], [], [""], make_config(center_crop=True))
-    batch = collate([dataset[0], dataset[1]])
+    batch = collate([dataset[0], dataset[1]], drawer(dataset.config))
     assert batch.pixel_values.shape == (2, 3, RESOLUTION, RESOLUTION) and batch.pixel_values.dtype == torch.float32
     assert batch.pixel_values.unique().tolist() == [-1, 1]
     assert batch.moments is None
-    assert batch.prompt_rows.shape == batch.noise_seeds.shape == (2,)
-    assert batch.prompt_rows.dtype == batch.noise_seeds.dtype == torch.int64
+    assert batch.prompt_rows.shape == batch.timesteps.shape == (2,)
+    assert batch.prompt_rows.dtype == batch.timesteps.dtype == torch.int64
+    assert batch.noise.shape == batch.posterior_noise.shape == (2, 4, RESOLUTION // 8, RESOLUTION // 8)
+    assert batch.noise.dtype == batch.posterior_noise.dtype == torch.float32
     assert batch.size_conditions.tolist() == [[40, 40, 2, 2, 16, 16]] * 2
     assert batch.size_conditions.dtype == batch.loss_weights.dtype == torch.float32
     assert batch.loss_weights.shape == (2, 1, RESOLUTION, RESOLUTION)
     moved = batch.to(torch.device("meta"))
-    for name in ("pixel_values", "prompt_rows", "size_conditions", "loss_weights"):
-        assert getattr(moved, name).is_meta
     assert moved.num_instances == 2 and moved.moments is None
-    assert torch.equal(moved.noise_seeds, batch.noise_seeds)  # the noise is drawn on the CPU
+    tensors = {name: value for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 13])
@@ -159,10 +171,18 @@ def test_instances_and_class_images_are_cropped_apart():
 
 
 def test_every_row_has_noise_of_its_own():
-    seeds = torch.cat([batch.noise_seeds for batch in itertools.islice(make_loader(train_batch_size=2), 100)])
-    assert len(seeds.unique()) == 400
-    assert (seeds < 0).any()  # the upper half of the 64-bit seeds
-    assert all(torch.Generator().manual_seed(seed).initial_seed() for seed in seeds.tolist())
+    batches = list(itertools.islice(make_loader(train_batch_size=2), 100))
+    noise = torch.cat([tensor for batch in batches for tensor in (batch.noise, batch.posterior_noise)])
+    assert len(noise.flatten(1).unique(dim=0)) == 800
+
+
+def test_a_row_s_noise_is_that_of_its_own_seed():
+    dataset, _, config = make_dataset(train_batch_size=2, noise_offset=0.1)
+    (batch,) = batches_of(dataset, config, 1)
+    for row, sample in enumerate([dataset[0][0], dataset[1][0], dataset[0][1], dataset[1][1]]):
+        drawn = draw_noise(sample.noise_seed, (RESOLUTION, RESOLUTION), 4, 8, 1000, config)
+        for ours, theirs in zip((batch.posterior_noise, batch.noise, batch.timesteps), vars(drawn).values()):
+            assert torch.equal(ours[row], theirs)
 
 
 def test_the_seed_changes_order_crops_and_noise():
@@ -176,12 +196,12 @@ def test_the_seed_changes_order_crops_and_noise():
 def test_a_sample_depends_on_nothing_but_its_number():
     numbers = range(20)
     dataset = make_dataset()[0]
-    in_order = [collate([dataset[k]]) for k in numbers]
+    in_order = [collate([dataset[k]], drawer(dataset.config)) for k in numbers]
     dataset = make_dataset()[0]
     torch.manual_seed(7)
     np.random.seed(7)
     state = torch.get_rng_state()
-    backwards = [collate([dataset[k]]) for k in reversed([*numbers, 3, 10**12])]
+    backwards = [collate([dataset[k]], drawer(dataset.config)) for k in reversed([*numbers, 3, 10**12])]
     for sample, same in zip(in_order, reversed(backwards)):
         assert_equal(sample, same)
     assert torch.equal(torch.get_rng_state(), state)  # and drawing it moves no other random numbers
@@ -202,13 +222,26 @@ def test_each_step_uses_the_same_samples_however_it_is_split(batch_size, accumul
         assert sorted(itertools.chain(*used)) == list(range(12 * step, 12 * step + 12))
 
 
+@pytest.mark.parametrize("batch_size, accumulation, num_ranks", SPLITS[:4])
+def test_the_files_of_a_step_are_those_that_its_batches_show(batch_size, accumulation, num_ranks):
+    options = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    dataset, _, config = make_dataset(instances=range(7), classes=range(100, 109), **options)
+    sampler = [iter(GlobalSampler(batch_size, accumulation, rank, num_ranks, 0)) for rank in range(num_ranks)]
+    for step in (1, 2, 3):
+        used = sorted(itertools.chain(*(next(rank) for rank in sampler for _ in range(accumulation))))
+        assert used == list(samples_of_step(step, config, num_ranks))
+        shown = [decode(row.pixel_values)[0] for kind in (0, 1) for row in (dataset[k][kind] for k in used)]
+        names = [path.name for path in dataset.paths_of_step(step, num_ranks)]
+        assert names == list(dict.fromkeys(f"{number}.png" for number in shown))
+
+
 @pytest.mark.parametrize("batch_size, accumulation", [(2, 1), (1, 2)])
 def test_two_devices_train_on_what_one_would(batch_size, accumulation):
     def rows(batches):
-        columns = zip(*((batch.noise_seeds, batch.prompt_rows, batch.pixel_values) for batch in batches))
-        seeds, prompt_rows, pixel_values = map(torch.cat, columns)
-        order = seeds.argsort()
-        return seeds[order], prompt_rows[order], pixel_values[order]
+        columns = zip(*((batch.noise, batch.timesteps, batch.prompt_rows, batch.pixel_values) for batch in batches))
+        columns = list(map(torch.cat, columns))
+        order = columns[0][:, 0, 0, 0].argsort()
+        return [column[order] for column in columns]
 
     alone = make_loader(train_batch_size=4)
     split = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
@@ -233,7 +266,7 @@ def test_a_later_start_continues_where_the_run_was_also_with_workers(num_workers
 def test_batches_with_buckets_are_the_same_however_they_are_split(batch_size, accumulation, num_ranks):
     def first_batches(rank, num_ranks, count, **options):
         dataset, _, config = bucket_dataset(train_batch_size=batch_size, random_flip=True, **options)
-        return list(itertools.islice(build_loader(dataset, config, rank, num_ranks, 0), count))
+        return list(itertools.islice(loader_of(dataset, config, rank, num_ranks, 0), count))
 
     whole = first_batches(0, 1, 12)
     options = {"gradient_accumulation_steps": accumulation}
@@ -246,8 +279,8 @@ def test_batches_with_buckets_are_the_same_however_they_are_split(batch_size, ac
 def test_a_later_start_continues_with_all_options(num_workers):
     options = {"train_batch_size": 2, "random_flip": True, "repeats": 2, "caption_dropout_probability": 0.5}
     dataset, _, config = bucket_dataset(gradient_accumulation_steps=2, dataloader_num_workers=num_workers, **options)
-    run = itertools.islice(build_loader(dataset, config, 1, 2, 0), 14)
-    resumed = build_loader(bucket_dataset(gradient_accumulation_steps=2, **options)[0], config, 1, 2, 5)
+    run = itertools.islice(loader_of(dataset, config, 1, 2, 0), 14)
+    resumed = loader_of(bucket_dataset(gradient_accumulation_steps=2, **options)[0], config, 1, 2, 5)
     for batch, same in zip(itertools.islice(run, 10, None), itertools.islice(resumed, 4), strict=True):
         assert_equal(batch, same)
 
@@ -305,7 +338,7 @@ def test_with_the_base_model_as_prior_the_class_row_is_the_instance_row_but_for_
     options = {"random_flip": True, "caption_dropout_probability": 0.5, "train_batch_size": batch_size}
     dataset, prompts, config = make(**options, **PRIORS["base_model"])
     for batch in batches_of(dataset, config, 8):
-        for name in ("pixel_values", "noise_seeds", "size_conditions"):
+        for name in ("pixel_values", "posterior_noise", "noise", "timesteps", "size_conditions"):
             rows = getattr(batch, name)
             assert torch.equal(rows[:batch_size], rows[batch_size:])
         assert all(prompts[row].startswith("class of") for row in batch.prompt_rows[batch_size:])

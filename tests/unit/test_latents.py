@@ -1,7 +1,10 @@
 """Photos to moments: encoded once or at every step, the same bit for bit; in memory and in a folder."""
 
 import dataclasses
+import functools
 import itertools
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +13,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from dreambooth.cache import key_of, load_or_make, load_tensors, save_tensors, text_identity, vae_identity
 from dreambooth.config import TrainingConfig, UserError
 from dreambooth.data import DreamBoothDataset, build_loader, prompts_of
-from dreambooth.latents import cache_latents, encode_moments, load_moments, save_moments, vae_identity
+from dreambooth.latents import cache_latents, encode_moments
+from dreambooth.models import DTYPES
+from dreambooth.noise import draw_noise
 from dreambooth.photos import Photo
 
 RESOLUTION = 64
@@ -79,7 +85,8 @@ def accelerator(rank=0, num_ranks=1):
 
 
 def batches_of(dataset, config, count):
-    return list(itertools.islice(build_loader(dataset, config, 0, 1, 0), count))
+    draw = functools.partial(draw_noise, channels=4, factor=8, num_timesteps=1000, config=config)
+    return list(itertools.islice(build_loader(dataset, draw, config, 0, 1, 0), count))
 
 
 def warnings_in(caplog):
@@ -102,8 +109,8 @@ def assert_cached_is_uncached(dataset, reference, config, vae):
     for cached, batch in zip(batches_of(dataset, config, 6), batches_of(reference, config, 6), strict=True):
         assert cached.pixel_values is None and batch.moments is None
         assert cached.moments.dtype == torch.float32 and cached.moments.device.type == "cpu"
-        assert torch.equal(cached.moments, encode_moments(vae, batch.pixel_values, "a batch"))
-        for name in ("prompt_rows", "noise_seeds", "size_conditions"):
+        assert torch.equal(cached.moments, encode_moments(vae, batch.pixel_values))
+        for name in ("prompt_rows", "noise", "posterior_noise", "timesteps", "size_conditions"):
             assert torch.equal(getattr(cached, name), getattr(batch, name))
 
 
@@ -115,11 +122,11 @@ def test_cached_moments_are_those_of_the_step_bit_for_bit(make_vae, tmp_path, se
     photos = [make_photo(0, 128, 256), make_photo(1, 192, 192)] if setting == "buckets" else PHOTOS
     options = FIXED | options | {"train_batch_size": batch_size}
     if to_disk:
-        options["cache_latents_to_disk"] = str(tmp_path / "cache")
+        options |= {"cache_latents_to_disk": str(tmp_path / "cache"), "pretrained_model_name_or_path": str(tmp_path)}
     dataset, config = make_dataset(photos, class_photos, **options)
     reference, _ = make_dataset(photos, class_photos, **options)
     vae = make_vae()
-    assert cache_latents(dataset, vae, config, accelerator()) is True
+    assert cache_latents(dataset, lambda: vae, config, accelerator()) is True
     assert_cached_is_uncached(dataset, reference, config, vae)
 
 
@@ -127,14 +134,14 @@ def test_cached_moments_are_those_of_the_step_bit_for_bit(make_vae, tmp_path, se
 def test_moments_of_a_half_precision_vae_are_the_step_s(make_vae, dtype):
     vae = make_vae().to(dtype)
     dataset, config = make_dataset(**FIXED, train_batch_size=3)
-    assert cache_latents(dataset, vae, config, accelerator())
+    assert cache_latents(dataset, lambda: vae, config, accelerator())
     assert_cached_is_uncached(dataset, make_dataset(**FIXED)[0], config, vae)
 
 
 def test_moments_are_the_vae_s_own(make_vae):
     vae = make_vae()
     pixel_values = torch.stack([make_dataset(**FIXED)[0][k][0].pixel_values for k in range(3)])
-    moments = encode_moments(vae, pixel_values, "a batch")
+    moments = encode_moments(vae, pixel_values)
     assert moments.shape == (3, 8, 8, 8) and not moments.requires_grad
     for row, image in zip(moments, pixel_values):
         assert torch.equal(row, vae.encode(image[None]).latent_dist.parameters[0])
@@ -143,7 +150,7 @@ def test_moments_are_the_vae_s_own(make_vae):
 @pytest.mark.parametrize("random_flip, encoded", [(False, 5), (True, 10)])
 def test_every_crop_is_encoded_once(make_vae, random_flip, encoded):
     dataset, config = make_dataset(PHOTOS, CLASS_PHOTOS, **FIXED, random_flip=random_flip)
-    cache_latents(dataset, make_vae(), config, accelerator())
+    cache_latents(dataset, make_vae, config, accelerator())
     batches_of(dataset, config, 30)
     assert CountingVae.encoded == encoded
 
@@ -165,14 +172,14 @@ def test_every_crop_is_encoded_once(make_vae, random_flip, encoded):
 )
 def test_latents_are_cached_where_the_options_and_crops_allow(make_vae, photos, options, cached):
     dataset, config = make_dataset(photos, **options)
-    assert cache_latents(dataset, make_vae(), config, accelerator()) is cached
+    assert cache_latents(dataset, make_vae, config, accelerator()) is cached
     assert bool(CountingVae.encoded) == cached
     assert (dataset[0][0].pixel_values is None) == cached and (dataset[0][0].moments is not None) == cached
 
 
 def test_a_folder_that_nothing_can_be_kept_in_is_worth_a_warning(make_vae, tmp_path, caplog):
     dataset, config = make_dataset(cache_latents_to_disk=str(tmp_path / "cache"))
-    assert not cache_latents(dataset, make_vae(), config, accelerator())
+    assert not cache_latents(dataset, make_vae, config, accelerator())
     (warning,) = warnings_in(caplog)
     assert "--cache_latents_to_disk" in warning and "--center_crop or --cache_latents on" in warning
     assert not (tmp_path / "cache").exists()
@@ -191,11 +198,13 @@ def test_latents_that_are_not_finite_are_an_error_that_names_the_photo(make_vae,
         return posterior
 
     vae.encode = overflow
-    dataset, config = make_dataset(photos, cache_latents_to_disk=str(tmp_path))
+    dataset, config = make_dataset(
+        photos, cache_latents_to_disk=str(tmp_path / "cache"), pretrained_model_name_or_path=str(tmp_path)
+    )
     words = "overflows.png are not finite; use --vae_precision fp32, or --pretrained_vae_model_name_or_path .*fp16-fix"
     with pytest.raises(UserError, match=words):
-        cache_latents(dataset, vae, config, accelerator())
-    assert len(list(tmp_path.iterdir())) == 1  # what is not finite is not kept
+        cache_latents(dataset, lambda: vae, config, accelerator())
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # what is not finite is not kept
 
 
 # ---- in a folder ----
@@ -203,13 +212,21 @@ def test_latents_that_are_not_finite_are_an_error_that_names_the_photo(make_vae,
 
 @pytest.fixture
 def run(make_vae, tmp_path):
-    """Cache latents in a folder, as a new run does; return the images that were encoded, and the dataset."""
+    """Cache latents in a folder, as a new run does with the VAE in tmp_path; return the images that were encoded, and
+    the dataset."""
+    make_vae().save_pretrained(tmp_path / "vae")
 
-    def run(photos=PHOTOS, vae=None, ranks=None, **options):
+    def run(photos=PHOTOS, ranks=None, **options):
         CountingVae.encoded = 0
+        base = {"pretrained_model_name_or_path": str(tmp_path)}
         folder = {"cache_latents_to_disk": str(tmp_path / "a" / "cache")}
-        dataset, config = make_dataset(photos, **FIXED | folder | options)
-        assert cache_latents(dataset, vae or make_vae(), config, ranks or accelerator())
+        dataset, config = make_dataset(photos, **base | FIXED | folder | options)
+        source = config.pretrained_vae_model_name_or_path or tmp_path / "vae"
+
+        def load_vae():
+            return CountingVae.from_pretrained(source, dtype=DTYPES[config.vae_precision])
+
+        assert cache_latents(dataset, load_vae, config, ranks or accelerator())
         return CountingVae.encoded, dataset
 
     return run
@@ -264,23 +281,95 @@ def test_another_crop_is_encoded_and_another_order_is_not(run, options, count):
     assert_same_moments(dataset, run(**options, cache_latents_to_disk=None)[1])
 
 
-def test_another_vae_encodes_again(run, make_vae):
+def test_another_vae_encodes_again(run, make_vae, tmp_path):
     run()
-    assert run(vae=make_vae(seed=1))[0] == 3
-    assert run(vae=make_vae().to(torch.bfloat16))[0] == 3
-    assert run(vae=make_vae(scaling_factor=0.5))[0] == 3
+    make_vae(seed=1).save_pretrained(tmp_path / "other")
+    assert run(pretrained_vae_model_name_or_path=str(tmp_path / "other"))[0] == 3
+    assert run(vae_precision="bf16")[0] == 3
     assert run()[0] == 0
+    make_vae(seed=1).save_pretrained(tmp_path / "vae")
+    assert run()[0] == 3
 
 
-def test_a_vae_is_known_by_its_content(make_vae, tmp_path):
-    vae = make_vae()
-    vae.save_pretrained(tmp_path)
-    identity = vae_identity(vae)
-    assert vae_identity(CountingVae.from_pretrained(tmp_path)) == identity
-    assert vae_identity(make_vae().to(memory_format=torch.channels_last)) == identity
-    with torch.no_grad():
-        list(vae.parameters())[-1].view(-1)[-1] += 1e-3
-    assert vae_identity(vae) != identity
+def test_nothing_is_read_of_a_vae_that_has_nothing_to_encode(run, tmp_path, monkeypatch):
+    _, first = run()
+    monkeypatch.setattr(CountingVae, "from_pretrained", lambda *_, **__: pytest.fail("the VAE was read"))
+    assert_same_moments(run()[1], first)
+
+
+# ---- which model: what a cache is good for ----
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The files of a base model, as far as their names and sizes go."""
+    folder = tmp_path / "base"
+    for name in (
+        "model_index.json",
+        "vae/config.json",
+        "vae/a.safetensors",
+        "text_encoder/b.safetensors",
+        "unet/c.bin",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def identities(base, **options):
+    config = make_config(pretrained_model_name_or_path=str(base), **options)
+    return vae_identity(config), text_identity(config, torch.float32)
+
+
+def rewrite(path):
+    """Other content of the same size."""
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def touch(path):
+    os.utime(path, ns=(0, 1))
+
+
+@pytest.mark.parametrize("change", [rewrite, touch, lambda path: path.write_text("longer than it was"), Path.unlink])
+@pytest.mark.parametrize(
+    "name, concerned",
+    [
+        ("vae/a.safetensors", (True, False)),
+        ("vae/config.json", (True, False)),
+        ("text_encoder/b.safetensors", (False, True)),
+        ("model_index.json", (False, True)),
+        ("unet/c.bin", (False, False)),
+    ],
+)
+def test_a_model_is_another_where_a_file_of_it_changed(base, change, name, concerned):
+    before = identities(base)
+    assert identities(base) == before
+    change(base / name)
+    assert tuple(now != then for now, then in zip(identities(base), before)) == concerned
+
+
+def test_precision_variant_and_place_are_part_of_the_model(base, tmp_path):
+    shutil.copytree(base, tmp_path / "copy")
+    config = make_config(pretrained_model_name_or_path=str(base))
+    vae = {identities(base, **options)[0] for options in ({}, {"vae_precision": "bf16"}, {"variant": "fp16"})}
+    text = {text_identity(config, dtype) for dtype in DTYPES.values()}
+    assert len(vae) == len(text) == 3
+    assert identities(tmp_path / "copy")[0] not in vae
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch):
+    asked = []
+
+    def load_config(name, revision, return_commit_hash):
+        asked.append((name, revision))
+        return {}, f"commit of {revision}"
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", load_config)
+    monkeypatch.setattr("diffusers.AutoencoderKL.load_config", load_config)
+    seen = [identities("some/model"), identities("some/model", revision="v2")]
+    seen += [identities("some/model", pretrained_vae_model_name_or_path="some/vae")]
+    assert len({vae for vae, _ in seen}) == 3 and len({text for _, text in seen}) == 2
+    assert set(asked) == {("some/model", None), ("some/model", "v2"), ("some/vae", None)}
 
 
 def truncate(path):
@@ -323,16 +412,34 @@ def test_an_unfinished_file_is_no_file(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["file", "file/inside"])
 def test_a_folder_that_cannot_be_made_is_named(make_vae, tmp_path, path):
     (tmp_path / "file").touch()
-    dataset, config = make_dataset(**FIXED, cache_latents_to_disk=str(tmp_path / path))
+    folder = {"cache_latents_to_disk": str(tmp_path / path), "pretrained_model_name_or_path": str(tmp_path)}
+    dataset, config = make_dataset(**FIXED, **folder)
     with pytest.raises(UserError, match=f"--cache_latents_to_disk {tmp_path / path}: "):
-        cache_latents(dataset, make_vae(), config, accelerator())
+        cache_latents(dataset, make_vae, config, accelerator())
 
 
-def test_moments_come_back_as_they_were_written(tmp_path):
-    moments = torch.randn(8, 4, 6)
-    save_moments(moments, tmp_path / "a.safetensors")
-    assert torch.equal(load_moments(tmp_path / "a.safetensors"), moments)
-    assert load_moments(tmp_path / "b.safetensors") is None
+def test_tensors_come_back_as_they_were_written(tmp_path):
+    tensors = {"prompt_embeds": torch.randn(1, 4, 6).to(torch.bfloat16), "pooled": torch.randn(1, 3)}
+    save_tensors(tensors, tmp_path / "a.safetensors")
+    back = load_tensors(tmp_path / "a.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert load_tensors(tmp_path / "b.safetensors") is None
+
+
+def test_tensors_are_made_once(tmp_path):
+    made = []
+
+    def make():
+        made.append(torch.zeros(1))
+        return {"a": made[-1]}
+
+    for _ in range(3):
+        assert load_or_make(tmp_path / "a.safetensors", make) == {"a": torch.zeros(1)}
+    assert len(made) == 1
+
+
+def test_parts_of_a_key_are_told_apart():
+    assert len({key_of(b"a", b"bc"), key_of(b"ab", b"c"), key_of(b"abc"), key_of(b"a", b"b", b"c")}) == 4
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])

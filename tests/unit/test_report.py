@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,24 +23,17 @@ from dreambooth.curves import COLOURS, draw_curves, running_mean, tick_label, ti
 from dreambooth.report import (
     Progress,
     closing_line,
+    compile_seconds,
     log_image,
     log_values,
     read_metrics,
     save_curves,
     start_trackers,
+    what_to_try,
 )
-from dreambooth.training import StepReport
+from dreambooth.training import StepReport, read_reports
 
 SECRET = "hf_nobodyMayReadThis"
-
-
-@dataclasses.dataclass
-class Report:
-    """A step report as a run with text encoders has it."""
-
-    loss: float
-    learning_rate: float
-    text_encoder_learning_rate: float | None = None
 
 
 @pytest.fixture
@@ -82,15 +76,26 @@ class FakeTracker:
         return [entry[0] for entry in self.told]
 
 
-def reports(*losses: float):
-    return (StepReport(loss, loss, 0.0, 1e-3, 0.5) for loss in losses)
+def reports(*losses: float, grad_norm: float = 0.5):
+    return (StepReport(torch.tensor([loss, loss, 0.0, grad_norm]), 1e-3) for loss in losses)
 
 
-def train(accelerator, config, first_step, *losses):
-    progress = Progress(accelerator, config, first_step, first_step + len(losses))
-    for step, report in progress.steps(reports(*losses)):
-        progress.update(step, report)
+class Photos:
+    """What Progress asks of a dataset."""
+
+    def paths_of_step(self, step, num_ranks):
+        return [Path(f"photos/{step}.jpg"), Path(f"class/{step}.png")]
+
+
+def start(accelerator, config, first_step, total_steps):
+    return Progress(accelerator, Photos(), config, first_step, total_steps)
+
+
+def train(accelerator, config, first_step, *losses, **numbers):
+    progress = start(accelerator, config, first_step, first_step + len(losses))
+    list(progress.steps(reports(*losses, **numbers)))
     progress.close()
+    return progress
 
 
 # ---- metrics.jsonl ----
@@ -103,37 +108,116 @@ def test_every_step_is_one_line(config, accelerate, tmp_path):
         "step", "loss", "instance_loss", "prior_loss", "learning_rate", "grad_norm", "step_time",
     ]  # fmt: skip
     assert (first["step"], first["loss"]) == (1, 0.5) and (second["step"], second["loss"]) == (2, 0.25)
+    assert (first["learning_rate"], first["grad_norm"]) == (1e-3, 0.5)
 
 
-def test_fields_of_the_report_are_written_as_they_are_and_none_is_left_out(config, accelerate, tmp_path):
-    progress = Progress(accelerate(), config, 0, 2)
-    progress.update(1, Report(0.5, 1e-3))
-    progress.update(2, Report(0.5, 1e-3, 1e-4))
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert "text_encoder_learning_rate" not in rows[0] and rows[1]["text_encoder_learning_rate"] == 1e-4
-
-
-def test_the_clock_counts_the_step_and_not_what_comes_between(config, accelerate, tmp_path, monkeypatch):
+def test_the_clock_counts_the_steps_and_not_what_comes_between(config, accelerate, tmp_path, monkeypatch):
+    """Steps that are read together share their time, that of waiting for them included."""
     now = SimpleNamespace(time=100.0)
     monkeypatch.setattr("dreambooth.report.time.monotonic", lambda: now.time)
 
     def slow_steps():
-        for seconds in (2.0, 3.0):
+        for seconds in (2.0, 3.0, 4.0):
             now.time += seconds
             yield from reports(0.1)
 
-    progress = Progress(accelerate(), config, 0, 2)
-    for step, report in progress.steps(slow_steps()):
-        progress.update(step, report)
+    def slow_reading(steps):
+        now.time += 0.5
+        return read_reports(steps)
+
+    monkeypatch.setattr("dreambooth.report.read_reports", slow_reading)
+    progress = start(accelerate(), dataclasses.replace(config, logging_steps=2), 0, 3)
+    for _ in progress.steps(slow_steps()):
         now.time += 50.0  # samples, a checkpoint
-    assert [row["step_time"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 3.0]
-    assert progress.seconds == 105.0
+    assert [row["step_time"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.75, 2.75, 4.5]
+    assert progress.seconds == 160.0
+
+
+# ---- when steps are read ----
+
+
+@pytest.mark.parametrize(
+    "logging_steps, after", [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [0, 0, 3, 3, 3, 6, 7]), (10, [0] * 6 + [7])]
+)
+def test_steps_are_read_together_now_and_then_and_after_the_last(logging_steps, after, config, accelerate, tmp_path):
+    progress = start(accelerate(), dataclasses.replace(config, logging_steps=logging_steps), 0, 7)
+    lines = [len(read_metrics(tmp_path / "metrics.jsonl")) for _ in progress.steps(reports(*[0.5] * 7))]
+    assert lines == after
+
+
+@pytest.mark.parametrize("logging_steps", [1, 4, 100])
+def test_the_same_is_told_of_every_step_however_often_they_are_read(logging_steps, config, accelerate, tmp_path):
+    accelerator = accelerate()
+    accelerator.trackers.append(tracker := FakeTracker())
+    losses = [0.1 * step for step in range(9)]
+    train(accelerator, dataclasses.replace(config, logging_steps=logging_steps), 0, *losses)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert [row["loss"] for row in rows] == pytest.approx(losses)
+    told = [(entry[-1], entry[1]["loss"]) for entry in tracker.told if entry[0] == "log"]
+    assert told == [(row["step"], row["loss"]) for row in rows]
+
+
+def test_reading_on_demand_leaves_nothing_unread_and_writes_nothing_twice(config, accelerate, tmp_path):
+    progress = start(accelerate(), config, 0, 5)
+    for step in progress.steps(reports(0.1, 0.2, 0.3, 0.4, 0.5)):
+        if step == 3:  # a checkpoint
+            progress.read()
+            progress.read()
+            assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+# ---- steps that are not finite ----
+
+
+@pytest.mark.parametrize("losses, numbers", [((0.5, math.nan, math.inf), {}), ((0.5, 0.5), {"grad_norm": math.inf})])
+def test_the_first_step_that_is_not_finite_ends_training_and_is_named(losses, numbers, config, accelerate, tmp_path):
+    first = 2 if not numbers else 1
+    words = (
+        f"step {first} is not finite: .* it trained on photos/{first}.jpg, class/{first}.png. .*lower --learning_rate"
+    )
+    with pytest.raises(UserError, match=words):
+        train(accelerate(), config, 0, *losses, **numbers)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(losses)  # what was computed is not lost
+
+
+def test_as_many_as_are_tolerated_are_warned_of(config, accelerate, tmp_path, caplog):
+    config = dataclasses.replace(config, skip_nonfinite=2)
+    train(accelerate(), config, 0, 0.5, math.nan, 0.5, math.inf, 0.5)
+    assert caplog.text.count("it was skipped, as ") == 2
+    with pytest.raises(UserError, match="step 5 is not finite: its loss is nan"):
+        train(accelerate(), config, 0, 0.5, math.nan, 0.5, math.inf, math.nan, math.nan)
+
+
+def test_gradients_that_a_scaler_made_overflow_are_no_error(config, accelerate):
+    accelerator = accelerate()
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    train(accelerator, config, 0, 0.5, 0.5, grad_norm=math.inf)
+    with pytest.raises(UserError, match="step 2 is not finite"):
+        train(accelerator, config, 0, 0.5, math.nan)
+
+
+@pytest.mark.parametrize(
+    "options, words, others",
+    [
+        ({}, ["lower --learning_rate than 0.0005", "--snr_gamma 5", "--skip_nonfinite"], ["bf16", "vae"]),
+        ({"mixed_precision": "fp16", "snr_gamma": 5.0}, ["--mixed_precision bf16"], ["--snr_gamma 5"]),
+        ({"vae_precision": "fp16"}, ["--vae_precision fp32", "madebyollin/sdxl-vae-fp16-fix"], []),
+    ],
+)
+def test_advice_is_what_is_left_to_do(options, words, others, config):
+    advice = what_to_try(dataclasses.replace(config, **options))
+    assert all(word in advice for word in words) and not any(word in advice for word in others)
+
+
+# ---- from step to step ----
 
 
 def test_no_step_is_computed_beyond_the_last(config, accelerate):
     source = reports(0.1, 0.2, 0.3)
-    list(Progress(accelerate(), config, 5, 7).steps(source))
-    assert next(source).loss == 0.3
+    list(start(accelerate(), config, 5, 7).steps(source))
+    assert next(source).numbers[0].item() == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', "\0\0\0", "\n\n"])
@@ -162,7 +246,8 @@ def test_a_full_disk_is_one_warning_and_training_goes_on(config, accelerate, cap
 
 
 def test_numbers_that_json_lacks_become_null(config, accelerate, tmp_path):
-    train(accelerate(), config, 0, math.nan, math.inf)
+    with pytest.raises(UserError):
+        train(accelerate(), config, 0, math.nan, math.inf)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in text.splitlines()] == [None, None]
 
@@ -263,9 +348,8 @@ def test_a_tracker_that_fails_is_let_go_with_one_warning(verb, config, accelerat
     fakes = {"wandb": lambda *_, **__: bad, "tensorboard": lambda *_, **__: good}
     monkeypatch.setattr("dreambooth.report.LOGGER_TYPE_TO_CLASS", fakes)
     accelerator = accelerate("wandb", "tensorboard")
-    progress = Progress(accelerator, config, 0, 2)
-    for step, report in progress.steps(reports(0.5, 0.25)):
-        progress.update(step, report)
+    progress = start(accelerator, dataclasses.replace(config, logging_steps=1), 0, 2)
+    for step in progress.steps(reports(0.5, 0.25)):
         log_image(accelerator, "samples", Image.new("RGB", (8, 8)), step)
     progress.close()
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -369,6 +453,15 @@ def test_no_tracker_writes_the_token_not_even_from_the_command_line(
 def test_the_closing_line_counts_all_groups(tmp_path):
     groups = [[torch.nn.Parameter(torch.zeros(1000))], [torch.nn.Parameter(torch.zeros(24, 1))]]
     parameters = (parameter for group in groups for parameter in group)
-    line = closing_line(parameters, 800, 125.4, tmp_path / "a.safetensors", torch.device("cpu"))
+    line = closing_line(parameters, 800, 125.4, 0.0, tmp_path / "a.safetensors", torch.device("cpu"))
     assert line.startswith("Trained 1,024 parameters (0.00 MiB in fp32) for 800 steps in 2 min 5 s; peak memory ")
     assert line.endswith(f"GiB on cpu; the adapter is {tmp_path / 'a.safetensors'}")
+
+
+def test_the_closing_line_says_how_long_compiling_took(config, tmp_path):
+    assert compile_seconds(config) == 0
+    line = closing_line([], 800, 125.4, 41.25, tmp_path / "a.safetensors", torch.device("cpu"))
+    assert " for 800 steps in 2 min 5 s, 41.2 s of it compiling; peak memory " in line
+    before = compile_seconds(dataclasses.replace(config, compile=True))
+    torch.compile(lambda x: x.sin() + 1, backend="eager")(torch.ones(1))
+    assert compile_seconds(dataclasses.replace(config, compile=True)) > before

@@ -1,10 +1,22 @@
-"""The pieces of a step: noise by row, losses by kind of row, how many steps there are."""
+"""The pieces of a step: noise by row, losses by kind of row, how many steps there are; and that none waits."""
 
+import itertools
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import EDMEulerScheduler
 
 from dreambooth.config import TrainingConfig
-from dreambooth.training import count_steps, draw_noise, dreambooth_losses
+from dreambooth.data import DreamBoothDataset, build_loader
+from dreambooth.diffusion import build_noise_scheduler
+from dreambooth.noise import draw_noise, noise_drawer
+from dreambooth.photos import Photo
+from dreambooth.training import Denoiser, count_steps, dreambooth_losses, read_reports, train_steps
+from toyworld.tiny_pipeline import build_pipeline, build_scheduler
 
 
 def config(**options) -> TrainingConfig:
@@ -14,8 +26,8 @@ def config(**options) -> TrainingConfig:
 
 
 def draw(seeds, **options):
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return draw_noise(generators, torch.zeros(len(seeds), 4, 8, 8), 1000, config(**options))
+    rows = [draw_noise(seed, (64, 64), 4, 8, 1000, config(**options)) for seed in seeds]
+    return torch.stack([row.noise for row in rows]), torch.stack([row.timestep for row in rows])
 
 
 @pytest.mark.parametrize("num_instances, rows", [(1, 2), (2, 4), (3, 6)])
@@ -31,11 +43,12 @@ def test_without_class_rows_the_prior_loss_is_zero():
     assert (instance_loss.item(), prior_loss.item()) == (1, 0)
 
 
-def test_noise_and_timesteps_of_a_row_depend_on_its_seed_alone():
-    noise, timesteps = draw([5, 6, 7])
-    for together, alone in zip((noise, timesteps), draw([6])):
-        assert torch.equal(together[1:2], alone)
-    assert noise.shape == (3, 4, 8, 8) and not torch.allclose(noise[0], noise[1])
+def test_a_row_has_two_noises_and_neither_moves_the_global_generator():
+    state = torch.get_rng_state()
+    row = draw_noise(5, (64, 96), 3, 4, 1000, config())
+    assert row.noise.shape == row.posterior_noise.shape == (3, 16, 24)
+    assert not torch.allclose(row.noise, row.posterior_noise)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_noise_is_normal_and_timesteps_are_uniform():
@@ -73,3 +86,69 @@ def test_noise_offset_is_constant_over_a_channel_and_moves_nothing_else():
 )
 def test_steps_to_train_on_five_photos(options, ranks, steps):
     assert count_steps(5, config(**options), ranks) == steps
+
+
+# ---- on a device that holds no values, nothing can be read: a step that would wait for one fails ----
+
+
+class MetaAccelerator(Accelerator):
+    device = torch.device("meta")
+
+
+@pytest.fixture
+def step_on_meta(fresh_accelerator):
+    """Return a function that does two optimizer steps on the meta device and returns their reports."""
+
+    def run(scheduler, **options):
+        settings = config(resolution=64, train_batch_size=2, gradient_accumulation_steps=2, **options)
+        photo = Photo(
+            Path("a.png"), np.zeros((64, 80, 3), np.uint8), "", "", (64, 80), np.full((64, 80), 255, np.uint8)
+        )
+        dataset = DreamBoothDataset([photo], [photo] * settings.uses_class_images, [""], settings)
+        pipeline = build_pipeline("sd")
+        unet = pipeline.unet.to("meta")
+        noise_scheduler = build_noise_scheduler(scheduler, settings)
+        hidden = torch.zeros(1, 77, unet.config.cross_attention_dim, device="meta")
+        denoiser = Denoiser(
+            {"unet": unet}, lambda rows: {"hidden": hidden[rows]}, lambda e, _: {"encoder_hidden_states": e["hidden"]}
+        )
+        optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        batches = build_loader(dataset, noise_drawer(pipeline, noise_scheduler, settings), settings, 0, 1, 0)
+        reports = train_steps(
+            MetaAccelerator(cpu=True, gradient_accumulation_steps=2),
+            denoiser,
+            lambda batch: batch.posterior_noise,
+            noise_scheduler,
+            nullcontext,
+            batches,
+            optimizer,
+            schedule,
+            settings,
+        )
+        return list(itertools.islice(reports, 2))
+
+    return run
+
+
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog"}
+STEPS = {
+    "plain": (build_scheduler("epsilon"), {}),
+    "snr": (build_scheduler("v_prediction"), {"snr_gamma": 5.0, **PRIOR}),
+    "huber": (build_scheduler("epsilon"), {"loss_type": "huber", **PRIOR, "prior_source": "base_model"}),
+    "edm": (EDMEulerScheduler(sigma_data=0.5), {"noise_offset": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_reads_nothing_from_the_device(name, step_on_meta):
+    scheduler, options = STEPS[name]
+    reports = step_on_meta(scheduler, **options)
+    assert len(reports) == 2 and all(report.numbers.is_meta for report in reports)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        read_reports(reports)
+
+
+def test_steps_are_read_only_where_some_may_be_skipped(step_on_meta):
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        step_on_meta(build_scheduler("epsilon"), skip_nonfinite=1)

@@ -9,7 +9,7 @@ import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
 
 SCRIPTS = ("train_dreambooth_kronecker.py", "train_dreambooth_kronecker_sdxl.py")
-NAMES = ["Pipeline", "Config", "load_models", "encode_prompts", "unet_condition", "main"]
+NAMES = ["Config", "Pipeline", "load_models", "encode_prompts", "unet_condition", "main"]
 
 
 def definitions(script: str) -> dict[str, ast.stmt]:
