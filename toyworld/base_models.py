@@ -4,10 +4,12 @@ Attention projections have 64 or 128 features in the UNets and 128 in the text e
 (64, 8) and square factors up to 64 fit. Latents are 16 x 16 with 8 channels for pictures of 64 x 64 px.
 """
 
+import copy
 import json
 import random
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import (
@@ -54,10 +56,8 @@ def _build_sd(vae: AutoencoderKL, clip: Path) -> StableDiffusionPipeline:
 
 def _build_sdxl(vae: AutoencoderKL, clip: Path) -> StableDiffusionXLPipeline:
     tokenizer = build_tokenizer()
-    text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
-    text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(clip, dtype=torch.float32)
-    for encoder in (text_encoder, text_encoder_2):
-        bring_to_scale(encoder, tokenizer)
+    text_encoder = deepen(CLIPTextModel.from_pretrained(clip, dtype=torch.float32), tokenizer)
+    text_encoder_2 = deepen(CLIPTextModelWithProjection.from_pretrained(clip, dtype=torch.float32), tokenizer)
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -92,33 +92,46 @@ def _build_unet(**options) -> UNet2DConditionModel:
     )
 
 
-@torch.no_grad()
-def bring_to_scale(encoder: CLIPTextModel | CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> None:
-    """Give the states before the last layer, which SDXL reads, a standard deviation of 1; the output stays the same.
+TextEncoder = TypeVar("TextEncoder", CLIPTextModel, CLIPTextModelWithProjection)
 
-    No norm has seen them, and contrastive training leaves them at 20, too much for the UNet's attention to learn from.
-    All that adds to these states is divided, which every norm after them undoes.
+
+@torch.no_grad()
+def deepen(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> TextEncoder:
+    """Return the encoder with one more layer, which adds nothing: what SDXL reads, the states before the last layer,
+    are then all that the encoder knew.
+
+    These states get a standard deviation of 1. No norm has seen them, and contrastive training leaves them at 20 to 30,
+    too much for the UNet's attention to learn from. All that adds to them is divided, which the next norm undoes.
     """
+    config = copy.deepcopy(encoder.config)
+    config.num_hidden_layers += 1
+    deeper = type(encoder)(config).eval()
+    deeper.load_state_dict(encoder.state_dict(), strict=False)
+    for name, weights in deeper.named_parameters():
+        if re.search(rf"layers\.{config.num_hidden_layers - 1}\..*(out_proj|fc2)\.(weight|bias)$", name):
+            weights.zero_()
     captions = [caption(*sample("scale", i), random.Random(i)) for i in range(64)]
     tokens = tokenizer(captions, padding="longest", return_tensors="pt")
-    scale = encoder(**tokens, output_hidden_states=True).hidden_states[-2].std().item()
-    for name, weights in encoder.named_parameters():
+    scale = deeper(**tokens, output_hidden_states=True).hidden_states[-2].std().item()
+    for name, weights in deeper.named_parameters():
         if re.search(r"(embedding|out_proj|fc2)\.(weight|bias)$", name):
             weights /= scale
-    encoder.config.layer_norm_eps /= scale**2
-    for module in encoder.modules():
+    config.layer_norm_eps /= scale**2
+    for module in deeper.modules():
         if isinstance(module, nn.LayerNorm):
-            module.eps = encoder.config.layer_norm_eps
+            module.eps = config.layer_norm_eps
+    return deeper
 
 
 @torch.no_grad()
-def take_over(unet: UNet2DConditionModel, trained: UNet2DConditionModel) -> None:
-    """Begin with a trained UNet's weights: SDXL's UNet from Stable Diffusion's, which has the same blocks.
+def take_over(sdxl: StableDiffusionXLPipeline, sd: StableDiffusionPipeline) -> None:
+    """Begin with Stable Diffusion's text encoder, as the first, and its UNet, whose blocks are the same.
 
     What a layer gets to see beyond that, such as the second text encoder's features, has weight 0 at first.
     """
-    given = trained.state_dict()
-    for name, weights in unet.state_dict().items():
+    sdxl.register_modules(text_encoder=deepen(sd.text_encoder, sd.tokenizer))
+    given = sd.unet.state_dict()
+    for name, weights in sdxl.unet.state_dict().items():
         if name in given:
             known = given[name].reshape(given[name].shape[: weights.dim()])  # a 1 x 1 convolution is a linear layer
             weights.zero_()[tuple(map(slice, known.shape))] = known

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument(
         "--clip", type=Path, default=MODELS / "clip", help="whose text side is taken; default: the same"
     )
-    parser.add_argument("--unet", type=Path, help="a trained UNet to begin with, as sdxl may with that of sd")
+    parser.add_argument("--sd", help="a trained model in Stable Diffusion's layout, for sdxl to begin with")
     parser.add_argument("--pictures", type=int, default=48_000, help="renders to learn from; default: 48000")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
@@ -187,8 +187,8 @@ def main() -> None:
     file = options.output_dir / "latents.safetensors"
     examples = load_examples(options.kind, vae, options.pictures, file)
     pipeline = build_base(options.kind, vae, options.clip)
-    if options.unet:
-        take_over(pipeline.unet, UNet2DConditionModel.from_pretrained(options.unet, dtype=torch.float32))
+    if options.sd:
+        take_over(pipeline, StableDiffusionPipeline.from_pretrained(options.sd, dtype=torch.float32))
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
     def loss_of(models: nn.Module, step: int) -> Tensor:

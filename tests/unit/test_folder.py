@@ -49,7 +49,7 @@ def test_the_lock_of_a_dead_run_is_taken_over(output):
     assert (output / LOCK_NAME).exists()
     with hold_folder(make_config(output), ALONE):
         pass
-    assert not output.exists()
+    assert not (output / LOCK_NAME).exists()
 
 
 def test_a_run_that_is_refused_leaves_no_folder_behind(tmp_path):

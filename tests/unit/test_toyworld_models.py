@@ -94,8 +94,9 @@ def test_reserved_words_lie_among_the_names_and_differ_from_all(vae, tokenizer):
 
 @torch.no_grad()
 def test_sdxls_unet_begins_as_stable_diffusions(vae):
-    sd, sdxl = (build_base(kind, vae, MODELS / "clip").unet for kind in ("sd", "sdxl"))
-    take_over(sdxl, sd)
+    pipelines = [build_base(kind, vae, MODELS / "clip") for kind in ("sd", "sdxl")]
+    take_over(pipelines[1], pipelines[0])
+    sd, sdxl = (pipeline.unet for pipeline in pipelines)
     torch.nn.init.zeros_(sdxl.add_embedding.linear_2.weight)  # of sizes and pooled texts, which sd does not see
     torch.nn.init.zeros_(sdxl.add_embedding.linear_2.bias)
     latents, timesteps, text = torch.randn(2, 8, 16, 16), torch.tensor([5, 900]), torch.randn(2, 77, 128)
