@@ -206,13 +206,33 @@ def test_skipped_steps_leave_the_factors_as_they_were(scaled, value, options, ru
         run_main(sd, **common, skip_nonfinite=1, overwrite_output_dir=True)
 
 
-def test_steps_that_a_scaler_passes_over_are_no_fault(options, run_main, monkeypatch):
-    """A first scale that makes gradients overflow is halved at every step until they do not."""
-    use_scaler(monkeypatch, 2.0**127)
-    run_main(sd, **{**options, "max_train_steps": 12})
-    rows = metrics(options["output_dir"])
-    assert rows[0]["grad_norm"] is None and all(row["loss"] is not None for row in rows)
-    assert all(tensor.isfinite().all() for tensor in factors(options["output_dir"]).values())
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_that_overflow_are_a_fault_but_with_a_scaler_which_passes_over_them(
+    scaled, options, run_main, monkeypatch
+):
+    """Of a finite loss, in step 2."""
+    forward, calls = Denoiser.forward, []
+
+    def overflowing(self, *arguments):
+        calls.append(1)
+        prediction = forward(self, *arguments)
+        if len(calls) == 2:
+            prediction.register_hook(lambda gradient: gradient * float("inf"))
+        return prediction
+
+    monkeypatch.setattr(Denoiser, "forward", overflowing)
+    options = {**options, "checkpointing_steps": 1}
+    if not scaled:
+        with pytest.raises(ValueError, match="step 2 is not finite: its loss is [0-9.]+, the norm .* nan"):
+            run_main(sd, **options)
+        return
+    use_scaler(monkeypatch, 2.0**10)
+    run_main(sd, **options)
+    output = options["output_dir"]
+    assert [row["grad_norm"] is None for row in metrics(output)] == [False, True, False, False]
+    assert all(row["loss"] is not None for row in metrics(output))
+    assert_same(factors(output / "checkpoint-2"), factors(output / "checkpoint-1"))
+    assert all(tensor.isfinite().all() for tensor in factors(output).values())
 
 
 def test_through_the_command_line_all_ranks_refuse_a_poisoned_base_in_one_line(tiny_sd, options, tmp_path):
