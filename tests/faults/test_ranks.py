@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 from conftest import assert_same, factors, launch, metrics
-from safetensors.torch import load_file
 
 from tests.faults import child
 
@@ -53,7 +52,7 @@ def test_one_dies_both_end_one_is_told_to_stop_both_stop_and_they_resume_exactly
     run, uninterrupted = start_run(), start_run("uninterrupted")
     codes, said = run_ranks(run, child.after_step, 3, child.signal_oneself, signal.SIGKILL, dataloader_num_workers=1)
     assert codes == [69, -signal.SIGKILL] and run.checkpoints == ["checkpoint-2"], said
-    assert re.search("^error: another process of this run has ended .*\n.*--resume_from_checkpoint latest", said, re.M)
+    assert re.search("error: another process of this run has ended .*\n.*--resume_from_checkpoint latest", said)
     assert "Traceback" not in said
     codes, said = run_ranks(run, child.after_step, 5, child.signal_oneself, signal.SIGUSR1)
     assert codes == [75, 75] and run.checkpoints == ["checkpoint-2", "checkpoint-4", "checkpoint-5"], said
@@ -91,7 +90,10 @@ def seen(run, ranks: int, num_instances: int) -> list[list[torch.Tensor]]:
     """Latents, noise and timesteps of each step, its instance rows first, whichever process had them."""
     forwards = [torch.load(run.folder / f"seen-{rank}.pt") for rank in range(ranks)]
     return [
-        [torch.cat([rows[:num_instances] for rows in kind] + [rows[num_instances:] for rows in kind]) for kind in zip(*step)]
+        [
+            torch.cat([rows[:num_instances] for rows in kind] + [rows[num_instances:] for rows in kind])
+            for kind in zip(*step)
+        ]
         for step in zip(*forwards)
     ]
 
@@ -113,8 +115,8 @@ def test_runs_on_other_numbers_of_processes_are_the_same_run(run_ranks, start_ru
     assert before.items() <= {name: path.stat().st_mtime_ns for name, path in after.items()}.items()
     assert len({path.read_bytes() for path in after.values()}) == len(after) == 5
 
-    moved = max((factors(two.output)[name] - load_file(two.output / "checkpoint-2" / "pytorch_kronecker_weights.safetensors")[name]).abs().max() for name in factors(two.output))
-    print("moved", moved)
+    then, now = factors(two.output / "checkpoint-2"), factors(two.output)
+    assert max((now[name] - then[name]).abs().max() for name in now) > 1e-4  # what the comparisons below can see
     for ranks in (1, 3):
         other = start_run(f"{ranks} processes", **common, train_batch_size=6 // ranks)
         for path in ("class", "out/checkpoint-2"):
@@ -131,4 +133,6 @@ def test_runs_on_other_numbers_of_processes_are_the_same_run(run_ranks, start_ru
             assert all(torch.equal(mine, yours) for mine, yours in zip(ours[1:], theirs[1:]))
 
     code, said = two.run(train_batch_size=3)
-    assert code == 2 and re.search(r"global batch \(devices x accumulation x train_batch_size\) +6 +3$", said, re.M), said
+    assert code == 2 and re.search(r"global batch \(devices x accumulation x train_batch_size\) +6 +3$", said, re.M), (
+        said
+    )
