@@ -127,8 +127,8 @@ def test_runs_on_other_numbers_of_processes_are_the_same_run(run_ranks, start_ru
         assert_same(factors(other.output), factors(two.output), tolerance=1e-5)
         for ours, theirs in zip(metrics(other.output), metrics(two.output), strict=True):
             assert {**ours, "step_time": 0} == pytest.approx({**theirs, "step_time": 0}, rel=1e-4)
-        theirs = seen(two, 2, num_instances=3)[2:]
-        for ours, theirs in zip(seen(other, ranks, num_instances=6 // ranks), theirs, strict=True):
+        whole = seen(two, 2, num_instances=3)[2:]
+        for ours, theirs in zip(seen(other, ranks, num_instances=6 // ranks), whole, strict=True):
             torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=0)
             assert all(torch.equal(mine, yours) for mine, yours in zip(ours[1:], theirs[1:]))
 
