@@ -56,6 +56,7 @@ from dreambooth.noise import noise_drawer
 from dreambooth.optimizers import build_lr_scheduler, build_optimizer, check_optimizer
 from dreambooth.photos import read_instance_photos
 from dreambooth.prior import ensure_class_images
+from dreambooth.ranks import explain_lost_process
 from dreambooth.report import Progress, save_curves
 from dreambooth.stopping import Stop
 from dreambooth.text import prompt_encoder
@@ -99,6 +100,7 @@ def unet_condition(embeddings: dict[str, Tensor], size_conditions: Tensor) -> di
     }
 
 
+@explain_lost_process()
 def main() -> None:
     config = parse_config(Config, __doc__)
     accelerator = start_accelerator(config)

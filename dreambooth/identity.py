@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from dreambooth.config import TrainingConfig, UserError, public_options
 from dreambooth.photos import Photo
+from dreambooth.ranks import on_main
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +64,16 @@ def identify_run(
     as they are trained on.
 
     Raises UserError where the checkpoint `start` is of a run on other photos, naming each; with --allow_config_change
-    it is a warning.
+    it is a warning. And where this process sees other photos than the main one: all processes have to call this.
     """
     named = {f"instance photo {photo.path.name}": _describe(photo) for photo in photos}
     named |= {f"class image {photo.path.name}": _describe(photo) for photo in class_photos}
+    if (theirs := on_main(accelerator, lambda: named)) != named:
+        differing = [name for name in dict.fromkeys([*theirs, *named]) if theirs.get(name) != named.get(name)]
+        raise UserError(
+            f"process {accelerator.process_index} sees other photos than the main process, {differing[0]} first: the "
+            "folders of photos and class images, and --output_dir, have to be the same for all, on every machine"
+        )
     if start is not None:
         _refuse(start, "photos", _flat(_read_run(start)["photos"]), _flat(named), config)
     return {"options": deciding_options(config, accelerator), "photos": named}

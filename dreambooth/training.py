@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from dreambooth.config import TrainingConfig, UserError
 from dreambooth.data import Batch
 from dreambooth.diffusion import NoiseScheduler, diffuse, row_losses
+from dreambooth.ranks import PATIENCE, refuse_sharding
 
 # ---- setting up ----
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
     """Return the accelerator, with logging and precision as configured."""
+    refuse_sharding()
     try:
         accelerator = Accelerator(
             # Said outright: accelerate joins several processes without a GPU only if it knows that they want none.
             cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
+            kwargs_handlers=[PATIENCE],
             # The stream of batches has no end, so accelerate must not look for one: with 5 images and accumulation 4
             # it would alternate full and quarter gradients.
             gradient_accumulation_plugin=GradientAccumulationPlugin(

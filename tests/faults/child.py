@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import train_dreambooth_kronecker as script
+from dreambooth import training
 from dreambooth.config import readable_errors
 from kron_adapter import KroneckerError
 
@@ -97,12 +98,29 @@ def signal_oneself(first: int, second: int | None = None, delay: float = 0.0, le
         time.sleep(length)
 
 
-def join(rank: int, port: int, act: Callable[..., None] | None = None, *arguments) -> None:
-    """Be one of two processes that train together; then act(*arguments), which prepares something else."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def join(rank: int, ranks: int, port: int, act: Callable[..., None] | None = None, *arguments) -> None:
+    """Be one of several processes that train together; then act(*arguments), which prepares something else."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    record_what_is_seen(f"seen-{rank}.pt")
     if act:
         act(*arguments)
+
+
+def record_what_is_seen(path: str) -> None:
+    """Write the latents, noise and timesteps of every forward pass to a file."""
+    seen, diffuse = [], training.diffuse
+
+    def recording(noise_scheduler, latents, noise, timesteps):
+        seen.append((latents, noise, timesteps))
+        torch.save(seen, path)
+        return diffuse(noise_scheduler, latents, noise, timesteps)
+
+    training.diffuse = recording
+
+
+def add_flags(*words: str) -> None:
+    sys.argv += words
 
 
 def limit_file_size(limit: int) -> None:

@@ -1,0 +1,53 @@
+"""What is refused before several processes are started, and which errors are those of a lost process."""
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed import DistNetworkError
+
+from dreambooth.config import UserError
+from dreambooth.ranks import LostProcessError, explain_lost_process, refuse_sharding
+from dreambooth.training import start_accelerator
+from tests.faults.checkpoints import make_config
+
+
+def test_a_launcher_that_shards_is_refused_before_anything_else(monkeypatch, tmp_path):
+    flags = "--use_fsdp --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no train.py"
+    set_by_launcher = prepare_multi_gpu_env(launch_command_parser().parse_args(flags.split()))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", set_by_launcher["ACCELERATE_USE_FSDP"])
+    with pytest.raises(UserError, match="to use FSDP, which splits .* configs/accelerate/multi_gpu.yaml"):
+        start_accelerator(make_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "variable, name",
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
+    ],
+)
+def test_every_way_to_shard_is_refused_by_name(variable, name, monkeypatch):
+    monkeypatch.setenv(variable, "false")
+    refuse_sharding()
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"to use {name}, which splits"):
+        refuse_sharding()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DistNetworkError("the server has closed the connection"),
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+    ],
+)
+def test_the_end_of_a_connection_is_a_lost_process(error):
+    with pytest.raises(LostProcessError, match="has ended or does not answer.*(\n.*)*--resume_from_checkpoint latest"):
+        with explain_lost_process():
+            raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), explain_lost_process():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
