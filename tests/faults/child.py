@@ -4,6 +4,7 @@ The processes are forked from one that has imported everything, so that a start 
 """
 
 import gc
+import multiprocessing
 import os
 import random
 import resource
@@ -31,6 +32,7 @@ Prepare = Callable[..., None]
 def train(folder: Path, argv: list[str], log: Path, prepare: Prepare | None, arguments: tuple) -> None:
     """Run main() in `folder`, with what it says in the file `log`, after prepare(*arguments)."""
     os.setsid()  # a process group of its own, as a job has
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as where a user starts it
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for descriptor in (1, 2):

@@ -15,7 +15,7 @@ def test_a_launcher_that_shards_is_refused_before_anything_else(monkeypatch, tmp
     flags = "--use_fsdp --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no train.py"
     set_by_launcher = prepare_multi_gpu_env(launch_command_parser().parse_args(flags.split()))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", set_by_launcher["ACCELERATE_USE_FSDP"])
-    with pytest.raises(UserError, match="to use FSDP, which splits .* configs/accelerate/multi_gpu.yaml"):
+    with pytest.raises(UserError, match="to use FSDP, which splits .*configs/accelerate/multi_gpu.yaml"):
         start_accelerator(make_config(tmp_path))
 
 
