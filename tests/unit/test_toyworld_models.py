@@ -33,7 +33,7 @@ def tokenizer():
 def test_the_models_are_small_and_hold_safetensors_only():
     files = [path for path in MODELS.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
-    for kind, limit in (("sd", 16.5e6), ("sdxl", 18.2e6), ("vae", 4e6), ("clip", 3e6), ("dino", 2e6)):
+    for kind, limit in (("sd", 16.5e6), ("sdxl", 19e6), ("vae", 4e6), ("clip", 3e6), ("dino", 2e6)):
         assert sum(path.stat().st_size for path in files if path.is_relative_to(MODELS / kind)) < limit
 
 
