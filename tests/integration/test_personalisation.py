@@ -88,7 +88,7 @@ def train(run_main, trained_files, tmp_path_factory):
                 "resolution": 64,
                 "center_crop": True,
                 "train_batch_size": 4,
-                "max_train_steps": 150,
+                "max_train_steps": 300,
                 "learning_rate": 1e-2,
                 "output_dir": output,
                 "report_to": "none",
