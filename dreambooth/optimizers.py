@@ -34,8 +34,9 @@ def build_optimizer(
     The factors have to be on their device already, and stay there. Raises UserError as `check_optimizer` does.
     """
     optimizer_class, options = _choose(config)
-    # Of several devices, each shares its gradients through buffers of DistributedDataParallel's own.
-    if num_ranks == 1 and not config.use_8bit_adam and config.optimizer_name() in ELEMENT_WISE:
+    # Processes that were started together, even one alone, have gradients in buffers of DistributedDataParallel's own.
+    alone = num_ranks == 1 and not torch.distributed.is_initialized()
+    if alone and not config.use_8bit_adam and config.optimizer_name() in ELEMENT_WISE:
         optimizer_class = _flat(optimizer_class)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * num_ranks
     scale = samples_per_step if config.scale_lr else 1
