@@ -98,11 +98,6 @@ def _thumbnail(samples: Path) -> dict[str, str]:
     return {"modelspec.thumbnail": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
 
-def count_adapted(models: Mapping[str, nn.Module]) -> int:
-    """Return the number of adapted layers."""
-    return sum(len(kronecker_layers(model)) for model in models.values())
-
-
 def load_adapted_pipeline(config: AdaptedModelConfig) -> DiffusionPipeline:
     """Return the base model with the adapters in it, or the base model alone where none is given.
 
