@@ -8,8 +8,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, flags
 from PIL import Image
+
+from tests.conftest import ROOT, flags
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 # Notes its arguments and ends with the next code of a list, or waits for a signal and ends with 75 where that is "wait"
 TRAINING = """#!/bin/bash

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,6 +23,7 @@ from kron_formats.inspection import inspect
 from kron_formats.matching import match_layers
 from kron_formats.names import KroneckerError
 from kron_formats.reading import Factors, read_adapter
+from tests.conftest import ROOT
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 OTHER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import factors
 from PIL import Image, ImageCms
 
 import train_dreambooth_kronecker as sd
 from dreambooth.config import TrainingConfig, UserError
 from dreambooth.evaluation import read_subject_photos
 from dreambooth.photos import read_instance_photos
+from tests.conftest import factors
 
 ORANGE, RED, BLUE = (230, 120, 20), (255, 0, 0), (0, 0, 255)
 SIZE = (40, 30)  # width, height, px

@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from conftest import assert_same, factors, launch, metrics
 
+from tests.conftest import assert_same, factors, launch, metrics
 from tests.faults import child
 
 

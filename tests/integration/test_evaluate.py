@@ -11,14 +11,14 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
-from adapters import adapted_pipeline
-from conftest import ROOT, flags
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
 from kron_adapter import save_kronecker
 from scripts import convert, evaluate, generate
+from tests.adapters import adapted_pipeline
+from tests.conftest import ROOT, flags
 
 PROMPTS = ["a {} in the snow", "a red {}"]
 

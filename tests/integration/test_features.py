@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WEIGHTS, assert_same, factors, metrics, subject_photos
 from diffusers import DiffusionPipeline, EDMEulerScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 
@@ -17,6 +16,7 @@ import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.diffusion import diffuse
 from dreambooth.training import Denoiser
 from scripts import generate, merge
+from tests.conftest import WEIGHTS, assert_same, factors, metrics, subject_photos
 
 
 @pytest.fixture(params=["sd", "sdxl"])

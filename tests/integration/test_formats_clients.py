@@ -7,7 +7,13 @@ import textwrap
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from adapters import (
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from kron_adapter import KroneckerError, attach_to_diffusers, load_kronecker, save_kronecker
+from kron_formats.names import components
+from scripts import convert
+from tests.adapters import (
     adapted_pipeline,
     dense_weights,
     draw,
@@ -16,12 +22,6 @@ from adapters import (
     worst_error,
     write_reference_file,
 )
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-
-from kron_adapter import KroneckerError, attach_to_diffusers, load_kronecker, save_kronecker
-from kron_formats.names import components
-from scripts import convert
 
 EXACT = 2e-8  # W and ΔW as the client holds them, added in float64
 FUSED = 4e-8  # the same after one addition in fp32, where weights up to 0.5 are 6e-8 apart

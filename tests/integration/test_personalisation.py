@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS
 from safetensors.torch import load_file, save_file
 
 import train_dreambooth_kronecker
@@ -16,6 +15,7 @@ import train_dreambooth_kronecker_sdxl
 from dreambooth.evaluation import PriorDrift, PromptScores, read_subject_photos, score_images, score_prior
 from dreambooth.scores import load_evaluators
 from kron_adapter import load_kronecker
+from tests.conftest import ROOT, WEIGHTS
 from toyworld.study import draw_all, load_base
 from toyworld.subjects import prompts
 

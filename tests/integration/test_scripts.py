@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from kron_adapter import inject_kronecker, kronecker_parameters, save_kronecker
 from scripts import generate, merge
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")

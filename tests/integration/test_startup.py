@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, assert_same, factors
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.cache import load_tensors
+from tests.conftest import ROOT, assert_same, factors
 
 PARTS = {
     "unet": UNet2DConditionModel,

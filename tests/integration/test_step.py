@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WEIGHTS, assert_same, factors, launch, metrics
 from diffusers import DiffusionPipeline
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dreambooth_kronecker as sd
 from dreambooth.training import Denoiser
+from tests.conftest import WEIGHTS, assert_same, factors, launch, metrics
 
 NAMES = "item tolist numpy cpu nonzero unique __bool__ __float__ __int__ __index__ __array__ __repr__ __format__"
 READING = {getattr(torch.Tensor, name) for name in NAMES.split()}

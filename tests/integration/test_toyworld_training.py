@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPModel, ViTModel
+
+from tests.conftest import ROOT
 
 
 def run(module: str, *arguments, steps: int = 2) -> str:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WEIGHTS, assert_same, factors, launch, metrics, save_tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
 import train_dreambooth_kronecker as sd
 from kron_adapter import kronecker_layers, load_kronecker
+from tests.conftest import WEIGHTS, assert_same, factors, launch, metrics, save_tiny_pipeline
 
 
 @pytest.mark.parametrize("subject, resolution, mixed_precision", [("dog", 64, "no"), ("clock", 128, "bf16")])

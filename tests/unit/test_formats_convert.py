@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from adapters import adapted_pipeline, dense_weights, plain_pipeline, plain_weights, worst_error, write_reference_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +19,14 @@ from kron_formats.lora import kronecker_to_lora, lora_to_kronecker
 from kron_formats.names import components, find_layers, match_target
 from kron_formats.reading import Factors, LowRank, read_adapter
 from scripts import convert
+from tests.adapters import (
+    adapted_pipeline,
+    dense_weights,
+    plain_pipeline,
+    plain_weights,
+    worst_error,
+    write_reference_file,
+)
 
 EXACT = 2e-8
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from adapters import plain_pipeline
 from peft import LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -15,6 +14,7 @@ from kron_formats.architectures import load_architecture
 from kron_formats.names import find_layers, spelling_index
 from kron_formats.reading import read_adapter
 from scripts import convert
+from tests.adapters import plain_pipeline
 
 
 def run(*arguments):

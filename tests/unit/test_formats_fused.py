@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from adapters import adapted_pipeline, dense_weights, draw, plain_weights, worst_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -11,6 +10,7 @@ from kron_formats.architectures import load_architecture
 from kron_formats.fused import original_key
 from kron_formats.names import components, family, find_layers
 from scripts import convert
+from tests.adapters import adapted_pipeline, dense_weights, draw, plain_weights, worst_error
 
 EXACT = 2e-8
 

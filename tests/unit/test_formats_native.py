@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from adapters import adapted_pipeline, draw, plain_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +16,7 @@ from kron_adapter import (
     read_kronecker,
     save_kronecker,
 )
+from tests.adapters import adapted_pipeline, draw, plain_pipeline
 
 
 def metadata_of(path):

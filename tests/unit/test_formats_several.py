@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, worst_error
 from peft import LoraConfig
 from torch import nn
 
@@ -22,6 +21,7 @@ from kron_adapter import (
     unmerge_kronecker,
 )
 from kron_formats.names import linear_modules
+from tests.adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, worst_error
 
 FACTORS = {"dog": (4, 64), "style": (16, 16), "light": (64, 4)}
 

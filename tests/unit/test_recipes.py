@@ -5,11 +5,11 @@ import shlex
 
 import pytest
 import yaml
-from conftest import ROOT
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.parsing import parse_config
+from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SCRIPTS = {"train_dreambooth_kronecker.py": sd, "train_dreambooth_kronecker_sdxl.py": sdxl}

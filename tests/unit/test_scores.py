@@ -8,7 +8,6 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Config, Dinov2Model, ViTModel, pipeline
@@ -25,6 +24,7 @@ from dreambooth.evaluation import (
     score_prior,
 )
 from dreambooth.scores import distinct_cosine, load_evaluators, paired_cosine, pairwise_cosine, pairwise_diversity
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 PHOTOS = sorted((ROOT / "toyworld" / "photos" / "dog").glob("*.png"))

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 # Each module may import these of the project's own; scripts may import all.
 ALLOWED = {

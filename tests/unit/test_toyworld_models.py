@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, ViTModel
 
 from dreambooth.scores import load_evaluators
 from kron_adapter import inject_kronecker, remove_kronecker
+from tests.conftest import ROOT
 from toyworld.base_models import build_base, place_reserved_words, take_over
 from toyworld.pictures import render_batch, sample
 from toyworld.train_base import described, draw

@@ -3,10 +3,10 @@
 import ast
 
 import pytest
-from conftest import ROOT
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
+from tests.conftest import ROOT
 
 SCRIPTS = ("train_dreambooth_kronecker.py", "train_dreambooth_kronecker_sdxl.py")
 NAMES = ["Config", "Pipeline", "load_models", "encode_prompts", "unet_condition", "main"]
