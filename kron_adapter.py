@@ -17,6 +17,7 @@ Source: DiffuseKronA (arXiv 2402.17412), eq. 3 to 5.  Needs torch and safetensor
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def kron_apply(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     x: (..., a2·b2)    A: (a1, a2)    B: (b1, b2)    ->    (..., a1·b1), all of one dtype
     """
     X = x.reshape(-1, A.shape[1], B.shape[1])
-    product, _ = _contract(X, A, B, _a_first(A, B))
+    product, _ = _contract(X, A, B, 1.0, _a_first(A, B))
     return product.reshape(*x.shape[:-1], A.shape[0] * B.shape[0])
 
 
@@ -90,22 +91,24 @@ def _a_first(A: Tensor, B: Tensor) -> bool:
     return a1 * b2 * (a2 + b1) <= a2 * b1 * (b2 + a1)
 
 
-def _contract(X: Tensor, A: Tensor, B: Tensor, a_first: bool) -> tuple[Tensor, Tensor]:
-    """Return A X Bᵀ (N, a1, b1) and what lies between the two products: A X (N, a1, b2) or X Bᵀ (N, a2, b1)."""
+def _contract(X: Tensor, A: Tensor, B: Tensor, scale: float, a_first: bool) -> tuple[Tensor, Tensor]:
+    """Return scale · A X Bᵀ (N, a1, b1) and what lies between: scale · A X (N, a1, b2) or scale · X Bᵀ (N, a2, b1)."""
     if a_first:
-        inner = _times_left(A, X)
+        inner = _times_left(A, X, scale)
         return _times_right(inner, B), inner
-    inner = _times_right(X, B)
+    inner = _times_right(X, B, scale)
     return _times_left(A, inner), inner
 
 
-def _times_left(A: Tensor, X: Tensor) -> Tensor:
-    # bmm takes the stride-0 batch as it is, where matmul would copy A once per row of the batch.
-    return torch.bmm(A.expand(X.shape[0], -1, -1), X)
+def _times_left(A: Tensor, X: Tensor, scale: float = 1.0) -> Tensor:
+    # bmm takes the stride-0 batch as it is, where matmul would copy A once per row of the batch. The scale goes into
+    # the product itself; with beta = 0 the first argument is not read.
+    return torch.baddbmm(X.new_empty(()), A.expand(X.shape[0], -1, -1), X, beta=0, alpha=scale)
 
 
-def _times_right(X: Tensor, B: Tensor) -> Tensor:
-    return (X.reshape(-1, B.shape[1]) @ B.t()).view(X.shape[0], X.shape[1], B.shape[0])
+def _times_right(X: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    rows = X.reshape(-1, B.shape[1])
+    return torch.addmm(X.new_empty(()), rows, B.t(), beta=0, alpha=scale).view(X.shape[0], X.shape[1], B.shape[0])
 
 
 class _FrozenLinearPlusKronecker(torch.autograd.Function):
@@ -114,16 +117,17 @@ class _FrozenLinearPlusKronecker(torch.autograd.Function):
     The frozen GEMM accumulates onto the delta, forward and in dx, so a delta far below one unit in the last place of
     the base output still reaches it; and the delta never makes a pass over memory of its own.
 
-    Backward, with G = dy as (N, a1, b1) and a1·b2-sized S = G B (A first) or a2·b1-sized T = Aᵀ G (B first):
-        A first: dA = Σ_n S Xᵀ,  dB = Gᵀ (A X)         B first: dA = Σ_n G (X Bᵀ)ᵀ,  dB = Tᵀ X
+    Backward, with G = dy as (N, a1, b1) and a1·b2-sized S = scale · G B (A first) or a2·b1-sized T = scale · Aᵀ G
+    (B first). The products that forward and backward share carry the scale, so that nothing else need be multiplied:
+        A first: dA = Σ_n S Xᵀ,  dB = Gᵀ (scale · A X)         B first: dA = Σ_n G (scale · X Bᵀ)ᵀ,  dB = Tᵀ X
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale):
         ctx.scale, ctx.a_first = scale, _a_first(A, B)
-        A, B = (A * scale).to(x.dtype), B.to(x.dtype)
+        A, B = A.to(x.dtype), B.to(x.dtype)
         X = x.reshape(-1, A.shape[1], B.shape[1])
-        product, inner = _contract(X, A, B, ctx.a_first)
+        product, inner = _contract(X, A, B, scale, ctx.a_first)
         y = product.view(-1, weight.shape[0])
         if bias is not None:
             y += bias  # before the GEMM: with B = 0 this is then exactly what the frozen layer computes
@@ -138,16 +142,15 @@ class _FrozenLinearPlusKronecker(torch.autograd.Function):
         G = dy.contiguous().view(-1, A.shape[0], B.shape[0])  # attention hands over transposed gradients
         dx = dA = dB = None
         if needs_dx:
-            product, between = _contract(G, A.t(), B.t(), not ctx.a_first)
+            product, between = _contract(G, A.t(), B.t(), ctx.scale, not ctx.a_first)
             dx = product.view(-1, weight.shape[1])
             dx.addmm_(G.view(-1, weight.shape[0]), weight)
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
         else:
-            between = _times_right(G, B.t()) if ctx.a_first else _times_left(A.t(), G)
+            between = _times_right(G, B.t(), ctx.scale) if ctx.a_first else _times_left(A.t(), G, ctx.scale)
         if needs_dA:
             left, right = (between, X) if ctx.a_first else (G, inner)
             dA = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.promote_types(X.dtype, torch.float32))
-            dA *= ctx.scale
         if needs_dB:
             left, right = (G, inner) if ctx.a_first else (between, X)
             dB = left.reshape(-1, B.shape[0]).t() @ right.reshape(-1, B.shape[1])
@@ -165,10 +168,11 @@ class KroneckerLinear(nn.Module):
     A (a1, a2) and B (b1, b2) are fp32 whatever the base's dtype. `gain` belongs to the parametrisation and is folded
     into A when saved; `scale` is the user's strength, 1.0 as trained.
 
-    init "invariant":  A ~ N(0, 1/a2),   gain 1/√b2.  gain · A then has entries of variance 1/d_in for every (a1, a2),
-                       so that one learning rate serves all factor shapes.
-    init "reference":  A ~ N(0, 1/a1²),  gain 1, as in the paper's own code.
-    init None:         A = 0,  gain 1, for factors that come from a file.
+    init "invariant":  gain the power of two next to 1/√b2,  gain · A ~ N(0, 1/d_in) for every (a1, a2), so that one
+                       learning rate serves all factor shapes. A power of two rounds nothing: a trained layer and the
+                       same layer from its file, where the gain is in A, give the same bits.
+    init "reference":  gain 1,  A ~ N(0, 1/a1²), as in the paper's own code.
+    init None:         gain 1,  A = 0, for factors that come from a file.
 
     The base may be any `nn.Linear`, also a quantised one, or a KroneckerLinear: several adapters are layers around
     layers. It may be a convolution, which other tools' files adapt too: A ⊗ B is then its kernel (d_out, d_in) =
@@ -186,7 +190,12 @@ class KroneckerLinear(nn.Module):
     ):
         super().__init__()
         b1, b2 = _divide(base, a1, a2, name)
-        stds_and_gains = {"invariant": (a2**-0.5, b2**-0.5), "reference": (1 / a1, 1.0), None: (0.0, 1.0)}
+        gain = 2.0 ** round(-math.log2(b2) / 2)
+        stds_and_gains = {
+            "invariant": ((a2 * b2) ** -0.5 / gain, gain),
+            "reference": (1 / a1, 1.0),
+            None: (0.0, 1.0),
+        }
         if init not in stds_and_gains:
             raise KroneckerError(f"init is {init!r}; it can be 'invariant' or 'reference'")
         std, self.gain = stds_and_gains[init]

@@ -114,7 +114,7 @@ def test_initialisations_are_as_documented():
     torch.manual_seed(0)
     base = nn.Linear(1280, 1280)
     invariant, reference = KroneckerLinear(base, 64, 64), KroneckerLinear(base, 64, 32, "reference")
-    assert invariant.A.std().item() == pytest.approx(1 / 8, rel=0.05) and invariant.gain == pytest.approx(20**-0.5)
+    assert invariant.A.std().item() == pytest.approx(4 * 1280**-0.5, rel=0.05) and invariant.gain == 1 / 4
     assert reference.A.std().item() == pytest.approx(1 / 64, rel=0.05) and reference.gain == 1
     assert not invariant.B.any() and not reference.B.any()
     with pytest.raises(KroneckerError, match="'xavier'"):

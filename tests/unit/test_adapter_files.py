@@ -53,7 +53,7 @@ def x():
 
 @pytest.fixture
 def trained():
-    """A model with adapters that have moved, the gain of which is no power of two."""
+    """A model with adapters that have moved, and have a gain."""
     model = Model()
     inject_kronecker(model, 4, 8, TARGETS, factors={"to_out.0": (2, 4)})
     for parameter in kronecker_parameters(model):
