@@ -26,6 +26,7 @@ from typing import Any
 
 from dreambooth.config import TrainingConfig, option, readable_errors
 from dreambooth.parsing import parse_config
+from dreambooth.startup import after_imports, before_imports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Config(TrainingConfig):
 
 if __name__ == "__main__":
     parse_config(Config, __doc__)  # --help and wrong options are answered before the imports below, which take seconds
+    before_imports()
 
 import torch
 from accelerate import Accelerator
@@ -171,5 +173,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    after_imports()
     with readable_errors(KroneckerError):
         main()

@@ -40,6 +40,11 @@ def empty_models(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pretrained_model_name_or_path {name} is no base model: {reason}") from error
+    if "quantization_config" in unet_config:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name} was saved quantised; take the base model that it was made of, "
+            "with --base_precision nf4 or int8"
+        )
     if pipeline_class is not DiffusionPipeline and index.get("_class_name") != pipeline_class.__name__:
         # SD and SDXL differ in what their UNets are conditioned on; other tasks' UNets take other latents.
         raise UserError(

@@ -89,13 +89,14 @@ class Denoiser(nn.Module):
         super().__init__()
         self.models = nn.ModuleDict(models)
         self.encode, self.condition = encode, condition
+        self.dtype = models["unet"].dtype  # once: diffusers looks through all modules for it
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_rows: Tensor, size_conditions: Tensor) -> Tensor:
         """Return the UNet's prediction (rows, channels, height, width)."""
         unet = self.models["unet"]
-        embeddings = {name: tensor.to(unet.dtype) for name, tensor in self.encode(prompt_rows).items()}
+        embeddings = {name: tensor.to(self.dtype) for name, tensor in self.encode(prompt_rows).items()}
         keywords = self.condition(embeddings, size_conditions)
-        return unet(noisy_latents.to(unet.dtype), timesteps, **keywords).sample
+        return unet(noisy_latents.to(self.dtype), timesteps, **keywords).sample
 
 
 @dataclass(frozen=True)

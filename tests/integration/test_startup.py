@@ -1,6 +1,7 @@
 """What a run reads and imports before it trains: nothing that it has no use for, and nothing twice."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.cache import load_tensors
-from tests.conftest import ROOT, assert_same, factors
+from tests.conftest import ROOT, assert_same, factors, flags
 
 PARTS = {
     "unet": UNet2DConditionModel,
@@ -146,3 +147,25 @@ except SystemExit as end:
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == code, result.stderr
     assert "--learning_rate" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("precision, imported", [("fp32", False), ("nf4", True)])
+def test_bitsandbytes_is_imported_only_to_quantise(options, precision, imported):
+    program = f"""
+import gc, runpy, sys
+sys.argv = ["train", *{flags({**options, "base_precision": precision})!r}]
+runpy.run_path("train_dreambooth_kronecker.py", run_name="__main__")
+assert gc.isenabled()
+print("imported:", "bitsandbytes" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(f"imported: {imported}\n")
+
+
+def test_a_base_model_that_was_saved_quantised_is_refused(tiny_sd, options, run_main, tmp_path):
+    shutil.copytree(tiny_sd, tmp_path / "base")
+    path = tmp_path / "base" / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(ValueError, match="base was saved quantised; .* --base_precision nf4"):
+        run_main(sd, **{**options, "pretrained_model_name_or_path": tmp_path / "base"})
