@@ -110,13 +110,13 @@ def main() -> None:
         # What trains
         models = trained_models(pipeline.components, config)
         groups = inject_adapters(models, config)
-        prepare_training(pipeline, config)
+        prepare_training(pipeline, config, accelerator)
         samples = samples_per_pass(photos, config)
         total_steps = count_steps(samples, config, accelerator.num_processes)
         optimizer = build_optimizer(groups, config, accelerator.num_processes)
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
+        optimizer = accelerator.prepare_optimizer(optimizer)
         denoiser = Denoiser(models, encode, unet_condition)
-        denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
 
         prepare_output(config, start, accelerator)
         first_step = load_checkpoint(start, accelerator, models, optimizer, lr_scheduler) if start else 0

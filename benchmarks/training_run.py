@@ -82,6 +82,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[
     if base_model is None:
         base_model = folder / "base-model"
         build_pipeline(arguments.kind).save_pretrained(base_model)
+    elif Path(base_model).is_dir():  # a relative path: the runs have a working folder of their own
+        base_model = Path(base_model).resolve()
     flags = {
         "pretrained_model_name_or_path": base_model,
         "instance_data_dir": arguments.instance_data_dir,

@@ -13,6 +13,7 @@ from torch import nn
 
 from dreambooth.config import AdaptedModelConfig, TrainingConfig, UserError
 from dreambooth.quantise import quantise
+from dreambooth.ranks import split_frozen, splits_models
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -167,15 +168,18 @@ def _enable_xformers(unet: UNet2DConditionModel) -> None:
         ) from error
 
 
-def prepare_training(pipeline: DiffusionPipeline, config: TrainingConfig) -> None:
-    """Switch on checkpointing and compilation, once the adapters are in."""
+def prepare_training(pipeline: DiffusionPipeline, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Switch on checkpointing, compilation and splitting, once the adapters are in."""
+    models = trained_models(pipeline.components, config)
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
-        for name, model in trained_models(pipeline.components, config).items():
+        for name, model in models.items():
             if name != "unet":
                 model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         pipeline.unet.compile_repeated_blocks(fullgraph=True)
+    if splits_models():
+        split_frozen(models.values(), accelerator)
     pipeline.unet.train()
 
 

@@ -1,8 +1,8 @@
 """Optimizers over the factors, and their learning-rate schedules.
 
-An adapter has many small factors, 1,120 for SDXL. AdamW, Prodigy and schedule-free AdamW work element by element, so on
-one device each group's factors are stepped as one long vector (`FlatGroups`), many times faster than one after the
-other. 8-bit AdamW and Adafactor look at a tensor as a whole and keep to the single factors.
+An adapter has many small factors, 1,120 for SDXL. AdamW, Prodigy and schedule-free AdamW work element by element, so
+each group's factors are stepped as one long vector (`FlatGroups`), many times faster than one after the other. 8-bit
+AdamW and Adafactor look at a tensor as a whole and keep to the single factors.
 """
 
 import importlib
@@ -34,9 +34,7 @@ def build_optimizer(
     The factors have to be on their device already, and stay there. Raises UserError as `check_optimizer` does.
     """
     optimizer_class, options = _choose(config)
-    # Processes that were started together, even one alone, have gradients in buffers of DistributedDataParallel's own.
-    alone = num_ranks == 1 and not torch.distributed.is_initialized()
-    if alone and not config.use_8bit_adam and config.optimizer_name() in ELEMENT_WISE:
+    if not config.use_8bit_adam and config.optimizer_name() in ELEMENT_WISE:
         optimizer_class = _flat(optimizer_class)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * num_ranks
     scale = samples_per_step if config.scale_lr else 1

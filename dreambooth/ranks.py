@@ -1,15 +1,19 @@
 """Several processes as one: what the main process does or finds out, all of them learn, and none outlives another."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, parse_flag_from_env
+from torch import Tensor, nn
 from torch.distributed import DistError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from dreambooth.config import UserError
+from dreambooth.config import TrainingConfig, UserError
 
 T = TypeVar("T")
 
@@ -17,9 +21,8 @@ T = TypeVar("T")
 # machine is gone: longer than the main process may draw samples while the others wait (NCCL's own are 10 minutes).
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
 
-SHARDING = {
+SHARDING = {  # what accelerate launch sets; FSDP has a place here, see `split_frozen`
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
@@ -46,16 +49,54 @@ def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def refuse_sharding() -> None:
-    """Raise UserError where `accelerate launch` was told to split the model or its optimizer over the devices."""
+def average_gradients(parameters: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Put the mean over all processes in the place of every gradient, in one exchange."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    means = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+# ---- a model that is split ----
+
+
+def splits_models() -> bool:
+    """Whether `accelerate launch` was told to use FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def split_frozen(models: Iterable[nn.Module], accelerator: Accelerator) -> None:
+    """Split the frozen weights of models over the processes, which gather each block's as they come to it (FSDP2).
+
+    What trains stays whole on each: it is small, and is saved and resumed as ever. From here on all processes have to
+    call the models together.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for model in models:
+        whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        for module in reversed(list(model.modules())):  # inner blocks first, the model itself last
+            if module is model or type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh, ignored_params=whole)
+
+
+def check_sharding(config: TrainingConfig) -> None:
+    """Raise UserError where `accelerate launch` was told to split models in a way that is not ours."""
     for variable, name in SHARDING.items():
         if parse_flag_from_env(variable):
             raise UserError(
                 f"accelerate launch was told to use {name}, which splits what trains over the devices. Here that is a "
-                "few MiB of factors with their optimizer, so that there is nothing to gain, and the frozen model is "
-                "whole on each device: start with --multi_gpu (configs/accelerate/multi_gpu.yaml), and where memory "
-                "is short, with --base_precision nf4 and --gradient_checkpointing"
+                "few MiB of factors with their optimizer, so that there is nothing to gain: start with --multi_gpu "
+                "(configs/accelerate/multi_gpu.yaml), or, to split the frozen model, with FSDP "
+                "(configs/accelerate/fsdp.yaml)"
             )
+    if splits_models() and (config.compile or config.base_precision in ("nf4", "int8")):
+        flag = "--compile" if config.compile else f"--base_precision {config.base_precision}"
+        raise UserError(
+            f"{flag} does not go with FSDP, which accelerate launch was told to use: leave it out, or start with "
+            "--multi_gpu (configs/accelerate/multi_gpu.yaml)"
+        )
 
 
 # ---- when one is gone ----

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from dreambooth.config import TrainingConfig, UserError
 from dreambooth.data import Batch
 from dreambooth.diffusion import NoiseScheduler, diffuse, row_losses
-from dreambooth.ranks import PATIENCE, refuse_sharding
+from dreambooth.ranks import PATIENCE, average_gradients, check_sharding
 
 # ---- setting up ----
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
     """Return the accelerator, with logging and precision as configured."""
-    refuse_sharding()
+    check_sharding(config)
     try:
         accelerator = Accelerator(
             # Said outright: accelerate joins several processes without a GPU only if it knows that they want none.
@@ -74,7 +74,7 @@ def count_steps(samples: int, config: TrainingConfig, num_ranks: int) -> int:
 
 
 class Denoiser(nn.Module):
-    """The models that train, as the one module that gradients are synchronised over.
+    """The models that train, as one module.
 
     `encode` maps rows of the list of prompts to their embeddings; `condition` maps embeddings and size conditions to
     the UNet's keyword arguments, all in which the Stable Diffusion families differ.
@@ -142,29 +142,35 @@ def train_steps(
     """Train on `batches`, yielding once per optimizer step. Nothing in a step waits for the device.
 
     `latents_of` samples a batch's latents, fp32. Inside the context `base_model()` the denoiser is the base model.
+    The processes' gradients are averaged in one exchange, instead of by DistributedDataParallel: the few that factors
+    have need no overlap with the backward pass, and may so lie in the optimizer's own buffers.
     With --skip_nonfinite every step is read, and the factors stay as they are where it is not sound.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     losses = []
     for batch in batches:
         batch = batch.to(accelerator.device)
-        with accelerator.accumulate(denoiser):
+        with accelerator.accumulate():
             latents = latents_of(batch)
             noisy_latents, unet_timesteps, target = diffuse(noise_scheduler, latents, batch.noise, batch.timesteps)
             inputs = (noisy_latents, unet_timesteps, batch.prompt_rows, batch.size_conditions)
             if config.with_prior_preservation and config.prior_source == "base_model":
                 prior_inputs = [tensor[batch.num_instances :] for tensor in inputs]
-                with torch.no_grad(), base_model():
-                    prior = accelerator.unwrap_model(denoiser)(*prior_inputs)
+                with torch.no_grad(), base_model(), accelerator.autocast():
+                    prior = denoiser(*prior_inputs)
                 target = torch.cat([target[: batch.num_instances], prior.to(target)])
-            rows = row_losses(denoiser(*inputs), target, batch.timesteps, batch.loss_weights, noise_scheduler, config)
+            with accelerator.autocast():
+                prediction = denoiser(*inputs)
+            rows = row_losses(prediction, target, batch.timesteps, batch.loss_weights, noise_scheduler, config)
             instance_loss, prior_loss = dreambooth_losses(rows, batch.num_instances)
             loss = instance_loss + config.prior_loss_weight * prior_loss
             accelerator.backward(loss)
             losses.append(torch.stack([loss, instance_loss, prior_loss]).detach())
             if not accelerator.sync_gradients:
                 continue
-            grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            average_gradients(parameters, accelerator)
+            accelerator.unscale_gradients(optimizer)  # accelerate's own clipping does it twice under FSDP
+            grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             means = accelerator.reduce(torch.stack(losses).mean(0), "mean")
             learning_rate = optimizer.param_groups[0]["lr"] * optimizer.param_groups[0].get("d", 1)  # d: Prodigy's own
             report = StepReport(torch.cat([means, grad_norm.view(1)]), learning_rate)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dreambooth.config import TrainingConfig
 from dreambooth.optimizers import evaluating
 from dreambooth.order import Stream, seed_of
+from dreambooth.ranks import splits_models
 from dreambooth.report import Progress, log_image, warn_only
 from dreambooth.text import Encode
 from dreambooth.training import steps_per_pass
@@ -44,7 +45,7 @@ def validate(
     if not validation_due(step, progress.total_steps, pass_steps, config):
         return
     progress.read()  # trackers take the steps in their order
-    if not accelerator.is_main_process:
+    if not (accelerator.is_main_process or splits_models()):
         return
     with (
         warn_only(f"no samples of step {step}, training goes on"),
@@ -52,7 +53,9 @@ def validate(
         vae_on_device(pipeline, accelerator.device),
     ):
         embeddings = encode(torch.arange(len(prompts), device=accelerator.device))
-        save_samples(accelerator, draw_samples(pipeline, embeddings, prompts, config), step, config)
+        rows = draw_samples(pipeline, embeddings, prompts, config)
+        if accelerator.is_main_process:
+            save_samples(accelerator, rows, step, config)
 
 
 def validation_due(step: int, total_steps: int, pass_steps: int, config: TrainingConfig) -> bool:

@@ -100,10 +100,11 @@ def signal_oneself(first: int, second: int | None = None, delay: float = 0.0, le
         time.sleep(length)
 
 
-def join(rank: int, ranks: int, port: int, act: Callable[..., None] | None = None, *arguments) -> None:
-    """Be one of several processes that train together; then act(*arguments), which prepares something else."""
+def join(rank: int, ranks: int, port: int, split: bool, act: Callable[..., None] | None = None, *arguments) -> None:
+    """Be one of several processes that train together, with FSDP if `split`; then prepare by act(*arguments)."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["ACCELERATE_USE_FSDP"] = str(split)
     record_what_is_seen(f"seen-{rank}.pt")
     if act:
         act(*arguments)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ from tests.faults import child
 def run_ranks():
     """Run processes as Slurm's srun starts them; return their exit codes and what they said."""
 
-    def run_ranks(run, act=None, *arguments, ranks=2, acting=1, **options):
+    def run_ranks(run, act=None, *arguments, ranks=2, acting=1, split=False, **options):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         said = len(run.said)
         processes = [
-            run.start(child.join, rank, ranks, port, *((act, *arguments) if act and rank == acting else ()), **options)
+            run.start(
+                child.join, rank, ranks, port, split, *((act, *arguments) if act and rank == acting else ()), **options
+            )
             for rank in range(ranks)
         ]
         for process in processes:
@@ -48,7 +51,9 @@ def assert_no_orphans(processes) -> None:
             groups.remove(min(groups))
 
 
-def test_one_dies_both_end_one_is_told_to_stop_both_stop_and_they_resume_exactly(run_ranks, start_run):
+@pytest.mark.parametrize("split", [False, True])
+def test_one_dies_both_end_one_is_told_to_stop_both_stop_and_they_resume_exactly(split, run_ranks, start_run):
+    run_ranks = partial(run_ranks, split=split)
     run, uninterrupted = start_run(), start_run("uninterrupted")
     codes, said = run_ranks(run, child.after_step, 3, child.signal_oneself, signal.SIGKILL, dataloader_num_workers=1)
     assert codes == [69, -signal.SIGKILL] and run.checkpoints == ["checkpoint-2"], said

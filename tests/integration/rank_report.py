@@ -1,4 +1,6 @@
-"""Run the training script's main() on one of several ranks, then write this rank's factors to FOLDER/rank-N.pt.
+"""Run the training script's main() on one of several ranks, then write to FOLDER/rank-N.pt what this rank ends with.
+
+That is its factors, and the share of the frozen weights that it has.
 
 Started by a test:    accelerate launch ... rank_report.py FOLDER [FLAGS OF THE SCRIPT]
 """
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -26,4 +29,7 @@ def remember(models, config):
 script.inject_adapters = remember
 script.main()
 state = {f"{name}.{key}": factor for name, part in adapter_state(trained[-1]).items() for key, factor in part.items()}
-torch.save(state, f"{folder}/rank-{PartialState().process_index}.pt")
+frozen = [weight for model in trained[-1].values() for weight in model.parameters() if not weight.requires_grad]
+kept = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen)
+report = {"factors": state, "share": kept / sum(weight.numel() for weight in frozen)}
+torch.save(report, f"{folder}/rank-{PartialState().process_index}.pt")

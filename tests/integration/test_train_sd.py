@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors import safe_open
 
 import train_dreambooth_kronecker as sd
@@ -100,22 +100,32 @@ def test_accumulating_two_batches_is_one_batch_of_double_size(options, prior, ru
     assert max(tensor.abs().max().item() for name, tensor in factors(one).items() if name.endswith("w2")) > 1e-3
 
 
+WHOLE = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+SPLIT = ("--config_file", "configs/accelerate/fsdp.yaml", "--num_processes", "2", "--mixed_precision", "no")
+
+
 @pytest.mark.parametrize("with_prior", [True, False])
-def test_two_ranks_train_as_one_with_the_same_global_batch(with_prior, options, prior, run_main, tmp_path):
+@pytest.mark.parametrize("launcher", [WHOLE, SPLIT], ids=["whole", "split"])
+def test_two_ranks_train_as_one_with_the_same_global_batch(launcher, with_prior, options, prior, run_main, tmp_path):
     """Without prior preservation the text encoder trains along: its gradients have to be shared too."""
     extra = {**prior, "sample_batch_size": 1} if with_prior else {"train_text_encoder": True}
-    common = {**options, **extra, "max_train_steps": 3}
+    drawing = {"validation_prompt": "sks dog", "validation_num_inference_steps": 2, "num_validation_images": 1}
+    common = {**options, **extra, **drawing, "max_train_steps": 3}
     script = Path(__file__).with_name("rank_report.py")
-    result = launch("--multi_gpu", "--num_processes", "2", "--num_machines", "1", str(script), str(tmp_path), **common)
+    result = launch(*launcher, str(script), str(tmp_path), **common)
     assert result.returncode == 0, result.stderr
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
-    assert_same(ranks[0], ranks[1])
+    assert_same(ranks[0]["factors"], ranks[1]["factors"])
+    assert [rank["share"] for rank in ranks] == ([1, 1] if launcher == WHOLE else pytest.approx([0.5, 0.5], abs=0.05))
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.png")}
     assert len(drawn) == len(set(drawn.values())) == (4 if with_prior else 0)
 
     alone = tmp_path / "alone"
     run_main(sd, **{**common, "output_dir": alone, "train_batch_size": 2})
     assert_same(factors(options["output_dir"]), factors(alone), tolerance=1e-5)
+    sheets = [Image.open(output / "samples" / "step-000003.png") for output in (options["output_dir"], alone)]
+    difference = ImageChops.difference(*sheets)
+    assert max(high for _, high in difference.getextrema()) <= 2
 
 
 def test_class_images_are_topped_up_and_strays_do_not_count(options, prior, run_main, tmp_path):

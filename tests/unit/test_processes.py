@@ -6,17 +6,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed import DistNetworkError
 
 from dreambooth.config import UserError
-from dreambooth.ranks import LostProcessError, explain_lost_process, refuse_sharding
+from dreambooth.ranks import LostProcessError, check_sharding, explain_lost_process
 from dreambooth.training import start_accelerator
 from tests.faults.checkpoints import make_config
-
-
-def test_a_launcher_that_shards_is_refused_before_anything_else(monkeypatch, tmp_path):
-    flags = "--use_fsdp --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no train.py"
-    set_by_launcher = prepare_multi_gpu_env(launch_command_parser().parse_args(flags.split()))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", set_by_launcher["ACCELERATE_USE_FSDP"])
-    with pytest.raises(UserError, match="to use FSDP, which splits .*configs/accelerate/multi_gpu.yaml"):
-        start_accelerator(make_config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -27,12 +19,25 @@ def test_a_launcher_that_shards_is_refused_before_anything_else(monkeypatch, tmp
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
     ],
 )
-def test_every_way_to_shard_is_refused_by_name(variable, name, monkeypatch):
+def test_ways_to_split_what_trains_are_refused_by_name_before_anything_else(variable, name, monkeypatch, tmp_path):
+    config = make_config(tmp_path)
     monkeypatch.setenv(variable, "false")
-    refuse_sharding()
+    check_sharding(config)
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=f"to use {name}, which splits"):
-        refuse_sharding()
+    with pytest.raises(UserError, match=f"to use {name}, which splits .*configs/accelerate/fsdp.yaml"):
+        start_accelerator(config)
+
+
+@pytest.mark.parametrize(
+    "options, named", [({"compile": True}, "--compile"), ({"base_precision": "nf4"}, "--base_precision nf4")]
+)
+def test_what_does_not_go_with_fsdp_is_refused(options, named, monkeypatch, tmp_path):
+    flags = "--use_fsdp --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no train.py"
+    set_by_launcher = prepare_multi_gpu_env(launch_command_parser().parse_args(flags.split()))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", set_by_launcher["ACCELERATE_USE_FSDP"])
+    check_sharding(make_config(tmp_path))
+    with pytest.raises(UserError, match=f"^{named} does not go with FSDP.*configs/accelerate/multi_gpu.yaml"):
+        start_accelerator(make_config(tmp_path, **options))
 
 
 @pytest.mark.parametrize(
