@@ -47,7 +47,7 @@ from torch import Tensor
 
 from dreambooth.adapters import inject_adapters, without_adapters
 from dreambooth.card import push_to_hub, save_card
-from dreambooth.checkpoint import load_checkpoint, save_checkpoint, save_result
+from dreambooth.checkpoint import check_room, load_checkpoint, save_checkpoint, save_result
 from dreambooth.data import DreamBoothDataset, build_loader, prompts_of, samples_per_pass
 from dreambooth.diffusion import build_noise_scheduler, build_sampler
 from dreambooth.folder import find_start, hold_folder, prepare_output
@@ -139,6 +139,7 @@ def main() -> None:
         optimizer = accelerator.prepare_optimizer(optimizer)
         denoiser = Denoiser(models, encode, unet_condition)
 
+        check_room(models, config)
         prepare_output(config, start, accelerator)
         first_step = load_checkpoint(start, accelerator, models, optimizer, lr_scheduler) if start else 0
         draw = noise_drawer(pipeline, noise_scheduler, config)

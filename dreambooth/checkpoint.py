@@ -85,6 +85,18 @@ def verify_checkpoint(path: Path) -> None:
 # ---- saving ----
 
 
+def check_room(models: Mapping[str, nn.Module], config: TrainingConfig) -> None:
+    """Raise SaveError where the disk has no room for a checkpoint and the result, before there is something to save."""
+    factors = [factor for state in adapter_state(models).values() for factor in state.values()]
+    needed = 5 * sum(factor.nbytes for factor in factors)  # two adapters; factors again, and an optimizer's two means
+    free = shutil.disk_usage(config.output_dir).free
+    if free < needed:
+        raise SaveError(
+            f"--output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; a checkpoint and the adapter take "
+            f"{needed / 2**20:,.0f} MiB. Make room, or choose another folder"
+        )
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     models: Mapping[str, nn.Module],

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -129,6 +130,12 @@ def add_flags(*words: str) -> None:
 def limit_file_size(limit: int) -> None:
     """Let no file grow beyond `limit` bytes, which a write beyond it is told like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def have_free(room: int) -> None:
+    """Have a disk that says that it has `room` bytes free."""
+    usage = shutil.disk_usage("/")
+    shutil.disk_usage = lambda path: usage._replace(free=room)
 
 
 def limit_memory(limit: int) -> None:

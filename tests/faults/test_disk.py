@@ -47,6 +47,14 @@ def test_permissions_that_are_revoked_while_training(start_run):
     assert run.run()[0] == 0
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(start_run):
+    run = start_run()
+    code, said = run.run(child.have_free, 100_000)
+    assert code == 74 and "Training:" not in said
+    assert "error: --output_dir out has 0 MiB free; a checkpoint and the adapter take 0 MiB. Make room" in said
+    assert run.run(child.have_free, 200_000)[0] == 0
+
+
 def test_an_output_folder_that_cannot_be_made_is_refused(start_run):
     run = start_run(output_dir="file/out")
     (run.folder / "file").write_text("")
