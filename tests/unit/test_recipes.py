@@ -37,6 +37,7 @@ def test_a_recipe_s_own_command_parses(path, monkeypatch):
 def test_an_accelerate_configuration_says_how_it_is_used(path):
     words = command(path)
     assert words[:2] == ["accelerate", "launch"] and f"configs/accelerate/{path.name}" in words
+    assert all((ROOT / word).is_file() for word in words if word.endswith((".yaml", ".py")))
     assert yaml.safe_load(path.read_text())["num_processes"] >= 1
 
 
