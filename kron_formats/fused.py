@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kron_formats.names import Family, KroneckerError, Layer
 from kron_formats.reading import Factors, LowRank
@@ -51,9 +52,7 @@ def fuse_checkpoint(base: Path, output: Path, layers: Mapping[Layer, Factors | L
     if missing := [key for key, _ in places.values() if key not in tensors]:
         raise KroneckerError(f"{base} lacks {len(missing)} of the adapted weights, for example {missing[0]}")
     for layer, (key, rows) in places.items():
-        weight = tensors[key][rows]
-        delta = layers[layer].dense().double()
-        tensors[key][rows] = (weight.double() + delta.view(weight.shape)).to(weight.dtype)  # some are kernels
+        tensors[key][rows] = _fused(tensors[key][rows], layers[layer], tensors[key].dtype, layer)
     write_file(output, tensors, metadata)
 
 
@@ -64,7 +63,14 @@ def fuse_pipeline(base: str, output: Path, layers: Mapping[Layer, Factors | LowR
     pipeline = DiffusionPipeline.from_pretrained(base)
     for layer, entry in layers.items():
         module = getattr(pipeline, layer.component).get_submodule(layer.path)
-        weight = module.weight.data.double()
-        module.weight.data = weight + entry.dense().double().view(weight.shape)
+        module.weight.data = _fused(module.weight.data, entry, dtype, layer)
     pipeline.to(dtype)
     pipeline.save_pretrained(output)
+
+
+def _fused(weight: Tensor, entry: Factors | LowRank, dtype: torch.dtype, layer: Layer) -> Tensor:
+    delta = entry.dense().double()
+    fused = (weight.double() + delta.view(weight.shape)).to(dtype)  # some weights are kernels
+    if not fused.isfinite().all():
+        raise KroneckerError(f"the fused weight of {layer.dotted} is not finite in {dtype}; nothing was written")
+    return fused

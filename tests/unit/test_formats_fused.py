@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kron_adapter import save_kronecker
+from kron_adapter import KroneckerError, save_kronecker
 from kron_formats.architectures import load_architecture
 from kron_formats.fused import original_key
 from kron_formats.names import components, family, find_layers
@@ -112,3 +112,27 @@ def test_fusing_into_one_file_changes_the_adapted_weights_alone(tmp_path):
     assert torch.equal(fused["other"], base["other"]) and metadata_of(tmp_path / "fused.safetensors") == {
         "format": "pt"
     }
+
+
+def test_a_weight_that_overflows_once_fused_into_a_folder_is_refused(tiny_sd, tmp_path):
+    save_kronecker(adapted_pipeline("sd", 4, 64, strength=1e6), tmp_path / "adapter.safetensors")
+    with pytest.raises(KroneckerError, match="fused weight of unet.* is not finite in torch.float16; nothing was"):
+        run(tmp_path / "adapter.safetensors", "--to", "fused", "--output", tmp_path / "fused",
+            "--pretrained_model_name_or_path", tiny_sd, "--save_precision", "fp16")  # fmt: skip
+    assert not (tmp_path / "fused").exists()
+
+
+def test_a_weight_that_overflows_once_fused_into_a_file_is_refused(tmp_path):
+    query = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    save_file(
+        {query: torch.ones(1280, 1280).half(), "cond_stage_model.model.x": torch.ones(1)}, tmp_path / "base.safetensors"
+    )
+    layer = {x.name: x for x in find_layers(load_architecture("sd21"))}[
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    ]
+    factors = {"lokr_w1": torch.full((4, 64), 300.0), "lokr_w2": torch.full((320, 20), 300.0)}
+    save_file({f"{layer.native}.{name}": factor for name, factor in factors.items()}, tmp_path / "adapter.safetensors")
+    with pytest.raises(KroneckerError, match="fused weight of unet.* is not finite in torch.float16; nothing was"):
+        run(tmp_path / "adapter.safetensors", "--to", "fused", "--output", tmp_path / "fused.safetensors",
+            "--pretrained_model_name_or_path", tmp_path / "base.safetensors")  # fmt: skip
+    assert not (tmp_path / "fused.safetensors").exists()
