@@ -73,6 +73,8 @@ def split_frozen(models: Iterable[nn.Module], accelerator: Accelerator) -> None:
     What trains stays whole on each: it is small, and is saved and resumed as ever. From here on all processes have to
     call the models together.
     """
+    if accelerator.num_processes == 1:
+        return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for model in models:
         whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
