@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dreambooth.config import AdaptedModelConfig, TrainingConfig, UserError, public_options
 from dreambooth.diffusion import build_sampler
 from dreambooth.models import DTYPES, empty_models
+from dreambooth.order import Stream, seed_of
 from kron_adapter import (
     disable_kronecker,
     inject_kronecker,
@@ -38,19 +40,26 @@ TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 def inject_adapters(models: Mapping[str, nn.Module], config: TrainingConfig) -> dict[str, list[nn.Parameter]]:
     """Put factors into the UNet and the text encoders among `models`; return "unet" and "text_encoder" -> factors.
 
-    Raises KroneckerError where the factors do not divide a layer's sizes.
+    They depend on the seed alone, and so are the same on every process. Raises KroneckerError where they do not divide
+    a layer's sizes.
     """
     groups: dict[str, list[nn.Parameter]] = {}
-    for name, model in models.items():
-        if name == "unet":
-            inject_kronecker(
-                model, config.kron_a1, config.kron_a2, config.kron_targets, config.factors_by_target(), config.kron_init
-            )
-        else:
-            a1, a2 = config.text_encoder_kron_a1 or config.kron_a1, config.text_encoder_kron_a2 or config.kron_a2
-            inject_kronecker(model, a1, a2, TEXT_ENCODER_TARGETS, init=config.kron_init)
+    for number, (name, model) in enumerate(models.items()):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(config.seed, Stream.FACTORS, number))
+            _inject(name, model, config)
         groups.setdefault("unet" if name == "unet" else "text_encoder", []).extend(kronecker_parameters(model))
     return groups
+
+
+def _inject(name: str, model: nn.Module, config: TrainingConfig) -> None:
+    if name == "unet":
+        inject_kronecker(
+            model, config.kron_a1, config.kron_a2, config.kron_targets, config.factors_by_target(), config.kron_init
+        )
+    else:
+        a1, a2 = config.text_encoder_kron_a1 or config.kron_a1, config.text_encoder_kron_a2 or config.kron_a2
+        inject_kronecker(model, a1, a2, TEXT_ENCODER_TARGETS, init=config.kron_init)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     CLASS_FLIP = 9
     CAPTION_DROPOUT = 10
     BUCKET_ORDER = 11
+    FACTORS = 12
 
 
 def seed_of(seed: int, stream: Stream, index: int) -> int:
