@@ -246,9 +246,13 @@ class KroneckerLinear(nn.Module):
 
     @property
     def delta_weight(self) -> Tensor:
-        """scale · gain · (A ⊗ B), dense (d_out, d_in), fp32. For merging and inspection; training never forms it."""
-        A, B = self.A.detach() * (self.gain * self.scale), self.B.detach()
-        return Factors(A, B, self.transposed_rows).dense()
+        """scale · gain · (A ⊗ B), dense (d_out, d_in), fp32. For inspection; training never forms it."""
+        return self._exact_delta.float()
+
+    @property
+    def _exact_delta(self) -> Tensor:
+        A = self.A.detach().double() * (self.gain * self.scale)
+        return Factors(A, self.B.detach(), self.transposed_rows).dense()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or self.merged or self.scale == 0:
@@ -305,7 +309,7 @@ class KroneckerLinear(nn.Module):
         if type(base) not in (nn.Linear, nn.Conv2d) or not base.weight.is_floating_point():
             raise KroneckerError(f"a {type(base).__name__} of {base.weight.dtype} cannot take a merged delta")
         self._unmerged_weight = base.weight.detach().clone()
-        deltas = (layer.delta_weight.to(base.weight.device).double() for layer in layers if layer.enabled)
+        deltas = (layer._exact_delta.to(base.weight.device) for layer in layers if layer.enabled)
         exact = sum(deltas, start=base.weight.detach().double().flatten(1))
         base.weight.data = exact.view_as(base.weight).to(base.weight.dtype)
         for layer in layers:

@@ -69,8 +69,7 @@ def fuse_pipeline(base: str, output: Path, layers: Mapping[Layer, Factors | LowR
 
 
 def _fused(weight: Tensor, entry: Factors | LowRank, dtype: torch.dtype, layer: Layer) -> Tensor:
-    delta = entry.dense().double()
-    fused = (weight.double() + delta.view(weight.shape)).to(dtype)  # some weights are kernels
+    fused = (weight.double() + entry.dense().view(weight.shape)).to(dtype)  # some weights are kernels
     if not fused.isfinite().all():
         raise KroneckerError(f"the fused weight of {layer.dotted} is not finite in {dtype}; nothing was written")
     return fused

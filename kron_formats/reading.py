@@ -72,8 +72,8 @@ class LowRank:
         return self.up.isfinite().all() & self.down.isfinite().all()
 
     def dense(self) -> Tensor:
-        """Return the product (d_out, d_in)."""
-        return self.up @ self.down
+        """Return the product (d_out, d_in), fp64."""
+        return self.up.double() @ self.down.double()
 
     def multiplied(self) -> "LowRank":
         return self
@@ -103,12 +103,12 @@ class Factors:
 
     def multiplied(self) -> "Factors":
         """Return the same with both factors as tensors."""
-        A, B = (factor.dense() if isinstance(factor, LowRank) else factor for factor in (self.A, self.B))
+        A, B = (factor.dense().float() if isinstance(factor, LowRank) else factor for factor in (self.A, self.B))
         return replace(self, A=A, B=B)
 
     def dense(self) -> Tensor:
-        """Return ΔW (d_out, d_in)."""
-        product = torch.kron(self.A, self.B)
+        """Return ΔW (d_out, d_in), fp64: exact."""
+        product = torch.kron(self.A.double(), self.B.double())
         return transpose_rows(product, self.A.shape[0]) if self.transposed_rows else product
 
 

@@ -77,7 +77,7 @@ def merged_weights(kind, path):
 def test_the_exact_lora_is_the_product_and_has_its_rank(shape, transposed):
     entry = factors(*shape, transposed)
     lora, error = kronecker_to_lora(entry)
-    exact = entry.dense().double()
+    exact = entry.dense()
     assert lora.down.shape[0] == torch.linalg.matrix_rank(torch.kron(entry.A, entry.B)).item()
     torch.testing.assert_close(lora.dense(), exact, rtol=0, atol=1e-13 * exact.norm().item())
     assert error == 0
@@ -94,7 +94,7 @@ def test_zero_and_rank_deficient_factors_have_small_loras():
 @pytest.mark.parametrize("rank", [1, 3, 10, 100])
 def test_a_lora_of_lower_rank_is_the_best_one_and_its_error_is_true(rank):
     entry = factors(6, 6, 5, 5)
-    exact = entry.dense().double()
+    exact = entry.dense()
     U, s, Vt = torch.linalg.svd(exact)
     lora, error = kronecker_to_lora(entry, rank)
     torch.testing.assert_close(lora.dense(), (U[:, :rank] * s[:rank]) @ Vt[:rank], rtol=0, atol=1e-12)
@@ -108,7 +108,7 @@ def test_a_lora_that_is_a_kronecker_product_comes_back(shape, transposed):
     lora, _ = kronecker_to_lora(entry)
     again, error = lora_to_kronecker(lora, *shape[:2], transposed)
     assert again.A.shape == entry.A.shape and error < 1e-7
-    torch.testing.assert_close(again.dense().double(), entry.dense(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(again.dense(), entry.dense(), rtol=0, atol=1e-5)
 
 
 def test_the_nearest_kronecker_product_of_anything_else_is_nearest():
@@ -173,7 +173,7 @@ def test_size_and_errors_of_a_lora_are_printed(trained, tiny_sd, tmp_path, capsy
     for layer in find_layers(plain):
         if (path := f"{layer.component}.{layer.path}") in exact:
             delta = exact[path] - base[path]
-            square += (loras[layer.native].dense().double() - delta).square().sum().item()
+            square += (loras[layer.native].dense() - delta).square().sum().item()
             total += delta.square().sum().item()
     printed = float(words.partition("layers together: ")[2].split()[0])
     assert printed == pytest.approx((square / total) ** 0.5, rel=0.01)

@@ -99,7 +99,7 @@ def test_fusing_into_one_file_changes_the_adapted_weights_alone(tmp_path):
     base = {query: torch.randn(1280, 1280).half(), stacked: torch.randn(3072, 1024), "other": torch.ones(2)}
     save_file(base, tmp_path / "base.safetensors", metadata={"format": "pt"})
     pairs = {attention: (torch.randn(4, 64), torch.randn(320, 20)), text: (torch.randn(4, 64), torch.randn(256, 16))}
-    deltas = {layer: torch.kron(*pair).double() for layer, pair in pairs.items()}
+    deltas = {layer: torch.kron(A.double(), B.double()) for layer, (A, B) in pairs.items()}
     native = {f"{layer.native}.lokr_w{i}": factor for layer, pair in pairs.items() for i, factor in enumerate(pair, 1)}
     save_file(native, tmp_path / "adapter.safetensors")
     run(tmp_path / "adapter.safetensors", "--to", "fused", "--output", tmp_path / "fused.safetensors",
