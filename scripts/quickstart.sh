@@ -17,8 +17,8 @@ accelerate launch --config_file configs/accelerate/cpu.yaml "$script" \
     --output_dir "$output/adapter" --overwrite_output_dir
 python scripts/evaluate.py --pretrained_model_name_or_path "$base" \
     --adapter "$output/adapter/pytorch_kronecker_weights.safetensors" \
-    --instance_data_dir toyworld/photos/robot --instance_token sks --class_noun robot \
-    --prompts configs/prompts/toyworld_robot.txt --num_images 4 --num_inference_steps 20 --guidance_scale 3 \
+    --instance_data_dir toyworld/photos/dog --instance_token sks --class_noun dog \
+    --prompts configs/prompts/toyworld_dog.txt --num_images 4 --num_inference_steps 20 --guidance_scale 3 \
     --clip_model toyworld/models/clip --dino_model toyworld/models/dino --output_dir "$output/evaluation"
 
 echo
