@@ -45,7 +45,7 @@ def validate(
     if not validation_due(step, progress.total_steps, pass_steps, config):
         return
     progress.read()  # trackers take the steps in their order
-    if not (accelerator.is_main_process or splits_models()):
+    if not (accelerator.is_main_process or splits_models()):  # a model that is split is called by all together
         return
     with (
         warn_only(f"no samples of step {step}, training goes on"),
