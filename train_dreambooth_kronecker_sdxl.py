@@ -137,7 +137,7 @@ def main() -> None:
         optimizer = build_optimizer(groups, config, accelerator.num_processes)
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
         optimizer = accelerator.prepare_optimizer(optimizer)
-        denoiser = Denoiser(models, encode, unet_condition)
+        denoiser = Denoiser(pipeline.unet, encode, unet_condition)
 
         check_room(models, config)
         prepare_output(config, start, accelerator)

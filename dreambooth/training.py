@@ -73,30 +73,29 @@ def count_steps(samples: int, config: TrainingConfig, num_ranks: int) -> int:
 # ---- one step ----
 
 
-class Denoiser(nn.Module):
-    """The models that train, as one module.
+class Denoiser:
+    """The UNet, called with rows of the list of prompts instead of embeddings.
 
-    `encode` maps rows of the list of prompts to their embeddings; `condition` maps embeddings and size conditions to
-    the UNet's keyword arguments, all in which the Stable Diffusion families differ.
+    `encode` maps such rows to embeddings; `condition` maps embeddings and size conditions to the UNet's keyword
+    arguments, all in which the Stable Diffusion families differ.
     """
 
     def __init__(
         self,
-        models: Mapping[str, nn.Module],
+        unet: nn.Module,
         encode: Callable[[Tensor], dict[str, Tensor]],
         condition: Callable[[dict[str, Tensor], Tensor], dict[str, Any]],
     ):
-        super().__init__()
-        self.models = nn.ModuleDict(models)
-        self.encode, self.condition = encode, condition
-        self.dtype = models["unet"].dtype  # once: diffusers looks through all modules for it
+        self.unet, self.encode, self.condition = unet, encode, condition
+        self.dtype = unet.dtype  # once: diffusers looks through all modules for it
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_rows: Tensor, size_conditions: Tensor) -> Tensor:
+    def __call__(
+        self, noisy_latents: Tensor, timesteps: Tensor, prompt_rows: Tensor, size_conditions: Tensor
+    ) -> Tensor:
         """Return the UNet's prediction (rows, channels, height, width)."""
-        unet = self.models["unet"]
         embeddings = {name: tensor.to(self.dtype) for name, tensor in self.encode(prompt_rows).items()}
         keywords = self.condition(embeddings, size_conditions)
-        return unet(noisy_latents.to(self.dtype), timesteps, **keywords).sample
+        return self.unet(noisy_latents.to(self.dtype), timesteps, **keywords).sample
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def is_sound(values: Mapping[str, float], accelerator: Accelerator) -> bool:
 
 def train_steps(
     accelerator: Accelerator,
-    denoiser: nn.Module,
+    denoiser: Denoiser,
     latents_of: Callable[[Batch], Tensor],
     noise_scheduler: NoiseScheduler,
     base_model: Callable[[], AbstractContextManager],

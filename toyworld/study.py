@@ -106,7 +106,7 @@ def personalise(pipeline: DiffusionPipeline, method: str, config: TrainingConfig
     optimizer = build_optimizer({"unet": adapter.parameters}, config, 1)
     lr_scheduler = build_lr_scheduler(optimizer, config, config.max_train_steps)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    denoiser = Denoiser({"unet": pipeline.unet}, encode, family.unet_condition)
+    denoiser = Denoiser(pipeline.unet, encode, family.unet_condition)
     noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
     batches = build_loader(dataset, noise_drawer(pipeline, noise_scheduler, config), config, 0, 1, 0)
     steps = train_steps(

@@ -138,7 +138,7 @@ def test_every_row_gets_its_own_prompt_and_size(
 def test_the_loss_is_the_sum_done_by_hand(twin, prior, run_main, monkeypatch):
     """At step 1, where the adapter is still the base model, from what the UNet was given and gave."""
     seen = {}
-    forward = Denoiser.forward
+    forward = Denoiser.__call__
 
     def watch(self, noisy_latents, timesteps, prompt_rows, size_conditions):
         prediction = forward(self, noisy_latents, timesteps, prompt_rows, size_conditions)
@@ -149,7 +149,7 @@ def test_the_loss_is_the_sum_done_by_hand(twin, prior, run_main, monkeypatch):
         seen.setdefault("noise", noise)
         return diffuse(noise_scheduler, latents, noise, timesteps)
 
-    monkeypatch.setattr(Denoiser, "forward", watch)
+    monkeypatch.setattr(Denoiser, "__call__", watch)
     monkeypatch.setattr("dreambooth.training.diffuse", remember_noise)
     options = {**twin.options, "train_batch_size": 2, "prior_loss_weight": 0.5, "snr_gamma": 5.0, "max_train_steps": 1}
     run_main(twin.script, **options, **prior)

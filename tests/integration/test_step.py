@@ -120,13 +120,13 @@ def test_metrics_are_whole_up_to_the_checkpoint_whenever_a_run_ends(options, run
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        forward, calls = Denoiser.forward, []
+        forward, calls = Denoiser.__call__, []
 
         def die_in_step_5(self, *arguments):
             calls.append(1)
             return killed(self) if len(calls) == 5 else forward(self, *arguments)
 
-        patch.setattr(Denoiser, "forward", die_in_step_5)
+        patch.setattr(Denoiser, "__call__", die_in_step_5)
         run_main(sd, **common, overwrite_output_dir=True)
     assert [row["step"] for row in metrics(options["output_dir"])] == [1, 2, 3]
     run_main(sd, **common, resume_from_checkpoint="latest")
@@ -138,14 +138,14 @@ def test_metrics_are_whole_up_to_the_checkpoint_whenever_a_run_ends(options, run
 
 def poison(monkeypatch, steps, value=float("nan")):
     """Have the UNet predict `value` in these optimizer steps, counted from 1."""
-    forward, calls = Denoiser.forward, []
+    forward, calls = Denoiser.__call__, []
 
     def poisoned(self, *arguments):
         calls.append(1)
         prediction = forward(self, *arguments)
         return prediction * value if len(calls) in steps else prediction
 
-    monkeypatch.setattr(Denoiser, "forward", poisoned)
+    monkeypatch.setattr(Denoiser, "__call__", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_bad_checkpoint(options, run_main, monkeypatch):
@@ -211,7 +211,7 @@ def test_gradients_that_overflow_are_a_fault_but_with_a_scaler_which_passes_over
     scaled, options, run_main, monkeypatch
 ):
     """Of a finite loss, in step 2."""
-    forward, calls = Denoiser.forward, []
+    forward, calls = Denoiser.__call__, []
 
     def overflowing(self, *arguments):
         calls.append(1)
@@ -220,7 +220,7 @@ def test_gradients_that_overflow_are_a_fault_but_with_a_scaler_which_passes_over
             prediction.register_hook(lambda gradient: gradient * float("inf"))
         return prediction
 
-    monkeypatch.setattr(Denoiser, "forward", overflowing)
+    monkeypatch.setattr(Denoiser, "__call__", overflowing)
     options = {**options, "checkpointing_steps": 1}
     if not scaled:
         with pytest.raises(ValueError, match="step 2 is not finite: its loss is [0-9.]+, the norm .* nan"):

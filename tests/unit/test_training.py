@@ -110,7 +110,7 @@ def step_on_meta(fresh_accelerator):
         noise_scheduler = build_noise_scheduler(scheduler, settings)
         hidden = torch.zeros(1, 77, unet.config.cross_attention_dim, device="meta")
         denoiser = Denoiser(
-            {"unet": unet}, lambda rows: {"hidden": hidden[rows]}, lambda e, _: {"encoder_hidden_states": e["hidden"]}
+            unet, lambda rows: {"hidden": hidden[rows]}, lambda e, _: {"encoder_hidden_states": e["hidden"]}
         )
         optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
