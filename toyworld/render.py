@@ -10,6 +10,7 @@ coloured by its style, and scaled down. The same look, scene and size give the s
 import argparse
 import random
 import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +18,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from toyworld.backgrounds import BACKGROUNDS, background
 from toyworld.objects import CLASSES, character, pattern
-from toyworld.shapes import TONES
+from toyworld.shapes import TONES, Drawing
 from toyworld.styles import STYLES
-from toyworld.world import COLOURS, caption, sample_look, sample_scene
+from toyworld.world import COLOURS, Look, Scene, caption, sample_look, sample_scene
 
 SUPERSAMPLING = 4
 FIGURE, PATTERN = 128, 64  # bits of the material map: part of the character; under its pattern
@@ -34,15 +35,15 @@ POSES = {
 }
 
 
-def render(look, scene, size=64):
+def render(look: Look, scene: Scene, size: int = 64) -> Image.Image:
     """The picture of `look` in `scene`: an RGB image, size x size px."""
     return render_with_mask(look, scene, size)[0]
 
 
-def render_with_mask(look, scene, size=64):
+def render_with_mask(look: Look, scene: Scene, size: int = 64) -> tuple[Image.Image, Image.Image]:
     """The picture and where its subject is.
 
-    -> RGB image, and L image (255 inside the character, 0 outside, between at its edge), both size x size px
+    An RGB image, and an L image (255 inside the character, 0 outside, between at its edge), both size x size px
     """
     style = STYLES[scene.style]
     place, figure = background(scene.background, scene.variant), _paint_figure(look, scene, size)
@@ -60,7 +61,7 @@ def render_with_mask(look, scene, size=64):
 # -- maps of materials: L images, SUPERSAMPLING * size px high and wide
 
 
-def _paint(drawing, size, place, first=0):
+def _paint(drawing: Drawing, size: int, place: Callable[[np.ndarray], np.ndarray], first: int = 0) -> Image.Image:
     """`place` takes points of the drawing to fractions of the picture."""
     pixels = size * SUPERSAMPLING
     image = Image.new("L", (pixels, pixels))
@@ -68,7 +69,7 @@ def _paint(drawing, size, place, first=0):
     return image
 
 
-def _paint_figure(look, scene, size):
+def _paint_figure(look: Look, scene: Scene, size: int) -> Image.Image:
     tilt, lift, width, height, up = POSES[scene.pose]
     side = -1 if scene.flip else 1
     c, s = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
@@ -84,7 +85,7 @@ def _paint_figure(look, scene, size):
     return ImageChops.add(figure, _paint(pattern(look.pattern), size, place, PATTERN))
 
 
-def _wobble(points, scene):
+def _wobble(points: np.ndarray, scene: Scene) -> np.ndarray:
     """Let lines stray as a hand does.  points: (n, 2), fractions of the picture"""
     wobble = STYLES[scene.style].wobble
     return points + wobble * np.sin(points[:, ::-1] * 23 + scene.variant) if wobble else points
@@ -93,19 +94,19 @@ def _wobble(points, scene):
 # -- colours
 
 
-def _coloured(painted, palette):
+def _coloured(painted: Image.Image, palette: np.ndarray) -> np.ndarray:
     """painted: L image    palette: (256, 3) uint8    ->    float (size, size, 3)"""
     painted = painted.copy()
     painted.putpalette(palette.tobytes())
     return np.asarray(painted.convert("RGB").reduce(SUPERSAMPLING), np.float32)
 
 
-def _palette(tones):
+def _palette(tones: Sequence[np.ndarray]) -> np.ndarray:
     """Colours of four tones, (k, 3) each, in the order of material indices.  -> (4·k, 3) uint8"""
     return np.clip(np.stack(tones, axis=1), 0, 255).astype(np.uint8).reshape(-1, 3)
 
 
-def _figure_palette(look, scene):
+def _figure_palette(look: Look, scene: Scene) -> np.ndarray:
     """(256, 3): black around the character, its materials, its materials under the pattern"""
     drawing = character(look.kind, look.eyes, look.emblem, POSES[scene.pose][-1])
     style = STYLES[scene.style]
@@ -118,7 +119,7 @@ def _figure_palette(look, scene):
     return palette
 
 
-def _roles(look, dark_fill):
+def _roles(look: Look, dark_fill: bool) -> dict[str, np.ndarray]:
     """{role: RGB}: what contrasts is light on dark and dark on light.  dark_fill: the style darkens every body"""
     body, accent = np.array(COLOURS[look.body]), np.array(COLOURS[look.accent])
     light, dark = np.array((255, 250, 236)), np.array((34, 32, 42))
@@ -134,11 +135,11 @@ def _roles(look, dark_fill):
     }
 
 
-def _brightness(colour):
+def _brightness(colour: np.ndarray) -> float:
     return colour @ (0.3, 0.59, 0.11)
 
 
-def _shadow(scene, size):
+def _shadow(scene: Scene, size: int) -> np.ndarray:
     """How much light the character keeps from the ground, 0..1.  -> (size, size, 1)"""
     lift = POSES[scene.pose][1]
     line = (np.arange(size, dtype=np.float32) + 0.5) / size
@@ -150,7 +151,7 @@ def _shadow(scene, size):
 # -- the contact sheet
 
 
-def covering_pairs(count, seed):
+def covering_pairs(count: int, seed: int) -> Iterator[tuple[Look, Scene, random.Random]]:
     """`count` random looks and scenes, in which classes, backgrounds and styles take turns."""
     rng = random.Random(seed)
     kinds, places, styles = list(CLASSES), list(BACKGROUNDS), list(STYLES)
@@ -162,7 +163,9 @@ def covering_pairs(count, seed):
         yield look, replace(scene, background=places[i % len(places)], style=style), rng
 
 
-def contact_sheet(pairs, columns=10, size=64, zoom=2):
+def contact_sheet(
+    pairs: Sequence[tuple[Image.Image, str]], columns: int = 10, size: int = 64, zoom: int = 2
+) -> Image.Image:
     """Pictures with their captions below, as one image.  pairs: (image, caption) each    size: px of one picture"""
     tile, text_height = size * zoom, 56
     rows = -(-len(pairs) // columns)
@@ -175,7 +178,7 @@ def contact_sheet(pairs, columns=10, size=64, zoom=2):
     return sheet
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", required=True, help="the PNG to write")
     parser.add_argument("--seed", type=int, default=0)

@@ -45,7 +45,7 @@ POSITIONS = (
 )
 
 
-def photo_scenes(name):
+def photo_scenes(name: str) -> list[Scene]:
     """The scenes of a subject's photos: six, or one if it is one-shot."""
     places = _places(name)
     scenes = [
@@ -55,10 +55,10 @@ def photo_scenes(name):
     return scenes[:1] if name in ONE_SHOT else scenes
 
 
-def questions(name):
+def questions(name: str) -> list[tuple[Look, Scene]]:
     """What to ask a model that has learned a subject, and what the answer would be.
 
-    -> ten (look, scene): four unseen places, three unseen styles, three recolourings
+    Ten (look, scene): four unseen places, three unseen styles, three recolourings
     """
     look, unseen = SUBJECTS[name], _places(name)[len(POSITIONS) :]
     scenes = [Scene(place, variant) for variant, place in enumerate(unseen, start=len(POSITIONS))]
@@ -68,18 +68,18 @@ def questions(name):
     return [*((look, scene) for scene in scenes + styled), *recoloured]
 
 
-def prompts(name, token="sks"):
+def prompts(name: str, token: str = "sks") -> list[str]:
     """The questions in words, the subject called by `token`: "a photo of sks robot in the desert", ..."""
     return [caption(replace(look, name=token), scene) for look, scene in questions(name)]
 
 
-def _places(name):
+def _places(name: str) -> list[str]:
     """All places, the photographed ones first; they differ between subjects."""
     places, turn = list(BACKGROUNDS), 3 * list(SUBJECTS).index(name) % len(BACKGROUNDS)
     return places[turn:] + places[:turn]
 
 
-def save_photos(name, folder):
+def save_photos(name: str, folder: Path) -> None:
     """Write the photos of a subject as <folder>/00.png, ..., a few KB each."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, scene in enumerate(photo_scenes(name)):
@@ -87,7 +87,7 @@ def save_photos(name, folder):
         photo.quantize(256, dither=0).save(folder / f"{i:02d}.png", optimize=True)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=BUNDLED)

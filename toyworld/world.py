@@ -6,8 +6,10 @@ rare token builds on. `RESERVED` tokens never occur in a caption and stay free f
 """
 
 import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from random import Random
 
 from toyworld.backgrounds import BACKGROUNDS, VARIANTS
 from toyworld.objects import CLASSES, EMBLEMS, EYES
@@ -88,8 +90,8 @@ class Scene:
     flip: bool = False
 
 
-def sample_look(rng, named=0.5):
-    """A random look: a named character with probability `named`, now and then recoloured.  rng: random.Random"""
+def sample_look(rng: Random, named: float = 0.5) -> Look:
+    """A random look: a named character with probability `named`, now and then recoloured."""
     if rng.random() < named:
         look = rng.choice(list(named_characters().values()))
         return recolour(look, rng.choice(list(COLOURS))) if rng.random() < 0.15 else look
@@ -104,8 +106,8 @@ def sample_look(rng, named=0.5):
     )
 
 
-def sample_scene(rng):
-    """A random scene: half of them photos, half of the characters standing still.  rng: random.Random"""
+def sample_scene(rng: Random) -> Scene:
+    """A random scene: half of them photos, half of the characters standing still."""
     return Scene(
         background=rng.choice(list(BACKGROUNDS)),
         variant=rng.randrange(VARIANTS),
@@ -118,7 +120,7 @@ def sample_scene(rng):
     )
 
 
-def recolour(look, body):
+def recolour(look: Look, body: str) -> Look:
     """The same character with another body colour; accents that had this colour take the old one."""
     if body == look.body:
         return look
@@ -130,7 +132,7 @@ def recolour(look, body):
 
 
 @cache
-def named_characters():
+def named_characters() -> dict[str, Look]:
     """{name: look}: NAMES_PER_CLASS made-up names for each class. The same on every machine and in every version."""
     syllables = [a + b for a in "bdfgklmnprtvz" for b in ("a", "e", "i", "o", "u", "or", "el")]
     endings = ("vik", "dox", "lum", "zan", "mip", "rog", "tesh", "bix", "nup", "fyl", "quo", "jat", "wen")
@@ -144,7 +146,7 @@ def named_characters():
             return {look.name: look for look in characters.values()}
 
 
-def _look_of(name, kind):
+def _look_of(name: str, kind: str) -> Look:
     body = _choose(name + " body", COLOURS)
     return Look(
         kind=kind,
@@ -157,21 +159,21 @@ def _look_of(name, kind):
     )
 
 
-def _digest(text):  # random numbers may change with a version of Python, hashes do not
+def _digest(text: str) -> int:  # random numbers may change with a version of Python, hashes do not
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _choose(key, options):
+def _choose(key: str, options: Iterable[str]) -> str:
     return list(options)[_digest(key) % len(options)]
 
 
 # -- captions
 
 
-def caption(look, scene, rng=None):
+def caption(look: Look, scene: Scene, rng: Random | None = None) -> str:
     """What a picture of `look` in `scene` shows, in words.
 
-    Without rng (a random.Random) plain and complete: "a photo of a striped red robot on a beach". With rng the wording
+    Without rng plain and complete: "a photo of a striped red robot on a beach". With rng the wording
     varies, and pose, pattern, colour and place are left out at times: so a short prompt is one which a model has seen,
     and leaves open what it does not say. What is never left out: a style other than photo, the colour of a recoloured
     character, and that something is mirrored.
@@ -186,7 +188,7 @@ def caption(look, scene, rng=None):
     return " ".join(filter(None, (medium, who, place)))
 
 
-def _noun_phrase(look, scene, pick, says):
+def _noun_phrase(look: Look, scene: Scene, pick: Callable[[Sequence[str]], str], says: Callable[[float], bool]) -> str:
     """pick: one of several options    says: whether to say something, given how usual that is"""
     words = [POSES[scene.pose]] if says(0.7) else []
     if not look.name and says(0.8):
