@@ -168,9 +168,11 @@ class KroneckerLinear(nn.Module):
     A (a1, a2) and B (b1, b2) are fp32 whatever the base's dtype. `gain` belongs to the parametrisation and is folded
     into A when saved; `scale` is the user's strength, 1.0 as trained.
 
-    init "invariant":  gain the power of two next to 1/√b2,  gain · A ~ N(0, 1/d_in) for every (a1, a2), so that one
-                       learning rate serves all factor shapes. A power of two rounds nothing: a trained layer and the
-                       same layer from its file, where the gain is in A, give the same bits.
+    init "invariant":  gain · A ~ N(0, a1/d_in),  gain the power of two next to √a1, so that one learning rate serves
+                       all factor shapes: B's entries serve a1 blocks of the output at once, and about 1/√a1 of what
+                       they learn suits each. With a1 = 1 this is LoRA, A ~ N(0, 1/d_in). A power of two rounds
+                       nothing: a trained layer and the same layer from its file, where the gain is in A, give the
+                       same bits.
     init "reference":  gain 1,  A ~ N(0, 1/a1²), as in the paper's own code.
     init None:         gain 1,  A = 0, for factors that come from a file.
 
@@ -190,9 +192,9 @@ class KroneckerLinear(nn.Module):
     ):
         super().__init__()
         b1, b2 = _divide(base, a1, a2, name)
-        gain = 2.0 ** round(-math.log2(b2) / 2)
+        gain = 2.0 ** round(math.log2(a1) / 2)
         stds_and_gains = {
-            "invariant": ((a2 * b2) ** -0.5 / gain, gain),
+            "invariant": ((a1 / (a2 * b2)) ** 0.5 / gain, gain),
             "reference": (1 / a1, 1.0),
             None: (0.0, 1.0),
         }

@@ -101,20 +101,20 @@ def test_step_zero_is_the_base_layer_bit_for_bit(init, bias, d_in, d_out, rows):
     assert torch.equal(layer(x), base(x))
 
 
-@pytest.mark.parametrize("a1, a2", [(4, 64), (64, 4), (16, 16), (8, 64), (64, 8)])
-def test_invariant_init_gives_gain_times_a_one_size_for_every_shape(a1, a2):
+@pytest.mark.parametrize("a1, a2", [(1, 640), (4, 64), (64, 4), (16, 16), (8, 64), (64, 8)])
+def test_invariant_init_is_lora_s_times_the_root_of_the_blocks_that_share_b(a1, a2):
     torch.manual_seed(0)
     base = nn.Linear(640, 640)
     layers = [KroneckerLinear(base, a1, a2) for _ in range(8)]
     entries = torch.cat([layer.gain * layer.A.detach().flatten() for layer in layers])
-    assert entries.std().item() == pytest.approx(640**-0.5, rel=0.1)
+    assert entries.std().item() == pytest.approx((a1 / 640) ** 0.5, rel=0.1)
 
 
 def test_initialisations_are_as_documented():
     torch.manual_seed(0)
     base = nn.Linear(1280, 1280)
     invariant, reference = KroneckerLinear(base, 64, 64), KroneckerLinear(base, 64, 32, "reference")
-    assert invariant.A.std().item() == pytest.approx(4 * 1280**-0.5, rel=0.05) and invariant.gain == 1 / 4
+    assert invariant.A.std().item() == pytest.approx(1280**-0.5, rel=0.05) and invariant.gain == 8
     assert reference.A.std().item() == pytest.approx(1 / 64, rel=0.05) and reference.gain == 1
     assert not invariant.B.any() and not reference.B.any()
     with pytest.raises(KroneckerError, match="'xavier'"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from toyworld.study import COLUMNS, METHODS, table
+from toyworld.study import COLUMNS, METHODS, subjects_table, table
 from toyworld.tiny_pipeline import build_pipeline
 
 
@@ -23,6 +23,12 @@ def test_the_table_gives_means_over_all_runs_and_the_spread_of_the_seeds():
     assert row.startswith("| LoRA r=1 | 1,234 | 0.002 | 0.400 ± 0.283 |")  # seeds' means are 0.2 and 0.6
     assert row.count("0.400 ± 0.283") == len(COLUMNS)
     assert higher_rate.startswith("| LoRA r=1 | 1,234 | 0.01 | 0.900 |")
+    assert subjects_table(runs).splitlines() == [
+        "| DINO | parameters | learning rate | dog | cat |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| LoRA r=1 | 1,234 | 0.002 | 0.300 ± 0.283 | 0.500 ± 0.283 |",
+        "| LoRA r=1 | 1,234 | 0.01 | 0.900 |  |",
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
