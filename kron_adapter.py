@@ -168,11 +168,11 @@ class KroneckerLinear(nn.Module):
     A (a1, a2) and B (b1, b2) are fp32 whatever the base's dtype. `gain` belongs to the parametrisation and is folded
     into A when saved; `scale` is the user's strength, 1.0 as trained.
 
-    init "invariant":  gain · A ~ N(0, a1/d_in),  gain the power of two next to √a1, so that one learning rate serves
-                       all factor shapes: B's entries serve a1 blocks of the output at once, and about 1/√a1 of what
-                       they learn suits each. With a1 = 1 this is LoRA, A ~ N(0, 1/d_in). A power of two rounds
-                       nothing: a trained layer and the same layer from its file, where the gain is in A, give the
-                       same bits.
+    init "invariant":  gain · A ~ N(0, a1/d_in),  gain the power of two next to √a1. With a1 = 1 it is LoRA's beginning;
+                       B's entries serve a1 blocks of the output at once, so that 1/√a1 of a step would suit each. The
+                       gain speeds A up as well, which has to turn towards what is to be learned. So one learning rate
+                       serves all factor shapes, as toyworld/README.md measures. A power of two rounds nothing: a
+                       trained layer and the same layer from its file, where the gain is in A, give the same bits.
     init "reference":  gain 1,  A ~ N(0, 1/a1²), as in the paper's own code.
     init None:         gain 1,  A = 0, for factors that come from a file.
 

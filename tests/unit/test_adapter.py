@@ -1,5 +1,7 @@
 """The adapter's algebra and layer, against torch.kron, autograd and the plain linear layer."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +110,22 @@ def test_invariant_init_is_lora_s_times_the_root_of_the_blocks_that_share_b(a1, 
     layers = [KroneckerLinear(base, a1, a2) for _ in range(8)]
     entries = torch.cat([layer.gain * layer.A.detach().flatten() for layer in layers])
     assert entries.std().item() == pytest.approx((a1 / 640) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("a1", [4, 16, 64])
+@pytest.mark.parametrize("b2", [1, 5, 20])
+def test_a_step_of_b_goes_as_far_for_every_number_of_blocks(a1, b2):
+    """Towards a target of rank one, u vᵀ of signs, with the signs of the gradient as the step, as Adam's first is."""
+    torch.manual_seed(0)
+    base = nn.Linear(640, 640, bias=False)
+    progress = []
+    for _ in range(40):
+        layer = KroneckerLinear(base, a1, 640 // b2)
+        u, v = torch.randn(640).sign(), torch.randn(640).sign()
+        (-(u @ layer(v))).backward()
+        layer.B.data = -layer.B.grad.sign()
+        progress.append((u @ layer.delta_weight @ v).item() / 640)
+    assert sum(progress) / len(progress) == pytest.approx((2 * b2 / math.pi) ** 0.5, rel=0.1)
 
 
 def test_initialisations_are_as_documented():
