@@ -87,6 +87,8 @@ def train(run_main, trained_files, tmp_path_factory):
                 "instance_prompt": "a photo of sks robot",
                 "resolution": 64,
                 "center_crop": True,
+                "kron_a1": 2,  # as in the quickstart
+                "kron_a2": 32,
                 "train_batch_size": 4,
                 "max_train_steps": 300,
                 "learning_rate": 1e-2,
