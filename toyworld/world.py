@@ -173,10 +173,10 @@ def _choose(key: str, options: Iterable[str]) -> str:
 def caption(look: Look, scene: Scene, rng: Random | None = None) -> str:
     """What a picture of `look` in `scene` shows, in words.
 
-    Without rng plain and complete: "a photo of a striped red robot on a beach". With rng the wording
-    varies, and pose, pattern, colour and place are left out at times: so a short prompt is one which a model has seen,
-    and leaves open what it does not say. What is never left out: a style other than photo, the colour of a recoloured
-    character, and that something is mirrored.
+    Without rng plain and complete: "a photo of a striped red robot on a beach". With rng the wording varies, and pose,
+    pattern, colour and place are left out at times: so a short prompt is one which a model has seen, and leaves open
+    what it does not say. What is never left out: a style other than photo, the colour of a recoloured character, and
+    that something is mirrored.
     """
     pick = rng.choice if rng else lambda options: options[0]
     says = (lambda share: rng.random() < share) if rng else lambda share: share > 0.5
