@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
-from dreambooth.models import DTYPES
+from dreambooth.base_model.loading import DTYPES
 
 SHAPES = [(features, rows) for features in (320, 640, 1280) for rows in (64, 256, 1024, 4096)]
 WARM_UP = 3  # rounds

@@ -18,12 +18,14 @@ from statistics import median
 import torch
 from torch import nn
 
+from dreambooth.options.training import TrainingConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
-from dreambooth.config import TrainingConfig
-from dreambooth.optimizers import build_optimizer
+from dreambooth.loop.optimizers import build_optimizer
+from dreambooth.method import Group
 from kron_adapter import inject_kronecker, kronecker_parameters
 from kron_formats.architectures import load_architecture
 
@@ -34,7 +36,7 @@ WAYS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "torch's default": lambda factors: torch.optim.AdamW(factors, lr=1e-4),
     "foreach": lambda factors: torch.optim.AdamW(factors, lr=1e-4, foreach=True),
     "fused": lambda factors: torch.optim.AdamW(factors, lr=1e-4, fused=True),
-    "build_optimizer": lambda factors: build_optimizer({"unet": factors}, OPTIONS, 1),
+    "build_optimizer": lambda factors: build_optimizer([Group("UNet", factors, 1e-4, 1e-2)], OPTIONS, 1),
 }
 PARTS = ("backward", "clip", "step", "zero_grad")
 WARM_UP = 3  # rounds

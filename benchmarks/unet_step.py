@@ -29,14 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreambooth.options.training import TrainingConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
-from dreambooth.config import TrainingConfig
-from dreambooth.models import DTYPES
-from dreambooth.optimizers import build_optimizer
+from dreambooth.base_model.loading import DTYPES
+from dreambooth.loop.optimizers import build_optimizer
+from dreambooth.method import Group
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 
 OPTIONS = TrainingConfig(pretrained_model_name_or_path="", instance_prompt="")
@@ -144,7 +146,8 @@ def stepper(peer: str, unet: nn.Module, inputs: dict, arguments: argparse.Namesp
 def optimizer_over(parameters: Sequence[nn.Parameter], peer: str) -> torch.optim.Optimizer:
     """Return our optimizer over our factors, and PyTorch's fastest AdamW over those of others."""
     if peer.startswith("Kronecker"):
-        return build_optimizer({"unet": list(parameters)}, OPTIONS, num_ranks=1)
+        group = Group("UNet", list(parameters), OPTIONS.learning_rate, OPTIONS.adam_weight_decay)
+        return build_optimizer([group], OPTIONS, num_ranks=1)
     return torch.optim.AdamW(parameters, lr=OPTIONS.learning_rate, fused=True)
 
 

@@ -20,13 +20,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from dreambooth.options.base_model import AdaptedModelOptions
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dreambooth.config import AdaptedModelConfig, UserError, readable_errors
-from dreambooth.models import DTYPES, empty_models
+from dreambooth.base_model.loading import DTYPES, empty_models
+from dreambooth.errors import UserError, readable_errors
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 from kron_formats.export import (
     dense_bytes,
@@ -120,7 +122,7 @@ def empty_base(name: str) -> Models:
     """Return the base model without weights. Raises UserError or KroneckerError where it is none."""
     if Path(name).is_file():
         return load_architecture(FILES[checkpoint_family(Path(name))])
-    return empty_models(AdaptedModelConfig(pretrained_model_name_or_path=name), DiffusionPipeline)
+    return empty_models(AdaptedModelOptions(pretrained_model_name_or_path=name), DiffusionPipeline)
 
 
 def recognise(file: AdapterFile) -> Models:
@@ -269,5 +271,5 @@ def announce(path: Path, layers: dict, models: Models) -> None:
 
 
 if __name__ == "__main__":
-    with readable_errors(KroneckerError):
+    with readable_errors():
         main()

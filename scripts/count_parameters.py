@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dreambooth.config import readable_errors
+from dreambooth.errors import readable_errors
 from kron_adapter import (
     ATTENTION_TARGETS,
     KroneckerError,
@@ -195,5 +195,5 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    with readable_errors(KroneckerError):
+    with readable_errors():
         main()

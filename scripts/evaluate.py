@@ -10,7 +10,7 @@ without and with the adapter. CLIP-T reads {} as "dog".
 
     CLIP-I, DINO   likeness to the subject: mean cosine of images and photos in CLIP's and in DINO's embeddings
     CLIP-T         truth to the prompt: mean cosine of images and their prompts in CLIP's embeddings
-    diversity      mean DINO distance, 1 - cosine, of two images of a prompt
+    diversity      mean DINO distance, 1 - cosine, of two images of a prompt, which --num_images 1 lacks
     prior          of class images: mean DINO cosine to the photos (where it rises, "dog" comes to mean this dog) and
                    diversity, without and with the adapter; mean DINO distance of the two images of a seed
 
@@ -37,67 +37,46 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from dreambooth.adapters import add_adapters, hasten_drawing, load_base_pipeline, read_adapters
-from dreambooth.config import AdaptedModelConfig, UserError, option, readable_errors
-from dreambooth.evaluation import (
-    PLACEHOLDER,
-    PhotoScores,
-    PriorDrift,
-    PromptScores,
-    draw_prompt,
-    name_subject,
-    read_prompts,
-    read_subject_photos,
-    score_images,
-    score_photos,
-    score_prior,
-)
-from dreambooth.parsing import parse_options
-from dreambooth.scores import load_evaluators
-from dreambooth.validation import draw_sheet
-from kron_adapter import KroneckerError
+from dreambooth.drawing.draw import draw_images
+from dreambooth.drawing.pipelines import add_adapters, load_base_pipeline, prepare_drawing, read_adapters
+from dreambooth.drawing.sheet import draw_sheet
+from dreambooth.errors import UserError, readable_errors
+from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.options.drawing import DrawingOptions
+from dreambooth.options.field import option
+from dreambooth.options.parsing import parse_options
+from dreambooth.scoring.embeddings import load_evaluators
+from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores, score_images, score_photos, score_prior
+from dreambooth.scoring.subject import PLACEHOLDER, name_subject, read_prompts, read_subject_photos
+from methods.readers import READERS
 
 BASE, ADAPTED = "base", "adapted"
 SCORES = ("clip_i", "dino", "clip_t", "diversity")
-AT_LEAST = {"num_images": 1, "num_class_images": 0, "num_inference_steps": 1, "batch_size": 1, "seed": 0}
 COLUMNS = 8  # of the sheet, images
 THUMBNAIL = (192, 192)  # px
 GAP = (16, 192)  # px, between the models
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AdaptedModelConfig):
-    """Options of scripts/evaluate.py."""
+class Config(AdaptedModelOptions, DrawingOptions):
+    """What is scored, on which prompts, and by what."""
 
     instance_data_dir: str = option("Folder with the photos of the subject that images are compared with.")
     instance_token: str = option("Rare token that the adapter was trained with.", "sks")
-    class_noun: str = option('Class of the subject, for example dog; "sks dog" then stands for {} in prompts.')
-    prompts: str | None = option("File with prompts, one a line, for example configs/prompts/objects.txt.", None)
+    class_noun: str = option('Class of the subject, for example dog; {} in prompts then stands for "sks dog".')
+    prompts: str | None = option("File with one prompt per line, for example configs/prompts/objects.txt.", None)
     prompt: list[str] = option("Prompts, instead of a file. {} stands for the subject in each.", [])
-    num_images: int = option("Images for each prompt and model, images; diversity needs 2.", 4)
     class_prompt: str | None = option('Prompt of the class images. Default: "a photo of" and class_noun.', None)
-    num_class_images: int = option("Class images for each model, images; 0 leaves the prior out.", 16)
-    seed: int = option("Seed of each prompt's first image; the next ones count up.", 0)
-    negative_prompt: str = option("Negative prompt for all images.", "")
-    height: int | None = option("Height of the images, px. Default: the base model's.", None)
-    width: int | None = option("Width of the images, px. Default: the base model's.", None)
-    num_inference_steps: int = option("Denoising steps.", 25)
-    guidance_scale: float = option("Classifier-free guidance.", 7.5)
-    batch_size: int = option("Images drawn at once, images.", 4)
-    clip_model: str = option("CLIP that scores, a name on the Hub or a folder.", "openai/clip-vit-base-patch32")
-    dino_model: str = option("DINO that scores, a name on the Hub or a folder.", "facebook/dino-vits16")
+    num_class_images: int = option("Class images per model; 0 leaves the prior out.", 16, at_least=0)
+    clip_model: str = option("CLIP that scores: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32")
+    dino_model: str = option("DINO that scores: a name on the Hub, or a folder.", "facebook/dino-vits16")
     output_dir: str = option("Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation")
 
-
-def check(config: Config) -> None:
-    """Raise UserError where an option is out of range, or options do not go together."""
-    for name, least in AT_LEAST.items():
-        if getattr(config, name) < least:
-            raise UserError(f"--{name} is {getattr(config, name)}; it has to be at least {least}")
-    if bool(config.prompts) == bool(config.prompt):
-        raise UserError("--prompts, a file, or --prompt is needed, and not both")
-    if not config.class_noun.strip():
-        raise UserError("--class_noun is empty; it says what the subject is, for example dog")
+    def check(self) -> None:
+        if bool(self.prompts) == bool(self.prompt):
+            raise UserError("give either --prompts, a file, or --prompt")
+        if not self.class_noun.strip():
+            raise UserError("--class_noun is empty; it says what the subject is, for example dog")
 
 
 @dataclass(frozen=True)
@@ -118,30 +97,31 @@ class Results:
 
 
 def main() -> None:
-    config = parse_options(Config, __doc__, check=check)
+    config = parse_options(Config, __doc__)
     prompts = read_prompts(config.prompts) if config.prompts else config.prompt
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
     photos = read_subject_photos(config.instance_data_dir)
-    files = read_adapters(config)
+    adapters = read_adapters(config, READERS)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
 
     pipeline = load_base_pipeline(config).to(device)
-    pipeline.vae.float()  # SDXL's gives NaN in fp16
+    if "safety_checker" in pipeline.components:  # it would have black images scored
+        pipeline.register_modules(safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    hasten_drawing(pipeline, config)
+    prepare_drawing(pipeline, READERS, config)
     named = name_subject(prompts, f"{config.instance_token} {config.class_noun}")
     texts = name_subject(prompts, config.class_noun)
     drawn = {BASE: draw(pipeline, named, BASE, config)}
-    if files:
-        add_adapters(pipeline, files, config)
-        hasten_drawing(pipeline.to(device), config)
+    if adapters:
+        add_adapters(pipeline, adapters, READERS)
+        prepare_drawing(pipeline.to(device), READERS, config)
         drawn[ADAPTED] = draw(pipeline, named, ADAPTED, config)
 
     scores = {model: score_images(images.rows, photos, texts, evaluators) for model, images in drawn.items()}
     prior = None
-    if files and config.num_class_images:
+    if adapters and config.num_class_images:
         prior = score_prior(drawn[BASE].class_images, drawn[ADAPTED].class_images, photos, evaluators)
     results = Results(score_photos(photos, evaluators), scores, prior)
 
@@ -163,17 +143,7 @@ def draw(pipeline: DiffusionPipeline, prompts: Sequence[str], model: str, config
 
     def images_of(prompt: str, count: int, name: str) -> list[Image.Image]:
         seeds = range(config.seed, config.seed + count)
-        images = draw_prompt(
-            pipeline,
-            prompt,
-            seeds,
-            config.batch_size,
-            negative_prompt=config.negative_prompt,
-            height=config.height,
-            width=config.width,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-        )
+        images = draw_images(pipeline, seeds, config.batch_size, prompt=prompt, **config.pipeline_arguments())
         for seed, image in zip(seeds, images):
             image.save(folder / f"{name}-{seed}.png")
         return images
@@ -253,5 +223,5 @@ def number(score: float | None) -> str:
 
 
 if __name__ == "__main__":
-    with readable_errors(KroneckerError):
+    with readable_errors():
         main()

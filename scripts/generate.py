@@ -19,54 +19,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dreambooth.adapters import hasten_drawing, load_adapted_pipeline
-from dreambooth.config import AdaptedModelConfig, option, readable_errors
-from dreambooth.parsing import parse_options
-from dreambooth.validation import draw_sheet
-from kron_adapter import KroneckerError
+from dreambooth.drawing.draw import draw_images
+from dreambooth.drawing.pipelines import load_adapted_pipeline, prepare_drawing
+from dreambooth.drawing.sheet import draw_sheet
+from dreambooth.errors import readable_errors
+from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.options.drawing import DrawingOptions
+from dreambooth.options.field import option
+from dreambooth.options.parsing import parse_options
+from methods.readers import READERS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AdaptedModelConfig):
-    """Options of scripts/generate.py."""
+class Config(AdaptedModelOptions, DrawingOptions):
+    """What to draw, and where to."""
 
-    prompt: list[str] = option("Prompts; each is one row of the grid.")
-    negative_prompt: str = option("Negative prompt for all images.", "")
-    num_images: int = option("Images for each prompt, images.", 4)
-    seed: int = option("Seed of each prompt's first image; the next ones count up.", 0)
-    height: int | None = option("Height of the images, px. Default: the base model's.", None)
-    width: int | None = option("Width of the images, px. Default: the base model's.", None)
-    num_inference_steps: int = option("Denoising steps.", 25)
-    guidance_scale: float = option("Classifier-free guidance.", 7.5)
+    prompt: list[str] = option("Prompts, one row of the grid each.")
     output_dir: str = option("Folder for the images and grid.png.", "outputs/images")
 
 
 def main() -> None:
     config = parse_options(Config, __doc__)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    pipeline = load_adapted_pipeline(config).to(device)
-    hasten_drawing(pipeline, config)
+    pipeline = load_adapted_pipeline(config, READERS).to(device)
+    prepare_drawing(pipeline, READERS, config)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, seeds = [], range(config.seed, config.seed + config.num_images)
     for number, prompt in enumerate(config.prompt):
-        images = pipeline(
-            prompt,
-            negative_prompt=config.negative_prompt,
-            height=config.height,
-            width=config.width,
-            num_images_per_prompt=config.num_images,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            generator=[torch.Generator().manual_seed(config.seed + i) for i in range(config.num_images)],
-        ).images
-        for i, image in enumerate(images):
-            image.save(output / f"{number:02d}-{config.seed + i}.png")
+        images = draw_images(pipeline, seeds, config.batch_size, prompt=prompt, **config.pipeline_arguments())
+        for seed, image in zip(seeds, images):
+            image.save(output / f"{number:02d}-{seed}.png")
         rows.append(images)
     draw_sheet(rows, config.prompt).save(output / "grid.png")
     print(f"Wrote {len(rows) * config.num_images} images and {output / 'grid.png'}")
 
 
 if __name__ == "__main__":
-    with readable_errors(KroneckerError):
+    with readable_errors():
         main()

@@ -12,35 +12,34 @@ spread over seeds, and DINO for each subject; prints the tables.
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import math
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
 from PIL import Image
-from torch import nn
+from safetensors import safe_open
 from tqdm import tqdm
 
-import train_dreambooth_kronecker as sd
-import train_dreambooth_kronecker_sdxl as sdxl
-from dreambooth.config import TrainingConfig
-from dreambooth.data import DreamBoothDataset, build_loader, prompts_of
-from dreambooth.diffusion import build_noise_scheduler, build_sampler
-from dreambooth.evaluation import draw_prompt, read_subject_photos, score_images, score_prior
-from dreambooth.noise import noise_drawer
-from dreambooth.optimizers import build_lr_scheduler, build_optimizer
-from dreambooth.photos import read_instance_photos
-from dreambooth.scores import Evaluators, load_evaluators
-from dreambooth.text import prompt_encoder
-from dreambooth.training import Denoiser, start_accelerator, train_steps
-from dreambooth.vae import latent_source
-from kron_adapter import ATTENTION_TARGETS, disable_kronecker, inject_kronecker, kronecker_parameters
+from dreambooth.drawing.draw import draw_images
+from dreambooth.drawing.pipelines import load_adapted_pipeline, prepare_drawing
+from dreambooth.families.sd import SD
+from dreambooth.families.sdxl import SDXL
+from dreambooth.kronecker import KRONECKER
+from dreambooth.method import Method
+from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.options.training import TrainingConfig, config_class
+from dreambooth.scoring.embeddings import Evaluators, load_evaluators
+from dreambooth.scoring.measures import score_images, score_prior
+from dreambooth.scoring.subject import read_subject_photos
+from dreambooth.train import train
+from methods.lora import LORA
+from methods.readers import READERS
 from toyworld.subjects import SUBJECTS, prompts, save_photos
 
 MODELS = Path(__file__).resolve().parent / "models"
@@ -52,79 +51,47 @@ DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "widt
 
 # ---- the methods ----
 
+FAMILIES = {family.name: family for family in (SD, SDXL)}
+
 
 @dataclass(frozen=True)
-class Adapter:
-    """What trains, and how to be without it for a while."""
+class Row:
+    """A row of the study: a method with options of its own."""
 
-    parameters: list[nn.Parameter]
-    without: Callable[[], AbstractContextManager]
-
-
-def add_kronecker(unet: nn.Module, a1: int, a2: int) -> Adapter:
-    inject_kronecker(unet, a1, a2)
-    return Adapter(kronecker_parameters(unet), partial(disable_kronecker, unet))
-
-
-def add_lora(unet: nn.Module, rank: int) -> Adapter:
-    unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION_TARGETS)))
-
-    @contextmanager
-    def without() -> Iterator[None]:
-        unet.disable_adapters()
-        try:
-            yield
-        finally:
-            unet.enable_adapters()
-
-    return Adapter([parameter for parameter in unet.parameters() if parameter.requires_grad], without)
+    method: Method
+    options: dict[str, Any]
 
 
 # The toy UNets' layers have 64 and 128 features. (2, 32) and (8, 8) divide them about as (4, 64) and (16, 16) divide
 # the 320 to 1280 of the real ones: B no smaller than A.
-METHODS: dict[str, Callable[[nn.Module], Adapter]] = {
-    "Kronecker (2, 32)": partial(add_kronecker, a1=2, a2=32),
-    "Kronecker (8, 8)": partial(add_kronecker, a1=8, a2=8),
-    "Kronecker (4, 64)": partial(add_kronecker, a1=4, a2=64),
-    "Kronecker (16, 16)": partial(add_kronecker, a1=16, a2=16),
-    "LoRA r=1": partial(add_lora, rank=1),
-    "LoRA r=4": partial(add_lora, rank=4),
+METHODS = {
+    "Kronecker (2, 32)": Row(KRONECKER, {"kron_a1": 2, "kron_a2": 32}),
+    "Kronecker (8, 8)": Row(KRONECKER, {"kron_a1": 8, "kron_a2": 8}),
+    "Kronecker (4, 64)": Row(KRONECKER, {"kron_a1": 4, "kron_a2": 64}),
+    "Kronecker (16, 16)": Row(KRONECKER, {"kron_a1": 16, "kron_a2": 16}),
+    "LoRA r=1": Row(LORA, {"rank": 1}),
+    "LoRA r=4": Row(LORA, {"rank": 4}),
 }
 
 
 # ---- one run ----
 
 
-def personalise(pipeline: DiffusionPipeline, method: str, config: TrainingConfig, accelerator: Accelerator) -> int:
-    """Train a method on the photos of `config`, in place; return the number of parameters that trained."""
-    family = sdxl if isinstance(pipeline, sdxl.Pipeline) else sd
-    parts = dict(pipeline.components)
-    photos = read_instance_photos(config)
-    words = prompts_of(photos, [], config)
-    dataset = DreamBoothDataset(photos, [], words, config)
-    latents_of = latent_source(pipeline, dataset, config, accelerator)
-    encode = prompt_encoder(family.encode_prompts, pipeline, words, config, accelerator)
-    torch.manual_seed(config.seed)
-    adapter = METHODS[method](pipeline.unet)
-    optimizer = build_optimizer({"unet": adapter.parameters}, config, 1)
-    lr_scheduler = build_lr_scheduler(optimizer, config, config.max_train_steps)
-    optimizer = accelerator.prepare_optimizer(optimizer)
-    denoiser = Denoiser(pipeline.unet, encode, family.unet_condition)
-    noise_scheduler = build_noise_scheduler(pipeline.scheduler, config)
-    batches = build_loader(dataset, noise_drawer(pipeline, noise_scheduler, config), config, 0, 1, 0)
-    steps = train_steps(
-        accelerator, denoiser, latents_of, noise_scheduler, adapter.without, batches, optimizer, lr_scheduler, config
-    )
-    for _ in zip(range(config.max_train_steps), steps):
-        pass
-    pipeline.register_modules(**parts)  # training let go of what it did not need
-    return sum(parameter.numel() for parameter in adapter.parameters)
+def personalise(row: Row, options: argparse.Namespace, **given) -> tuple[Path, int]:
+    """Train a method as the scripts do; return its result and the number of parameters that it saved."""
+    config = config_class(row.method.options, TrainingConfig)(**configure(options), **row.options, **given)
+    train(FAMILIES[options.family], row.method, config)
+    path = Path(config.output_dir) / row.method.weights_name
+    with safe_open(path, "pt") as file:
+        tensors = [file.get_slice(key).get_shape() for key in file.keys()]
+    return path, sum(math.prod(shape) for shape in tensors if shape)
 
 
-def load_base(base: str) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
-    pipeline.scheduler = build_sampler(pipeline.scheduler)
+def load(options: argparse.Namespace, adapters: Sequence[Path] = ()) -> DiffusionPipeline:
+    """Return the base model with adapters, ready to draw."""
+    config = AdaptedModelOptions(pretrained_model_name_or_path=options.base, adapter=[str(path) for path in adapters])
+    pipeline = load_adapted_pipeline(config, READERS)
+    prepare_drawing(pipeline, READERS, config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -140,9 +107,9 @@ class Drawn:
 def draw_all(
     pipeline: DiffusionPipeline, subject: str, images: int = IMAGES, class_images: int = CLASS_IMAGES
 ) -> Drawn:
-    rows = [draw_prompt(pipeline, prompt, range(images), images, **DRAWING) for prompt in prompts(subject)]
+    rows = [draw_images(pipeline, range(images), images, prompt=prompt, **DRAWING) for prompt in prompts(subject)]
     class_prompt = f"a photo of a {SUBJECTS[subject].kind}"
-    return Drawn(rows, draw_prompt(pipeline, class_prompt, range(class_images), class_images, **DRAWING))
+    return Drawn(rows, draw_images(pipeline, range(class_images), class_images, prompt=class_prompt, **DRAWING))
 
 
 def score(
@@ -175,23 +142,29 @@ def run_all(options: argparse.Namespace, evaluators: Evaluators, log: Path) -> l
     runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(run["method"], run["learning_rate"], run["subject"], run["seed"]) for run in runs}
     wanted = [(BASE, 0.0), *itertools.product(options.methods, options.learning_rates)]
-    accelerator = None
     for subject in tqdm(options.subjects, desc="subjects"):
         folder = options.output_dir / "photos" / subject
         save_photos(subject, folder)
         photos = read_subject_photos(str(folder))
-        pipeline = load_base(options.base)
-        before = draw_all(pipeline, subject)
+        before = draw_all(load(options), subject)
         for seed, (method, learning_rate) in itertools.product(options.seeds, wanted):
             if (method, learning_rate, subject, seed) in done:
                 continue
             drawn, parameters = before, 0
             if method != BASE:
-                config = configure(options, subject, folder, learning_rate, seed)
-                accelerator = accelerator or start_accelerator(config)
-                pipeline = load_base(options.base)
-                parameters = personalise(pipeline, method, config, accelerator)
-                drawn = draw_all(pipeline, subject)
+                kind, output = SUBJECTS[subject].kind, options.output_dir / "run"
+                path, parameters = personalise(
+                    METHODS[method],
+                    options,
+                    instance_data_dir=str(folder),
+                    instance_prompt=f"a photo of sks {kind}",
+                    class_prompt=f"a photo of {kind}",
+                    learning_rate=learning_rate,
+                    seed=seed,
+                    output_dir=str(output),
+                )
+                drawn = draw_all(load(options, [path]), subject)
+                shutil.rmtree(output)
             scores = score(drawn, before, photos, subject, evaluators)
             run = {"method": method, "learning_rate": learning_rate, "subject": subject, "seed": seed}
             runs.append({**run, "parameters": parameters, **scores})
@@ -200,26 +173,20 @@ def run_all(options: argparse.Namespace, evaluators: Evaluators, log: Path) -> l
     return runs
 
 
-def configure(
-    options: argparse.Namespace, subject: str, photos: Path, learning_rate: float, seed: int
-) -> TrainingConfig:
-    kind = SUBJECTS[subject].kind
-    return sd.Config(
-        pretrained_model_name_or_path=options.base,
-        instance_data_dir=str(photos),
-        instance_prompt=f"a photo of sks {kind}",
-        with_prior_preservation=True,
-        prior_source="base_model",
-        class_prompt=f"a photo of {kind}",
-        resolution=64,
-        center_crop=True,
-        train_batch_size=options.train_batch_size,
-        max_train_steps=options.max_train_steps,
-        learning_rate=learning_rate,
-        seed=seed,
-        output_dir=str(options.output_dir),
-        report_to=["none"],
-    )
+def configure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of training that all runs share."""
+    return {
+        "pretrained_model_name_or_path": options.base,
+        "with_prior_preservation": True,
+        "prior_source": "base_model",
+        "resolution": 64,
+        "center_crop": True,
+        "train_batch_size": options.train_batch_size,
+        "max_train_steps": options.max_train_steps,
+        "checkpointing_steps": options.max_train_steps + 1,
+        "overwrite_output_dir": True,
+        "report_to": ["none"],
+    }
 
 
 def table(runs: list[dict]) -> str:
@@ -267,7 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--base", default=str(MODELS / "sd"), help="base model; default: the toy world's sd")
+    parser.add_argument("--family", choices=FAMILIES, default="sd", help="of the base model; default: sd")
+    parser.add_argument("--base", help="base model; default: the toy world's of the family")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS_COMPARED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -276,6 +244,7 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=4, help="photos in a step; default: 4")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-2], help="default: 1e-2")
     options = parser.parse_args()
+    options.base = options.base or str(MODELS / options.family)
     evaluators = load_evaluators(str(MODELS / "clip"), str(MODELS / "dino"), torch.device("cpu"))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     runs = run_all(options, evaluators, options.output_dir / "runs.jsonl")

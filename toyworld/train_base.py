@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import train_dreambooth_kronecker as sd
-import train_dreambooth_kronecker_sdxl as sdxl
-from dreambooth.diffusion import build_sampler, diffuse, snr_weights
+from dreambooth.base_model.process import DiscreteProcess, build_sampler
+from dreambooth.drawing.draw import draw_images
+from dreambooth.families.sd import SD
+from dreambooth.families.sdxl import SDXL
 from toyworld.base_models import build_base, place_reserved_words, take_over
 from toyworld.fitting import batches, build_parser, device, fit
 from toyworld.pictures import render_batch, sample
@@ -32,7 +33,7 @@ from toyworld.train_vae import encode
 from toyworld.world import Look, Scene, caption, named_characters
 
 MODELS = Path(__file__).resolve().parent / "models"
-FAMILIES = {"sd": sd, "sdxl": sdxl}
+FAMILIES = {family.name: family for family in (SD, SDXL)}
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance works
 SNR_GAMMA = 5.0  # of the min-SNR weights
 GUIDANCE = 4.0  # of the sheets
@@ -105,21 +106,20 @@ class Models(nn.Module):
 def diffusion_loss(
     pipeline: DiffusionPipeline,
     kind: str,
-    noise_scheduler: DDPMScheduler,
+    process: DiscreteProcess,
     latents: Tensor,
     sizes: Tensor,
     captions: list[str],
 ) -> Tensor:
     """Return the min-SNR weighted error of the prediction, timesteps spread evenly over the batch."""
     rows = torch.randperm(len(latents), device=latents.device)
-    last = noise_scheduler.config.num_train_timesteps
-    timesteps = ((rows + torch.rand_like(latents[:, 0, 0, 0])) * last / len(latents)).long()
-    noisy_latents, timesteps, target = diffuse(noise_scheduler, latents, torch.randn_like(latents), timesteps)
+    timesteps = ((rows + torch.rand_like(latents[:, 0, 0, 0])) * process.num_timesteps / len(latents)).long()
+    noised = process.noise(latents, torch.randn_like(latents), timesteps)
     family = FAMILIES[kind]
-    condition = family.unet_condition(family.encode_prompts(pipeline, captions), sizes)
-    prediction = pipeline.unet(noisy_latents, timesteps, **condition).sample
-    errors = (prediction.float() - target).square().mean((1, 2, 3))
-    return (errors * snr_weights(noise_scheduler, timesteps, SNR_GAMMA)).mean()
+    condition = family.condition(family.encode_prompts(pipeline, captions), sizes)
+    prediction = pipeline.unet(noised.latents, noised.timesteps, **condition).sample
+    errors = (prediction.float() - noised.target).square().mean((1, 2, 3))
+    return (errors * process.snr_weights(timesteps, SNR_GAMMA)).mean()
 
 
 def save_base(pipeline: DiffusionPipeline, average: Models, folder: Path) -> DiffusionPipeline:
@@ -141,18 +141,12 @@ def save_base(pipeline: DiffusionPipeline, average: Models, folder: Path) -> Dif
 def draw(pipeline: DiffusionPipeline, prompts: list[str], seed: int = 0) -> list[Image.Image]:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = build_sampler(pipeline.scheduler)
-    images = []
-    for numbers in batches(len(prompts), 16):
-        images += pipeline(
-            [prompts[i] for i in numbers],
-            negative_prompt=[""] * len(numbers),
-            height=PIXELS,
-            width=PIXELS,
-            num_inference_steps=20,
-            guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(seed + i) for i in numbers],
-        ).images
-    return images
+    arguments = {"height": PIXELS, "width": PIXELS, "num_inference_steps": 20, "guidance_scale": GUIDANCE}
+    return [
+        image
+        for number, prompt in enumerate(prompts)
+        for image in draw_images(pipeline, [seed + number], 1, prompt=prompt, negative_prompt="", **arguments)
+    ]
 
 
 def described() -> list[str]:
@@ -189,14 +183,14 @@ def main() -> None:
     pipeline = build_base(options.kind, vae, options.clip)
     if options.sd:
         take_over(pipeline, StableDiffusionPipeline.from_pretrained(options.sd, dtype=torch.float32))
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    process = DiscreteProcess(DDPMScheduler.from_config(pipeline.scheduler.config))
 
     def loss_of(models: nn.Module, step: int) -> Tensor:
         rng = random.Random(f"base {options.seed} {step}")
         rows = [rng.randrange(options.pictures) for _ in range(options.batch_size)]
         captions = ["" if rng.random() < CAPTION_DROPOUT else caption(*examples.pairs[row], rng) for row in rows]
         latents, sizes = (tensor[rows].to(device()) for tensor in (examples.latents, examples.sizes))
-        return diffusion_loss(pipeline, options.kind, noise_scheduler, latents.float(), sizes, captions)
+        return diffusion_loss(pipeline, options.kind, process, latents.float(), sizes, captions)
 
     def save(average: nn.Module, steps: int) -> None:
         trained = save_base(pipeline, average, options.output_dir / "pipeline")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import torch
 from diffusers import UNet2DConditionModel
 
-from dreambooth.adapters import inject_adapters
-from dreambooth.checkpoint import load_checkpoint, save_checkpoint
-from dreambooth.config import TrainingConfig
-from dreambooth.identity import identify_run
-from dreambooth.optimizers import build_lr_scheduler, build_optimizer
+from dreambooth.kronecker import inject_adapters
+from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer
+from dreambooth.options.training import TrainingConfig
+from dreambooth.output.checkpoint import load_checkpoint, save_checkpoint
+from dreambooth.output.identity import identify_run
 
 ALONE = SimpleNamespace(num_processes=1, is_main_process=True, mixed_precision="no", scaler=None)
 

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 import train_dreambooth_kronecker as script
-from dreambooth import training
-from dreambooth.config import readable_errors
-from kron_adapter import KroneckerError
+from dreambooth.errors import readable_errors
+from dreambooth.loop import steps as training
 
 gc.collect()
 gc.freeze()  # so that the collections of the children do not go through all modules again
@@ -41,7 +40,7 @@ def train(folder: Path, argv: list[str], log: Path, prepare: Prepare | None, arg
     sys.argv = ["train_dreambooth_kronecker.py", *argv]
     if prepare:
         prepare(*arguments)
-    with readable_errors(KroneckerError):
+    with readable_errors():
         script.main()
 
 
@@ -166,7 +165,7 @@ def stay(path: str) -> None:
 
 def between_class_images(act: Callable[..., None], *arguments) -> None:
     """Call act(*arguments) before the second of the batches in which class images are drawn."""
-    from dreambooth import prior
+    from dreambooth.drawing import class_images as prior
 
     draw, calls = prior._draw, []
 

@@ -6,7 +6,7 @@ Started by a test:    accelerate launch ... --module tests.faults.dying_rank [FL
 import os
 import signal
 
-from dreambooth.config import readable_errors
+from dreambooth.errors import readable_errors
 from tests.faults import child
 
 if os.environ["RANK"] == "1":

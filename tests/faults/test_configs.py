@@ -8,8 +8,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dreambooth.config import UserError
-from dreambooth.parsing import flags_from_yaml, parse_options
+from dreambooth.errors import UserError
+from dreambooth.options.parsing import flags_from_yaml, parse_options
 from scripts.generate import Config
 
 NAMES = ["prompt", "seed", "resolution"]

@@ -5,9 +5,10 @@ import random
 import shutil
 
 import pytest
+from dreambooth.layout import MANIFEST_NAME
 
-from dreambooth.checkpoint import FILES, MANIFEST_NAME, latest_checkpoint, verify_checkpoint
-from dreambooth.config import UserError
+from dreambooth.errors import UserError
+from dreambooth.output.checkpoint import FILES, latest_checkpoint, verify_checkpoint
 from tests.faults.checkpoints import Training, content
 
 

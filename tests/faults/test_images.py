@@ -15,9 +15,10 @@ import pytest
 from PIL import Image, ImageCms
 
 import train_dreambooth_kronecker as sd
-from dreambooth.config import TrainingConfig, UserError
-from dreambooth.evaluation import read_subject_photos
-from dreambooth.photos import read_instance_photos
+from dreambooth.data.photos import read_instance_photos
+from dreambooth.errors import UserError
+from dreambooth.options.training import TrainingConfig
+from dreambooth.scoring.subject import read_subject_photos
 from tests.conftest import factors
 
 ORANGE, RED, BLUE = (230, 120, 20), (255, 0, 0), (0, 0, 255)

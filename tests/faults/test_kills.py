@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dreambooth.checkpoint import latest_checkpoint
+from dreambooth.output.checkpoint import latest_checkpoint
 from tests.faults import child
 from tests.faults.checkpoints import Training, content
 

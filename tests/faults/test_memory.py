@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dreambooth.config import UserError
-from dreambooth.memory import explain_out_of_memory
+from dreambooth.errors import UserError
+from dreambooth.runtime.memory import explain_out_of_memory
 from tests.faults import child
 from tests.faults.checkpoints import make_config
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dreambooth_kronecker as script
-from dreambooth.adapters import adapter_state, inject_adapters
+from dreambooth.kronecker import adapter_state, inject_adapters
 
 folder = sys.argv.pop(1)
 trained = []

@@ -13,8 +13,8 @@ from PIL import Image
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
-from dreambooth.diffusion import diffuse
-from dreambooth.training import Denoiser
+from dreambooth.base_model.process import diffuse
+from dreambooth.loop.steps import Denoiser
 from scripts import generate, merge
 from tests.conftest import WEIGHTS, assert_same, factors, metrics, subject_photos
 
@@ -150,7 +150,7 @@ def test_the_loss_is_the_sum_done_by_hand(twin, prior, run_main, monkeypatch):
         return diffuse(noise_scheduler, latents, noise, timesteps)
 
     monkeypatch.setattr(Denoiser, "__call__", watch)
-    monkeypatch.setattr("dreambooth.training.diffuse", remember_noise)
+    monkeypatch.setattr("dreambooth.loop.steps.diffuse", remember_noise)
     options = {**twin.options, "train_batch_size": 2, "prior_loss_weight": 0.5, "snr_gamma": 5.0, "max_train_steps": 1}
     run_main(twin.script, **options, **prior)
 

@@ -10,6 +10,7 @@ from accelerate import cpu_offload_with_hook
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from dreambooth.options.base_model import AdaptedModelOptions
 from kron_adapter import KroneckerError, attach_to_diffusers, load_kronecker, save_kronecker
 from kron_formats.names import components
 from scripts import convert
@@ -300,16 +301,16 @@ def test_merge_takes_loras_beside_kronecker_adapters(tmp_path, tiny_sd, run_main
 def test_generate_refuses_a_lora_as_peft_saves_it_and_says_what_to_do(tmp_path, tiny_sd):
     from peft import get_peft_model
 
-    from dreambooth.adapters import load_adapted_pipeline
-    from dreambooth.config import AdaptedModelConfig, UserError
+    from dreambooth.drawing.pipelines import load_adapted_pipeline
+    from dreambooth.errors import UserError
 
     get_peft_model(plain_pipeline("sd").unet, LoraConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a LoRA in peft's layout, .* fuse it with scripts/convert.py"):
-        load_adapted_pipeline(AdaptedModelConfig(pretrained_model_name_or_path=str(tiny_sd), adapter=[str(tmp_path)]))
+        load_adapted_pipeline(AdaptedModelOptions(pretrained_model_name_or_path=str(tiny_sd), adapter=[str(tmp_path)]))
 
 
 def test_an_adapter_s_colon_is_a_strength_only_before_a_number():
-    from dreambooth.adapters import split_scale
+    from dreambooth.drawing.pipelines import split_scale
 
     assert split_scale("a.safetensors") == ("a.safetensors", 1.0)
     assert split_scale("a.safetensors:0.8") == ("a.safetensors", 0.8)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import train_dreambooth_kronecker
 import train_dreambooth_kronecker_sdxl
-from dreambooth.evaluation import PriorDrift, PromptScores, read_subject_photos, score_images, score_prior
-from dreambooth.scores import load_evaluators
+from dreambooth.scoring.embeddings import load_evaluators
+from dreambooth.scoring.measures import PriorDrift, PromptScores, score_images, score_prior
+from dreambooth.scoring.subject import read_subject_photos
 from kron_adapter import load_kronecker
 from tests.conftest import ROOT, WEIGHTS
 from toyworld.study import draw_all, load_base

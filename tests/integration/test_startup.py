@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
-from dreambooth.cache import load_tensors
+from dreambooth.base_model.cache import load_tensors
 from tests.conftest import ROOT, assert_same, factors, flags
 
 PARTS = {

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dreambooth_kronecker as sd
-from dreambooth.training import Denoiser
+from dreambooth.loop.steps import Denoiser
 from tests.conftest import WEIGHTS, assert_same, factors, launch, metrics
 
 NAMES = "item tolist numpy cpu nonzero unique __bool__ __float__ __int__ __index__ __array__ __repr__ __format__"
@@ -87,7 +87,7 @@ def test_no_step_waits_but_where_losses_are_read(extra, prior_source, options, p
         in_reading.append((len(reports), list(names)))
         return rows
 
-    import dreambooth.report as report
+    import dreambooth.report.progress as report
 
     read = report.read_reports
     monkeypatch.setattr(sd, "train_steps", watched_steps)

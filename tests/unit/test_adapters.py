@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dreambooth.adapters import inject_adapters
+from dreambooth.kronecker import inject_adapters
 from kron_adapter import kronecker_state_dict
 from tests.faults.checkpoints import make_config
 from toyworld.tiny_pipeline import build_pipeline

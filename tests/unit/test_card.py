@@ -15,9 +15,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
-from dreambooth import card
-from dreambooth.card import push_to_hub, save_card
-from dreambooth.config import TrainingConfig, save_config
+from dreambooth.options.training import TrainingConfig
+from dreambooth.options.yaml_file import save_config
+from dreambooth.report import card
+from dreambooth.report.card import push_to_hub, save_card
 from kron_adapter import inject_kronecker, kronecker_parameters, load_kronecker, save_kronecker
 
 SECRET = "hf_nobodyMayReadThis"

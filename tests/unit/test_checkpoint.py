@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from dreambooth.checkpoint import _join, _split, list_checkpoints
-from dreambooth.config import SaveError, UserError
+from dreambooth.errors import SaveError, UserError
+from dreambooth.output.checkpoint import _join, _split, list_checkpoints
 from tests.faults.checkpoints import Training, content
 
 
@@ -47,7 +47,9 @@ def test_nothing_is_removed_before_the_new_one_is_flushed_and_has_its_name(tmp_p
     training = Training(tmp_path, checkpoints_total_limit=1)
     training.save(1)
     seen = []
-    monkeypatch.setattr("dreambooth.checkpoint.flush", lambda path: seen.append((os.path.basename(path), _there())))
+    monkeypatch.setattr(
+        "dreambooth.output.checkpoint.flush", lambda path: seen.append((os.path.basename(path), _there()))
+    )
 
     def _there():
         return sorted(path.name for path in list_checkpoints(tmp_path))
@@ -67,7 +69,7 @@ def fail(*_):
 def test_a_save_that_fails_leaves_all_as_it_was(policy, stopping, tmp_path, monkeypatch, caplog):
     training = Training(tmp_path, on_save_error=policy)
     before = content(training.save(1))
-    monkeypatch.setattr("dreambooth.checkpoint.save_config", fail)
+    monkeypatch.setattr("dreambooth.output.checkpoint.save_config", fail)
     words = (
         r"checkpoint-2 could not be saved: \[Errno 28\] No space left on device; .* MiB are free in .*; checkpoint-1"
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreambooth.config import SaveError, UserError, readable_errors, save_config
-from dreambooth.parsing import parse_config
+from dreambooth.errors import SaveError, UserError, readable_errors
+from dreambooth.options.parsing import parse_options
+from dreambooth.options.yaml_file import save_config
 from train_dreambooth_kronecker import Config
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ FIELDS = dataclasses.fields(Config)
 
 
 def parse(*flags, required=REQUIRED):
-    return parse_config(Config, "What the script does.", [*flags, *(f"--{k}={v}" for k, v in required.items())])
+    return parse_options(Config, "What the script does.", [*flags, *(f"--{k}={v}" for k, v in required.items())])
 
 
 def refusal(capsys, *flags, required=REQUIRED):
@@ -55,7 +56,7 @@ def test_required_options_are_enough_and_the_rest_is_default():
 
 def test_the_command_line_is_the_program_s_own_where_none_is_given(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--seed", "3", *(f"--{k}={v}" for k, v in REQUIRED.items())])
-    assert parse_config(Config, "") == dataclasses.replace(DEFAULTS, seed=3)
+    assert parse_options(Config, "") == dataclasses.replace(DEFAULTS, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +361,7 @@ def test_a_saved_config_reads_back_as_it_was(tmp_path):
 def test_help_explains_every_flag(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # one line each
     with pytest.raises(SystemExit) as exit:
-        parse_config(Config, "On one GPU:\n    accelerate launch train.py", ["--help"])
+        parse_options(Config, "On one GPU:\n    accelerate launch train.py", ["--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
     assert "On one GPU:\n    accelerate launch train.py\n" in text

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dreambooth.config import TrainingConfig
-from dreambooth.data import DreamBoothDataset, build_loader, collate, prompts_of
-from dreambooth.noise import draw_noise
-from dreambooth.order import GlobalSampler, samples_of_step, samples_per_pass
-from dreambooth.photos import Photo
-from dreambooth.shapes import cover, shape_of
+from dreambooth.data.dataset import DreamBoothDataset, build_loader, collate, prompts_of
+from dreambooth.data.noise import draw_noise
+from dreambooth.data.order import GlobalSampler, samples_of_step, samples_per_pass
+from dreambooth.data.photos import Photo
+from dreambooth.data.sizes import cover, shape_of
+from dreambooth.options.training import TrainingConfig
 
 RESOLUTION = 16
 

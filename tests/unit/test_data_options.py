@@ -2,9 +2,11 @@
 
 import pytest
 
-from dreambooth.checks import check_config
-from dreambooth.config import TrainingConfig, UserError, save_config
-from dreambooth.parsing import parse_config
+from dreambooth.errors import UserError
+from dreambooth.options.checking import check_options
+from dreambooth.options.parsing import parse_options
+from dreambooth.options.training import TrainingConfig
+from dreambooth.options.yaml_file import save_config
 
 PHOTOS = {"instance_data_dir": "photos"}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog"}
@@ -48,7 +50,7 @@ def make_config(**options):
 )
 def test_options_that_do_not_go_together_are_refused_by_name(options, words):
     with pytest.raises(UserError, match=words):
-        check_config(make_config(**options))
+        check_options(make_config(**options))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,6 @@ def test_options_that_do_not_go_together_are_refused_by_name(options, words):
 )
 def test_the_rest_goes_together_and_round_again(tmp_path, options):
     config = make_config(**options)
-    check_config(config)
+    check_options(config)
     save_config(config, tmp_path / "config.yaml")
-    assert parse_config(TrainingConfig, "", ["--config", str(tmp_path / "config.yaml")]) == config
+    assert parse_options(TrainingConfig, "", ["--config", str(tmp_path / "config.yaml")]) == config

@@ -5,8 +5,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from dreambooth.config import TrainingConfig, UserError
-from dreambooth.diffusion import build_noise_scheduler, build_sampler, diffuse, row_losses, snr_weights
+from dreambooth.base_model.process import build_noise_scheduler, build_sampler, diffuse, row_losses, snr_weights
+from dreambooth.errors import UserError
+from dreambooth.options.training import TrainingConfig
 
 
 def config(**options) -> TrainingConfig:

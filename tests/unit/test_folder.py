@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from dreambooth.layout import LOCK_NAME
 
-from dreambooth.adapters import WEIGHTS_NAME
-from dreambooth.config import UserError
-from dreambooth.folder import LOCK_NAME, find_start, hold_folder, prepare_output
+from dreambooth.errors import UserError
+from dreambooth.kronecker import WEIGHTS_NAME
+from dreambooth.output.folder import find_start, hold_folder, prepare_output
 from tests.faults.checkpoints import ALONE, Training, make_config
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth.config import TrainingConfig
-from dreambooth.identity import FREE, deciding_options
+from dreambooth.options.training import TrainingConfig
+from dreambooth.output.identity import FREE, deciding_options
 from tests.faults.checkpoints import ALONE, make_config
 
 TWO = SimpleNamespace(num_processes=2, mixed_precision="no")

@@ -13,13 +13,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dreambooth.cache import key_of, load_or_make, load_tensors, save_tensors, text_identity, vae_identity
-from dreambooth.config import TrainingConfig, UserError
-from dreambooth.data import DreamBoothDataset, build_loader, prompts_of
-from dreambooth.latents import cache_latents, encode_moments
-from dreambooth.models import DTYPES
-from dreambooth.noise import draw_noise
-from dreambooth.photos import Photo
+from dreambooth.base_model.cache import key_of, load_or_make, load_tensors, save_tensors, text_identity, vae_identity
+from dreambooth.base_model.loading import DTYPES
+from dreambooth.base_model.moments import cache_latents, encode_moments
+from dreambooth.data.dataset import DreamBoothDataset, build_loader, prompts_of
+from dreambooth.data.noise import draw_noise
+from dreambooth.data.photos import Photo
+from dreambooth.errors import UserError
+from dreambooth.options.training import TrainingConfig
 
 RESOLUTION = 64
 FIXED = {"center_crop": True}
@@ -90,7 +91,7 @@ def batches_of(dataset, config, count):
 
 
 def warnings_in(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "dreambooth.latents"]
+    return [record.getMessage() for record in caplog.records if record.name == "dreambooth.base_model.moments"]
 
 
 # ---- cached or not, the same ----

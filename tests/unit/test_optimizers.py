@@ -12,10 +12,11 @@ from accelerate.utils import GradientAccumulationPlugin
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dreambooth.checkpoint import _join, _split
-from dreambooth.checks import check_config
-from dreambooth.config import TrainingConfig, UserError
-from dreambooth.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, evaluating
+from dreambooth.errors import UserError
+from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, evaluating
+from dreambooth.options.checking import check_options
+from dreambooth.options.training import TrainingConfig
+from dreambooth.output.checkpoint import _join, _split
 from kron_adapter import (
     inject_kronecker,
     kronecker_parameters,
@@ -415,7 +416,7 @@ def test_installed_packages_are_found(name):
 
 @pytest.mark.parametrize("spelling", ["adamw", "AdamW", "PRODIGY", "adafactor", "schedule_free_adamw"])
 def test_names_of_optimizers_are_read_in_any_case(spelling):
-    check_config(config(optimizer=spelling))
+    check_options(config(optimizer=spelling))
     assert config(optimizer=spelling).optimizer_name().lower() == spelling.lower().replace("_", "")
 
 
@@ -447,7 +448,7 @@ def test_names_of_optimizers_are_read_in_any_case(spelling):
 )
 def test_options_that_an_optimizer_does_not_take_are_refused(options, words):
     with pytest.raises(UserError, match=words):
-        check_config(config(**options))
+        check_options(config(**options))
 
 
 @pytest.mark.parametrize(
@@ -460,7 +461,7 @@ def test_options_that_an_optimizer_does_not_take_are_refused(options, words):
     ],
 )
 def test_options_that_an_optimizer_takes(options):
-    check_config(config(**options))
+    check_options(config(**options))
 
 
 @pytest.mark.parametrize("learning_rate, warns", [(5e-4, True), (1.0, False)])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth.config import TrainingConfig, UserError
-from dreambooth.photos import NoPhotosError, read_class_photos, read_image, read_instance_photos
-from dreambooth.shapes import buckets, shape_of
+from dreambooth.data.photos import NoPhotosError, read_class_photos, read_image, read_instance_photos
+from dreambooth.data.sizes import buckets, shape_of
+from dreambooth.errors import UserError
+from dreambooth.options.training import TrainingConfig
 
 RESOLUTION = 16
 WHITE, BLACK, RED, LIME, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -5,9 +5,9 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed import DistNetworkError
 
-from dreambooth.config import UserError
-from dreambooth.ranks import LostProcessError, check_sharding, explain_lost_process
-from dreambooth.training import start_accelerator
+from dreambooth.errors import UserError
+from dreambooth.runtime.accelerator import start_accelerator
+from dreambooth.runtime.ranks import LostProcessError, check_sharding, explain_lost_process
 from tests.faults.checkpoints import make_config
 
 

@@ -16,22 +16,16 @@ from accelerate import Accelerator
 from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dreambooth import checks
-from dreambooth.checks import check_config
-from dreambooth.config import TrainingConfig, UserError, public_options, save_config
-from dreambooth.curves import COLOURS, draw_curves, running_mean, tick_label, ticks
-from dreambooth.report import (
-    Progress,
-    closing_line,
-    compile_seconds,
-    log_image,
-    log_values,
-    read_metrics,
-    save_curves,
-    start_trackers,
-    what_to_try,
-)
-from dreambooth.training import StepReport, read_reports
+from dreambooth.errors import UserError
+from dreambooth.loop.health import StepReport, read_reports
+from dreambooth.options import checks
+from dreambooth.options.checking import check_options
+from dreambooth.options.field import public_options
+from dreambooth.options.training import TrainingConfig
+from dreambooth.options.yaml_file import save_config
+from dreambooth.report.curves import COLOURS, draw_curves, running_mean, tick_label, ticks
+from dreambooth.report.progress import Progress, closing_line, compile_seconds, read_metrics, save_curves, what_to_try
+from dreambooth.report.trackers import log_image, log_values, start_trackers
 
 SECRET = "hf_nobodyMayReadThis"
 
@@ -114,7 +108,7 @@ def test_every_step_is_one_line(config, accelerate, tmp_path):
 def test_the_clock_counts_the_steps_and_not_what_comes_between(config, accelerate, tmp_path, monkeypatch):
     """Steps that are read together share their time, that of waiting for them included."""
     now = SimpleNamespace(time=100.0)
-    monkeypatch.setattr("dreambooth.report.time.monotonic", lambda: now.time)
+    monkeypatch.setattr("dreambooth.report.progress.time.monotonic", lambda: now.time)
 
     def slow_steps():
         for seconds in (2.0, 3.0, 4.0):
@@ -125,7 +119,7 @@ def test_the_clock_counts_the_steps_and_not_what_comes_between(config, accelerat
         now.time += 0.5
         return read_reports(steps)
 
-    monkeypatch.setattr("dreambooth.report.read_reports", slow_reading)
+    monkeypatch.setattr("dreambooth.report.progress.read_reports", slow_reading)
     progress = start(accelerate(), dataclasses.replace(config, logging_steps=2), 0, 3)
     for _ in progress.steps(slow_steps()):
         now.time += 50.0  # samples, a checkpoint
@@ -346,7 +340,7 @@ def test_several_trackers_hear_the_same(config, accelerate):
 def test_a_tracker_that_fails_is_let_go_with_one_warning(verb, config, accelerate, monkeypatch, caplog):
     bad, good = FakeTracker("wandb", fails_at=verb), FakeTracker("tensorboard")
     fakes = {"wandb": lambda *_, **__: bad, "tensorboard": lambda *_, **__: good}
-    monkeypatch.setattr("dreambooth.report.LOGGER_TYPE_TO_CLASS", fakes)
+    monkeypatch.setattr("dreambooth.report.progress.LOGGER_TYPE_TO_CLASS", fakes)
     accelerator = accelerate("wandb", "tensorboard")
     progress = start(accelerator, dataclasses.replace(config, logging_steps=1), 0, 2)
     for step in progress.steps(reports(0.5, 0.25)):
@@ -409,12 +403,12 @@ def test_a_tracker_that_cannot_be_is_refused(names, words, config, monkeypatch):
 
     monkeypatch.setattr(checks, "version", version)
     with pytest.raises(UserError, match=words):
-        check_config(dataclasses.replace(config, report_to=names))
+        check_options(dataclasses.replace(config, report_to=names))
 
 
 def test_trackers_go_together(config, monkeypatch):
     monkeypatch.setattr(checks, "version", lambda name: "1.0")
-    check_config(dataclasses.replace(config, report_to=["tensorboard", "wandb", "trackio"]))
+    check_options(dataclasses.replace(config, report_to=["tensorboard", "wandb", "trackio"]))
 
 
 # ---- what nobody may read ----

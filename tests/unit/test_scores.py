@@ -12,18 +12,17 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Config, Dinov2Model, ViTModel, pipeline
 
-from dreambooth.config import UserError
-from dreambooth.evaluation import (
-    Scores,
-    draw_prompt,
-    name_subject,
-    read_prompts,
-    read_subject_photos,
-    score_images,
-    score_photos,
-    score_prior,
+from dreambooth.drawing.draw import draw_prompt
+from dreambooth.errors import UserError
+from dreambooth.scoring.embeddings import (
+    distinct_cosine,
+    load_evaluators,
+    paired_cosine,
+    pairwise_cosine,
+    pairwise_diversity,
 )
-from dreambooth.scores import distinct_cosine, load_evaluators, paired_cosine, pairwise_cosine, pairwise_diversity
+from dreambooth.scoring.measures import Scores, score_images, score_photos, score_prior
+from dreambooth.scoring.subject import name_subject, read_prompts, read_subject_photos
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dreambooth.config import UserError
-from dreambooth.stopping import Stop
+from dreambooth.errors import UserError
+from dreambooth.runtime.stopping import Stop
 from tests.faults.checkpoints import ALONE, make_config
 
 

@@ -12,8 +12,8 @@ from tests.conftest import ROOT
 ALLOWED = {
     "kron_formats": {"kron_formats"},
     "kron_adapter": {"kron_formats"},
-    "dreambooth.adapters": {"dreambooth", "kron_adapter", "kron_formats"},
-    "dreambooth.checkpoint": {"dreambooth", "kron_formats"},  # for the one way that files get to the disk
+    "dreambooth.kronecker": {"dreambooth", "kron_adapter", "kron_formats"},
+    "dreambooth.output.checkpoint": {"dreambooth", "kron_formats"},  # for the one way that files get to the disk
     "dreambooth": {"dreambooth"},
     "toyworld": {"toyworld", "dreambooth", "kron_adapter"},  # it trains as the scripts do, and nothing imports it
 }

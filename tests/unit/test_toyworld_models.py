@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, ViTModel
 
-from dreambooth.scores import load_evaluators
+from dreambooth.scoring.embeddings import load_evaluators
 from kron_adapter import inject_kronecker, remove_kronecker
 from tests.conftest import ROOT
 from toyworld.base_models import build_base, place_reserved_words, take_over

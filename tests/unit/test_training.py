@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import EDMEulerScheduler
 
-from dreambooth.config import TrainingConfig
-from dreambooth.data import DreamBoothDataset, build_loader
-from dreambooth.diffusion import build_noise_scheduler
-from dreambooth.noise import draw_noise, noise_drawer
-from dreambooth.photos import Photo
-from dreambooth.training import Denoiser, count_steps, dreambooth_losses, read_reports, train_steps
+from dreambooth.base_model.process import build_noise_scheduler
+from dreambooth.data.dataset import DreamBoothDataset, build_loader
+from dreambooth.data.noise import draw_noise, noise_drawer
+from dreambooth.data.photos import Photo
+from dreambooth.loop.health import read_reports
+from dreambooth.loop.steps import Denoiser, count_steps, dreambooth_losses, train_steps
+from dreambooth.options.training import TrainingConfig
 from toyworld.tiny_pipeline import build_pipeline, build_scheduler
 
 

@@ -10,10 +10,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from dreambooth.config import TrainingConfig
-from dreambooth.order import Stream, seed_of
-from dreambooth.training import steps_per_pass
-from dreambooth.validation import GAP, LINE, _wrap, draw_samples, draw_sheet, save_samples, validate, validation_due
+from dreambooth.drawing.sheet import GAP, LINE, _wrap, draw_sheet
+from dreambooth.loop.steps import steps_per_pass
+from dreambooth.options.training import TrainingConfig
+from dreambooth.report.samples import draw_samples, save_samples, validate, validation_due
+from dreambooth.seeds import Stream, seed_of
 
 PROMPTS = ["a photo of a cat", "", "sks dog in snow"]
 

@@ -1,0 +1,106 @@
+"""What a row of a batch shows of a photo: a function of the seed and the sample's number."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreambooth.data.photos import Photo, resize
+from dreambooth.data.sizes import Size, cover, shape_of
+from dreambooth.options.training import TrainingConfig
+from dreambooth.seeds import Stream, generator_of
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What a row shows of a photo: resized, cropped, then mirrored or not."""
+
+    is_class: bool
+    number: int  # of the photo, among the instance or the class photos
+    resized: Size
+    corner: tuple[int, int]  # (top, left) in the resized photo, px
+    shape: Size
+    mirrored: bool
+
+    def size_conditions(self, original_size: Size) -> tuple[int, ...]:
+        """Return (original height, width, crop top, left, target height, width), as SDXL was trained with them.
+
+        A mirrored crop is a crop of the mirrored photo, and its left edge is counted there.
+        """
+        top, left = self.corner
+        left = self.resized[1] - left - self.shape[1] if self.mirrored else left
+        return (*original_size, top, left, *self.shape)
+
+    def cut(self, pixels: np.ndarray, interpolation: str) -> np.ndarray:
+        """Return the crop of a photo's pixels or of its mask."""
+        top, left = self.corner
+        height, width = self.shape
+        pixels = resize(pixels, self.resized, interpolation)[top : top + height, left : left + width]
+        return pixels[:, ::-1] if self.mirrored else pixels
+
+
+class Crops:
+    """The crops of a run's photos: every sample has one of its own, unless crops are fixed."""
+
+    def __init__(self, photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig):
+        self.photos, self.class_photos, self.config = photos, class_photos, config
+        self.shapes = tuple(shape_of(photo.original_size, config) for photo in photos)
+        self.frozen = config.cache_latents == "on"  # random crops are drawn once for each photo
+
+    # ---- which ----
+
+    def draw(self, is_class: bool, number: int, shape: Size, k: int) -> Crop:
+        """Return the crop of photo `number` that sample k shows, in a shape (height, width), px."""
+        stream = Stream.CLASS_FLIP if is_class else Stream.INSTANCE_FLIP
+        mirrored = self.config.random_flip and bool(generator_of(self.config.seed, stream, k).random() < 0.5)
+        return self._crop(is_class, number, shape, k, mirrored)
+
+    def fixed(self) -> list[Crop] | None:
+        """Return every crop that there is in the run, or None if each sample has a crop of its own."""
+        flips = (False, True) if self.config.random_flip else (False,)
+        places = [(False, number, shape) for number, shape in enumerate(self.shapes)]
+        places += [
+            (True, number, shape) for number in range(len(self.class_photos)) for shape in sorted({*self.shapes})
+        ]
+        crops = [self._crop(*place, index=0, mirrored=mirrored) for place in places for mirrored in flips]
+        varying = not (self.config.center_crop or self.frozen)
+        return None if varying and any(crop.resized != crop.shape for crop in crops) else crops
+
+    def _crop(self, is_class: bool, number: int, shape: Size, index: int, mirrored: bool) -> Crop:
+        """Return the crop of a photo that sample `index` shows."""
+        photo = (self.class_photos if is_class else self.photos)[number]
+        stream = Stream.CLASS_CROP if is_class else Stream.INSTANCE_CROP
+        height, width = photo.pixels.shape[:2]
+        resized = (height, width)
+        if is_class and self.config.aspect_ratio_buckets:
+            resized = cover(resized, shape)
+        spare = np.subtract(resized, shape)
+        if self.config.center_crop:
+            top, left = spare // 2
+        else:
+            generator = generator_of(self.config.seed, stream, number if self.frozen else index)
+            top, left = generator.integers(0, spare + 1)
+        return Crop(is_class, number, resized, (int(top), int(left)), shape, mirrored)
+
+    # ---- what they show ----
+
+    def photo(self, crop: Crop) -> Photo:
+        return (self.class_photos if crop.is_class else self.photos)[crop.number]
+
+    def pixels(self, crop: Crop) -> np.ndarray:
+        """Return what a crop shows, (height, width, 3) uint8."""
+        return crop.cut(self.photo(crop).pixels, self.config.image_interpolation_mode)
+
+    def pixel_values(self, crop: Crop) -> Tensor:
+        """Return what a crop shows, (3, height, width) fp32 in [-1, 1]."""
+        return torch.from_numpy(self.pixels(crop).copy()).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+    def loss_weights(self, crop: Crop) -> Tensor | None:
+        """Return the weight of the loss at every pixel (1, height, width), None if the photo has no mask."""
+        mask = self.photo(crop).mask
+        if mask is None:
+            return None
+        inside = torch.from_numpy(crop.cut(mask, "bilinear").copy())[None].float() / 255
+        return inside + self.config.unmasked_weight * (1 - inside)

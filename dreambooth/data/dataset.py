@@ -1,0 +1,181 @@
+"""The endless stream of batches made of photos.
+
+Sample k of a run (k = 0, 1, 2, ... over all devices) is a function of the seed and k alone: which photo, which crop,
+which noise. So a resumed run continues where it stopped, and the number of devices does not change what is trained on.
+With buckets it depends on the batch size too, since a batch has one shape; still not on the devices.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dreambooth.data.crops import Crop, Crops
+from dreambooth.data.noise import Draw
+from dreambooth.data.order import GlobalSampler, batch_unit, order_of_pass, samples_of_step, samples_per_pass
+from dreambooth.data.photos import Photo, prior_from_base_model
+from dreambooth.data.sizes import Size
+from dreambooth.options.training import TrainingConfig
+from dreambooth.seeds import Stream, generator_of, seed_of
+
+# ---- photos to samples ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a batch. Either pixel values or moments are None."""
+
+    pixel_values: Tensor | None
+    moments: Tensor | None
+    prompt_row: int
+    noise_seed: int
+    size_conditions: tuple[int, ...]
+    loss_weights: Tensor | None
+
+
+class DreamBoothDataset(Dataset):
+    """Sample k is an instance photo and, with prior preservation, a row of the class: for every k from 0, without end.
+
+    Each pass over the photos has an order of its own. The class row is a class photo; with prior_source base_model it
+    is the instance row again, under its class prompt. Rows hold `moments` of their crops if there are some, else pixel
+    values.
+    """
+
+    def __init__(
+        self, crops: Crops, prompts: Sequence[str], moments: Mapping[Crop, Tensor] | None, config: TrainingConfig
+    ):
+        self.crops, self.moments, self.config = crops, moments, config
+        self.photos, self.class_photos = crops.photos, crops.class_photos
+        self.prompt_row = {prompt: row for row, prompt in enumerate(prompts)}
+        self.samples_per_pass = samples_per_pass(self.photos, config)
+
+    def __getitem__(self, k: int) -> list[Row]:
+        config, number = self.config, self._photo_number(k)
+        photo, shape = self.photos[number], self.crops.shapes[number]
+        dropped = generator_of(config.seed, Stream.CAPTION_DROPOUT, k).random() < config.caption_dropout_probability
+        crop = self.crops.draw(False, number, shape, k)
+        rows = [self._row(crop, "" if dropped else photo.prompt, seed_of(config.seed, Stream.INSTANCE_NOISE, k))]
+        if prior_from_base_model(config):
+            # The class is not confined to the subject's mask.
+            rows.append(replace(rows[0], prompt_row=self.prompt_row[photo.class_prompt], loss_weights=None))
+        elif self.class_photos:
+            rows.append(self._class_row(shape, k))
+        return rows
+
+    def _class_row(self, shape: Size, k: int) -> Row:
+        number = self._class_photo_number(k)
+        crop = self.crops.draw(True, number, shape, k)
+        return self._row(crop, self.class_photos[number].prompt, seed_of(self.config.seed, Stream.CLASS_NOISE, k))
+
+    def _photo_number(self, k: int) -> int:
+        config = self.config
+        pass_number, position = divmod(k, self.samples_per_pass)
+        return order_of_pass(config.seed, pass_number, self.crops.shapes, config.repeats, batch_unit(config))[position]
+
+    def _class_photo_number(self, k: int) -> int:
+        count = len(self.class_photos)
+        pass_number, position = divmod(k, count)
+        return int(generator_of(self.config.seed, Stream.CLASS_ORDER, pass_number).permutation(count)[position])
+
+    def paths_of_step(self, step: int, num_ranks: int) -> list[Path]:
+        """Return the files of all photos and class photos that optimizer step `step` shows, the first step being 1."""
+        samples = samples_of_step(step, self.config, num_ranks)
+        paths = [self.photos[self._photo_number(k)].path for k in samples]
+        if self.class_photos:
+            paths += [self.class_photos[self._class_photo_number(k)].path for k in samples]
+        return list(dict.fromkeys(paths))
+
+    def _row(self, crop: Crop, prompt: str, noise_seed: int) -> Row:
+        return Row(
+            pixel_values=self.crops.pixel_values(crop) if self.moments is None else None,
+            moments=None if self.moments is None else self.moments[crop],
+            prompt_row=self.prompt_row[prompt],
+            noise_seed=noise_seed,
+            size_conditions=crop.size_conditions(self.crops.photo(crop).original_size),
+            loss_weights=self.crops.loss_weights(crop),
+        )
+
+
+# ---- samples to batches ----
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: the instance rows, then as many class rows with prior preservation. All of one shape.
+
+    Either pixel_values or moments is None. Moments are what the VAE says of an image: mean and log-variance of its
+    latents.
+    """
+
+    pixel_values: Tensor | None  # (rows, 3, height, width) fp32 in [-1, 1]
+    moments: Tensor | None  # (rows, 2 · latent channels, height / 8, width / 8) fp32
+    prompt_rows: Tensor  # (rows,) int64: row of each image's prompt in the encoded prompts
+    posterior_noise: Tensor  # (rows, channels, height, width) of the latents, fp32: samples them from the moments
+    noise: Tensor  # (rows, channels, height, width) of the latents, fp32: what they are hidden under
+    timesteps: Tensor  # (rows,) int64, 0 is the cleanest
+    size_conditions: Tensor  # (rows, 6) fp32: original height, width, crop top, left, target height, width, px
+    loss_weights: Tensor | None  # (rows, 1, height, width) fp32; None where no row has a mask
+    num_instances: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move the batch. Where it is pinned, this waits neither for the copies nor for the device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":  # the DataLoader calls it
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+
+def collate(samples: Sequence[list[Row]], draw: Draw) -> Batch:
+    """Stack samples: all instance rows, then all class rows. Each row brings its own prompt along, and its noise."""
+    rows = [row for kind in zip(*samples) for row in kind]
+    drawn = [draw(row.noise_seed, row.size_conditions[4:]) for row in rows]
+    cached = rows[0].moments is not None
+    return Batch(
+        pixel_values=None if cached else torch.stack([row.pixel_values for row in rows]),
+        moments=torch.stack([row.moments for row in rows]) if cached else None,
+        prompt_rows=torch.tensor([row.prompt_row for row in rows]),
+        posterior_noise=torch.stack([row.posterior_noise for row in drawn]),
+        noise=torch.stack([row.noise for row in drawn]),
+        timesteps=torch.stack([row.timestep for row in drawn]),
+        size_conditions=torch.tensor([row.size_conditions for row in rows], dtype=torch.float32),
+        loss_weights=_stack_loss_weights(rows),
+        num_instances=len(samples),
+    )
+
+
+def _stack_loss_weights(rows: Sequence[Row]) -> Tensor | None:
+    if all(row.loss_weights is None for row in rows):
+        return None
+    everywhere = torch.ones(1, *rows[0].size_conditions[4:])
+    return torch.stack([everywhere if row.loss_weights is None else row.loss_weights for row in rows])
+
+
+def build_loader(
+    dataset: Dataset, draw: Draw, config: TrainingConfig, rank: int, num_ranks: int, first_step: int
+) -> DataLoader:
+    """Return this device's endless batches, with the noise that `draw` gives, after `first_step` optimizer steps."""
+    return DataLoader(
+        dataset,
+        batch_sampler=GlobalSampler(
+            config.train_batch_size, config.gradient_accumulation_steps, rank, num_ranks, first_step
+        ),
+        collate_fn=functools.partial(collate, draw=draw),
+        num_workers=config.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
+    """Return every prompt of a run once, in the order of its first use; the empty one is always there."""
+    prompts = [photo.prompt for photo in (*photos, *class_photos)]
+    if prior_from_base_model(config):
+        prompts += [photo.class_prompt for photo in photos]
+    return list(dict.fromkeys([*prompts, *config.validation_prompt, ""]))

@@ -1,0 +1,37 @@
+"""The one way in which images are drawn: each from a seed of its own, several at once, decoded one by one."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dreambooth.base_model.latents import denormalise
+
+
+def draw_images(pipeline: Any, seeds: Sequence[int], batch_size: int, **arguments) -> list[Image.Image]:
+    """Return an image of one prompt from every seed, `batch_size` drawn at once. `arguments` are the pipeline's own.
+
+    The VAE decodes one image at a time, in its own precision, whatever the denoiser's. Images that the pipeline's
+    safety checker rejects are black; training and scoring load pipelines without one.
+    """
+    return [image for batch in draw_batches(pipeline, seeds, batch_size, **arguments) for image in batch]
+
+
+def draw_batches(pipeline: Any, seeds: Sequence[int], batch_size: int, **arguments) -> Iterator[list[Image.Image]]:
+    """Yield what `draw_images` returns, batch by batch."""
+    for start in range(0, len(seeds), batch_size):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        yield _draw(pipeline, num_images_per_prompt=len(generators), generator=generators, **arguments)
+
+
+@torch.no_grad()
+def _draw(pipeline: Any, **arguments) -> list[Image.Image]:
+    vae = pipeline.vae
+    latents = denormalise(pipeline(**arguments, output_type="latent").images.float(), vae.config).to(vae.dtype)
+    images = torch.cat([vae.decode(image).sample for image in latents.split(1)]).float()
+    drawn = pipeline.image_processor.postprocess(images, output_type="pil")
+    if getattr(pipeline, "safety_checker", None) is None:
+        return drawn
+    _, rejected = pipeline.run_safety_checker(images, images.device, pipeline.safety_checker.dtype)
+    return [Image.new("RGB", image.size) if reject else image for image, reject in zip(drawn, rejected)]

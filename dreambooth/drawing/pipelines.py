@@ -1,0 +1,116 @@
+"""Base models with adapters in them, for the scripts that draw and merge. Which method's a file is, the file says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from diffusers import DiffusionPipeline
+
+from dreambooth.base_model.loading import DTYPES, empty_models, hub_arguments
+from dreambooth.base_model.process import build_sampler
+from dreambooth.options.base_model import AdaptedModelOptions
+from kron_formats.matching import match_layers
+from kron_formats.names import COMPONENTS, Layer
+from kron_formats.reading import AdapterFile, read_adapter
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was read and fits the base model."""
+
+    file: AdapterFile
+    layers: Mapping[Layer, Any]  # the base model's layers -> what the file has for each
+    scale: float
+    name: str
+
+
+class Reader(Protocol):
+    """What a method's files need to be used. methods/readers.py lists the readers, in the order of `add`."""
+
+    def takes(self, file: AdapterFile) -> bool:
+        """Whether a file is this method's."""
+        ...
+
+    def check(self, file: AdapterFile) -> None:
+        """Raise UserError, before weights are read, if a file of this method cannot be used."""
+        ...
+
+    def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
+        """Put adapters into the base model. Later readers' may come around or into these."""
+        ...
+
+    def merge(self, pipeline: DiffusionPipeline) -> int:
+        """Put all of this method's adapters into the base weights for good; return the number of layers."""
+        ...
+
+
+def load_adapted_pipeline(config: AdaptedModelOptions, readers: Sequence[Reader]) -> Any:
+    """Return the base model with the adapters in it, or the base model alone if none is given.
+
+    Raises UserError or KroneckerError, before any weights are read, if an adapter does not fit the base model.
+    """
+    adapters = read_adapters(config, readers)
+    pipeline = load_base_pipeline(config)
+    add_adapters(pipeline, adapters, readers)
+    return pipeline
+
+
+def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> list[Adapter]:
+    """Return the adapters, each matched with the base model's layers. Reads no weights of the base model.
+
+    Raises UserError or KroneckerError if one does not fit.
+    """
+    models, adapters = empty_models(config, COMPONENTS), []
+    for number, entry in enumerate(config.adapter):
+        path, scale = split_scale(entry)
+        file = read_adapter(path)
+        layers = match_layers(file, models)
+        _reader_of(file, readers).check(file)
+        adapters.append(Adapter(file, layers, scale * config.adapter_scale, f"adapter-{number}"))
+    return adapters
+
+
+def load_base_pipeline(config: AdaptedModelOptions) -> Any:
+    """Return the base model without adapters."""
+    return DiffusionPipeline.from_pretrained(
+        config.pretrained_model_name_or_path,
+        dtype=DTYPES[config.dtype],
+        variant=config.variant,
+        **hub_arguments(config),
+    )
+
+
+def add_adapters(pipeline: Any, adapters: Sequence[Adapter], readers: Sequence[Reader]) -> None:
+    """Put the adapters into the base model, those of the first reader first."""
+    for reader in readers:
+        if own := [adapter for adapter in adapters if _reader_of(adapter.file, readers) is reader]:
+            reader.add(pipeline, own)
+
+
+def merge_adapters(pipeline: Any, readers: Sequence[Reader]) -> int:
+    """Put all adapters into the base weights for good; return the number of layers that had some."""
+    return sum(reader.merge(pipeline) for reader in reversed(readers))
+
+
+def prepare_drawing(pipeline: Any, readers: Sequence[Reader], config: AdaptedModelOptions) -> None:
+    """Give the pipeline a fast solver and a VAE in fp32, since SDXL's gives NaN in fp16, and merge its adapters.
+
+    In bf16 they stay beside the weights: with 8 bits, a merged weight rounds much of a small delta away.
+    """
+    pipeline.scheduler = build_sampler(pipeline.scheduler)
+    pipeline.vae.float()
+    if config.dtype != "bf16":
+        merge_adapters(pipeline, readers)
+
+
+def split_scale(entry: str) -> tuple[str, float]:
+    """Return the path and the strength of "FILE:SCALE", 1.0 if none is given."""
+    path, _, scale = entry.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (entry, 1.0)
+    except ValueError:
+        return entry, 1.0  # the colon belongs to the path
+
+
+def _reader_of(file: AdapterFile, readers: Sequence[Reader]) -> Reader:
+    return next(reader for reader in readers if reader.takes(file))

@@ -1,0 +1,62 @@
+"""A labelled sheet: rows of images in one picture."""
+
+import bisect
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+SMALLEST, LARGEST = 192, 512  # px; smaller images are enlarged to be seen, larger ones shrunk to keep the file small
+
+
+GAP = 4  # px
+
+
+LINE = 21  # px
+
+
+MOST_LINES = 4  # of a label; the rest of a prompt is cut off
+
+
+def draw_sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = "") -> Image.Image:
+    """Return one picture: a row of images under each label, the title above all."""
+    cells = [[_fitted(image) for image in row] for row in rows]
+    width = max(sum(cell.width + GAP for cell in row) - GAP for row in cells)
+    texts = [_wrap(label, width - 12) for label in labels]
+    heights = [LINE * len(text) + 10 + max(cell.height for cell in row) for text, row in zip(texts, cells)]
+    top = LINE + 8 if title else 0
+    sheet = Image.new("RGB", (width, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((6, 5), title, fill="#656d76", font=ImageFont.load_default(15))
+    for row, lines, height in zip(cells, texts, heights):
+        for number, line in enumerate(lines):
+            draw.text((6, top + 4 + number * LINE), line, fill="black", font=ImageFont.load_default(15))
+        left = 0
+        for cell in row:
+            sheet.paste(cell, (left, top + LINE * len(lines) + 10))
+            left += cell.width + GAP
+        top += height
+    return sheet
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """Return the image with its longer side at least SMALLEST, by a whole factor, and at most LARGEST."""
+    longer = max(image.size)
+    factor = LARGEST / longer if longer > LARGEST else -(-SMALLEST // longer)
+    size = tuple(max(1, round(side * factor)) for side in image.size)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Break a text into at most MOST_LINES lines, between words where it can; "…" stands for the rest."""
+    font = ImageFont.load_default(15)
+    lines, rest = [], " ".join(text.split())
+    while rest:
+        ends = range(1, len(rest) + 1)
+        end = max(1, bisect.bisect_right(ends, width, key=lambda end: font.getlength(rest[:end])))
+        if end < len(rest) and " " in rest[: end + 1]:
+            end = rest[: end + 1].rindex(" ")
+        line, rest = rest[:end], rest[end:].lstrip()
+        lines.append(line)
+        if rest and len(lines) == MOST_LINES:
+            return [*lines[:-1], line[:-1].rstrip() + "…"]
+    return lines or [""]

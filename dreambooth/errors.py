@@ -1,0 +1,42 @@
+"""Errors that the user can fix, and how a program ends on one."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kron_formats.errors import KroneckerError
+
+logger = logging.getLogger(__name__)
+
+
+class UserError(ValueError):
+    """Something the user can fix. The message says what is wrong, where, and what to do."""
+
+    exit_code = 2  # argparse's own
+
+
+class SaveError(UserError):
+    """Something could not be written, for example to a full disk."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """On a UserError or a KroneckerError, print the message alone and exit with the error's own `exit_code`, 2 by
+    default. Other errors keep their traceback."""
+    try:
+        yield
+    except (UserError, KroneckerError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(getattr(error, "exit_code", UserError.exit_code))
+
+
+@contextmanager
+def warn_only(consequence: str) -> Iterator[None]:
+    """Turn an error into one warning that begins with its consequence: training matters more than what is inside."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s: %s: %s", consequence, type(error).__name__, error)

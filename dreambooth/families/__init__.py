@@ -1,0 +1,1 @@
+"""The families of base models that are trained. See dreambooth/family.py."""

@@ -1,0 +1,156 @@
+"""The method of this project: Kronecker factors beside the attention projections (DiffuseKronA, arXiv 2402.17412)."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from dreambooth.drawing.pipelines import Adapter
+from dreambooth.family import Family
+from dreambooth.markdown import python_string, size_in_words
+from dreambooth.method import Description, Group, adapter_groups
+from dreambooth.options.kronecker import KroneckerOptions
+from dreambooth.seeds import Stream, seed_of, torch_seed
+from kron_adapter import (
+    KroneckerLinear,
+    disable_kronecker,
+    inject_kronecker,
+    kronecker_layers,
+    kronecker_parameters,
+    kronecker_state_dict,
+    load_kronecker,
+    load_kronecker_state_dict,
+    merge_kronecker,
+    remove_kronecker,
+    save_kronecker,
+)
+from kron_formats.names import components
+from kron_formats.reading import AdapterFile
+
+
+@dataclass(frozen=True)
+class AttachedKronecker:
+    """Kronecker factors in a base model. See dreambooth/method.py."""
+
+    family: Family
+    models: Mapping[str, nn.Module]
+    layers: Mapping[str, Mapping[str, KroneckerLinear]]  # component -> name -> layer
+    groups: Sequence[Group]
+
+    def without(self) -> AbstractContextManager[None]:
+        return disable_kronecker(self.models)
+
+    def state(self) -> dict[str, Any]:
+        """Return the factors of every model as they are trained, the gain not folded in."""
+        return {name: kronecker_state_dict(model) for name, model in self.models.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for name, model in self.models.items():
+            load_kronecker_state_dict(model, state.get(name, {}))
+
+    def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+        save_kronecker(self.models, path, metadata, dtype)
+
+    def describe(self, path: Path, base_model: str, prompt: str) -> Description:
+        kinds = Counter(self._kinds())
+        parameters = sum(count * (a1 * a2 + b1 * b2) for (_, _, a1, a2, b1, b2), count in kinds.items())
+        rows = "".join(
+            f"| {part} | `{target}` | {a2 * b2:,} → {a1 * b1:,} | ({a1}, {a2}) | ({b1}, {b2}) | {count} |\n"
+            for (part, target, a1, a2, b1, b2), count in sorted(kinds.items())
+        )
+        table = f"| in | layers | features | A | B | number |\n| --- | --- | --- | --- | --- | ---: |\n{rows.rstrip()}"
+        return Description(
+            noun="Kronecker adapter",
+            summary="`W + A ⊗ B` on the attention projections ([DiffuseKronA](https://arxiv.org/abs/2402.17412))",
+            usage=_usage(path.name, base_model, prompt),
+            contents=(size_in_words(path, sum(kinds.values()), parameters), table),
+            tags=("kronecker", "lokr"),
+        )
+
+    def _kinds(self) -> Iterator[tuple[str, str, int, int, int, int]]:
+        """Yield for every layer: the component's title, what it was selected by, and the sides of A and B."""
+        for component, layers in self.layers.items():
+            for layer in layers.values():
+                yield self.family.component_titles[component], layer.target, *layer.A.shape, *layer.B.shape
+
+
+def _usage(file: str, base_model: str, prompt: str) -> str:
+    return f"""```python
+from diffusers import DiffusionPipeline
+from kron_adapter import load_kronecker  # pip install . in a checkout of the training suite
+
+pipeline = DiffusionPipeline.from_pretrained({python_string(base_model)}).to("cuda")
+load_kronecker(pipeline, {python_string(file)}, scale=1.0)  # 0 is the base model, 1 as trained
+image = pipeline({python_string(prompt)}).images[0]
+```
+
+The file is a LoKr with full factors under kohya's names, which ComfyUI, AUTOMATIC1111 and Forge load like any LoRA: put
+it into their folder of LoRAs."""
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """W + A ⊗ B, with W frozen and B = 0 at the start. See dreambooth/method.py."""
+
+    name: str = "kronecker"
+    options: type = KroneckerOptions
+    weights_name: str = "pytorch_kronecker_weights.safetensors"
+
+    def trains_text(self, config: KroneckerOptions) -> bool:
+        return config.train_text_encoder
+
+    def check(self, family: Family, models: Mapping[str, nn.Module], config: KroneckerOptions) -> None:
+        """Raise KroneckerError if targets name no layer, or factors do not divide a layer's sizes."""
+        self.attach(family, models, config)
+
+    def attach(self, family: Family, models: Mapping[str, nn.Module], config: KroneckerOptions) -> AttachedKronecker:
+        layers = {}
+        for number, (name, model) in enumerate(models.items()):
+            with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):
+                layers[name] = self._inject(family, name, model, config)
+        parameters = {name: kronecker_parameters(model) for name, model in models.items()}
+        return AttachedKronecker(family, models, layers, adapter_groups(family, parameters, config))
+
+    def _inject(
+        self, family: Family, name: str, model: nn.Module, config: KroneckerOptions
+    ) -> dict[str, KroneckerLinear]:
+        if name == family.denoiser:
+            factors = config.factors_by_target()
+            return inject_kronecker(
+                model, config.kron_a1, config.kron_a2, config.kron_targets, factors, config.kron_init
+            )
+        a1, a2 = config.text_encoder_kron_a1 or config.kron_a1, config.text_encoder_kron_a2 or config.kron_a2
+        return inject_kronecker(model, a1, a2, family.targets[name], init=config.kron_init)
+
+
+KRONECKER = Kronecker()
+
+
+@dataclass(frozen=True)
+class KroneckerReader:
+    """Kronecker adapters in files. See dreambooth/drawing/pipelines.py."""
+
+    def takes(self, file: AdapterFile) -> bool:
+        return not file.is_lora
+
+    def check(self, file: AdapterFile) -> None:
+        pass
+
+    def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
+        for adapter in adapters:
+            load_kronecker(pipeline, adapter.file.path, adapter.scale, adapter.name)
+
+    def merge(self, pipeline: DiffusionPipeline) -> int:
+        layers = 0
+        for model in components(pipeline).values():
+            if adapted := kronecker_layers(model):
+                layers += len(adapted)
+                merge_kronecker(model)
+                remove_kronecker(model)
+        return layers

@@ -1,0 +1,54 @@
+"""Every name in the output folder: what a run writes, and where.
+
+OUTPUT_DIR/<method.weights_name>                    the result, for other tools
+OUTPUT_DIR/checkpoint-N/                            after N optimizer steps: training_state.*, run.json, the result
+OUTPUT_DIR/samples/step-NNNNNN.png                  sheets of samples
+OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses and learning rates
+OUTPUT_DIR/README.md, config.yaml                   the model card; all options
+"""
+
+import re
+from pathlib import Path
+
+CONFIG_NAME = "config.yaml"
+CARD_NAME = "README.md"
+METRICS_NAME = "metrics.jsonl"
+CURVES_NAME = "training.png"
+LOCK_NAME = ".lock"
+SAMPLES_NAME = "samples"
+# In a checkpoint
+TENSORS_NAME = "training_state.safetensors"
+STATE_NAME = "training_state.json"
+RUN_NAME = "run.json"
+MANIFEST_NAME = "manifest.json"
+
+
+def checkpoint_path(output: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` optimizer steps."""
+    return output / f"checkpoint-{step}"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the number of optimizer steps before a checkpoint."""
+    return int(path.name.rpartition("-")[2])
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first, complete or not."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
+
+
+def sheet_path(output: Path, step: int) -> Path:
+    """Return the file of the samples drawn after `step` optimizer steps."""
+    return output / SAMPLES_NAME / f"step-{step:06d}.png"
+
+
+def sheet_step(path: Path) -> int:
+    """Return the number of optimizer steps before a sheet of samples."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def list_sheets(output: Path) -> list[Path]:
+    """Return the sheets of samples, oldest first."""
+    return sorted((output / SAMPLES_NAME).glob("step-*.png"))

@@ -1,0 +1,222 @@
+"""Optimizers over the factors, and their learning-rate schedules.
+
+An adapter has many small factors, 1,120 for SDXL. AdamW, Prodigy and schedule-free AdamW work element by element, so
+each group's factors are stepped as one long vector (`FlatGroups`), many times faster than one after the other. 8-bit
+AdamW and Adafactor look at a tensor as a whole and keep to the single factors.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from dreambooth.errors import UserError
+from dreambooth.method import Group
+from dreambooth.options.training import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+ELEMENT_WISE = ("AdamW", "Prodigy", "ScheduleFreeAdamW")
+OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")  # what a group is given, beside what it remembers
+
+
+# ---- which one ----
+
+
+def build_optimizer(groups: Sequence[Group], config: TrainingConfig, num_ranks: int) -> torch.optim.Optimizer:
+    """Return the optimizer over groups of parameters, each with its learning rate and weight decay.
+
+    The parameters have to be on their device already, and stay there. Raises UserError as `check_optimizer` does.
+    """
+    optimizer_class, options = _choose(config)
+    if not config.use_8bit_adam and config.optimizer_name() in ELEMENT_WISE:
+        optimizer_class = _flat(optimizer_class)
+    samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * num_ranks
+    scale = samples_per_step if config.scale_lr else 1
+    if config.optimizer_name() == "Prodigy" and not 0.1 <= config.learning_rate <= 10:
+        logger.warning(
+            "--optimizer Prodigy finds the learning rate itself and multiplies it by --learning_rate, which is %g; "
+            "it is meant to be about 1",
+            config.learning_rate,
+        )
+    optimizer = optimizer_class(
+        [
+            {"params": group.parameters, "lr": group.learning_rate * scale, "weight_decay": group.weight_decay}
+            for group in groups
+        ],
+        **options,
+    )
+    if _is_schedule_free(optimizer):
+        optimizer.train()
+    return optimizer
+
+
+def check_optimizer(config: TrainingConfig) -> None:
+    """Raise UserError, with the pip line, where the optimizer's package is not installed."""
+    _choose(config)
+
+
+def _choose(config: TrainingConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    name = config.optimizer_name()
+    if config.use_8bit_adam:
+        return _import("bitsandbytes", "optim", "AdamW8bit", "--use_8bit_adam"), adam
+    if name == "Prodigy":
+        prodigy = _import("prodigyopt", "prodigy", "Prodigy", "--optimizer Prodigy")
+        return prodigy, {**adam, "use_bias_correction": True, "safeguard_warmup": True}
+    if name == "ScheduleFreeAdamW":
+        return _import("schedulefree", "", "AdamWScheduleFree", "--optimizer ScheduleFreeAdamW"), adam
+    if name == "Adafactor":
+        # Adafactor's steps are proportional to the size of what they change, but at least to eps[1]. B starts at 0 and
+        # would hardly move; with 1 the step is the learning rate, as with AdamW.
+        return torch.optim.Adafactor, {"eps": (None, 1.0)}
+    return torch.optim.AdamW, {**adam, "fused": True}
+
+
+def _import(package: str, module: str, name: str, flag: str) -> type[torch.optim.Optimizer]:
+    try:
+        return getattr(importlib.import_module(f"{package}.{module}".rstrip(".")), name)
+    except ImportError as error:
+        raise UserError(f"{flag} needs a package that is not installed: pip install {package} ({error})") from error
+
+
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int):
+    """Return the learning-rate schedule, stepped once per optimizer step."""
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, lr_scheduler: Any, optimizer_state: dict[str, Any], schedule_state: dict[str, Any]
+) -> None:
+    """Restore an optimizer and its schedule. Learning rates, betas and weight decay stay those that were given now."""
+    options = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+    base_rates = lr_scheduler.base_lrs
+    optimizer.load_state_dict(optimizer_state)
+    lr_scheduler.load_state_dict(schedule_state)
+    lr_scheduler.base_lrs = base_rates
+    rates = zip(base_rates, lr_scheduler.lr_lambdas)
+    for group, given, (rate, factor) in zip(optimizer.param_groups, options, rates, strict=True):
+        group.update(given, lr=rate * factor(lr_scheduler.last_epoch))
+
+
+@contextmanager
+def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside this context the factors are those to save and to draw samples with.
+
+    A schedule-free optimizer trains at one point and keeps an average elsewhere; the factors become the average, and
+    afterwards bit for bit what they were. With other optimizers nothing happens. Accelerate's wrapper may be around.
+    """
+    if not _is_schedule_free(optimizer):
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, trained):
+                parameter.copy_(value)
+
+
+def _is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    return "train_mode" in optimizer.param_groups[0]
+
+
+# ---- one long vector ----
+
+
+def _flat(optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    return type(f"Flat{optimizer_class.__name__}", (FlatGroups, optimizer_class), {})
+
+
+class FlatGroups(torch.optim.Optimizer):
+    """Put before an element-wise optimizer class, makes it step each group's parameters as one long vector.
+
+    The parameters and their gradients become views of the group's two buffers; their names, shapes and values stay.
+    State dicts, too, hold each parameter's own piece, as if the optimizer stepped the single parameters.
+
+    The views must last. Parameters that were moved to another device, or gradients that were set to None by anything
+    but this `zero_grad`, end in a RuntimeError at the next step.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], **options):
+        self.parameters = [list(group["params"]) for group in groups]
+        super().__init__([{**group, "params": [_flatten(group["params"])]} for group in groups], **options)
+        self.places = [_places(parameter) for group in self.parameters for parameter in group]
+
+    def step(self, closure=None):
+        parameters = (parameter for group in self.parameters for parameter in group)
+        if any(_places(parameter) != places for parameter, places in zip(parameters, self.places)):
+            raise RuntimeError("a parameter or its gradient no longer lies in the optimizer's buffers")
+        return super().step(closure)
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            group["params"][0].grad.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        flat = super().state_dict()
+        state, groups = {}, []
+        for index, (group, parameters) in enumerate(zip(flat["param_groups"], self.parameters)):
+            numbers = list(range(len(state), len(state) + len(parameters)))
+            groups.append({**group, "params": numbers})
+            cut = {name: _cut(value, parameters) for name, value in flat["state"].get(index, {}).items()}
+            state |= {number: {name: cut[name][i] for name in cut} for i, number in enumerate(numbers)}
+        return {**flat, "state": {number: entry for number, entry in state.items() if entry}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != [len(parameters) for parameters in self.parameters]:
+            raise ValueError(f"the state is that of groups of {sizes} parameters, not of these")
+        state, groups = {}, []
+        for index, group in enumerate(state_dict["param_groups"]):
+            groups.append({**group, "params": [index]})
+            if entries := [state_dict["state"][number] for number in group["params"] if number in state_dict["state"]]:
+                state[index] = {name: _join([entry[name] for entry in entries]) for name in entries[0]}
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+
+
+def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Move the parameters into one buffer and give them gradients, zeros, in another; return it all as one vector."""
+    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    vector.grad = torch.zeros_like(vector)
+    values, gradients = _cut(vector.detach(), parameters), _cut(vector.grad, parameters)
+    for parameter, value, gradient in zip(parameters, values, gradients):
+        parameter.data, parameter.grad = value, gradient
+    return vector
+
+
+def _cut(value: Any, parameters: Sequence[nn.Parameter]) -> list[Any]:
+    """Return each parameter's piece of a vector; of anything else, such as a step count, a copy for each."""
+    if not isinstance(value, Tensor):
+        return [value] * len(parameters)
+    if value.dim() == 0:
+        return [value.clone() for _ in parameters]
+    pieces = value.split([parameter.numel() for parameter in parameters])
+    return [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters)]
+
+
+def _join(pieces: list[Any]) -> Any:
+    """Return the vector of the pieces: the inverse of `_cut`."""
+    if not isinstance(pieces[0], Tensor) or pieces[0].dim() == 0:
+        return pieces[0]
+    return torch.cat([piece.flatten() for piece in pieces])
+
+
+def _places(parameter: nn.Parameter) -> tuple[int, int]:
+    return parameter.data_ptr(), 0 if parameter.grad is None else parameter.grad.data_ptr()

@@ -1,0 +1,34 @@
+"""Everything that training changes, kept and restored as one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dreambooth.loop.optimizers import load_optimizer_state
+from dreambooth.method import Attached
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What trains, its optimizer, the learning-rate schedule and, with fp16, the scaler of gradients."""
+
+    attached: Attached
+    optimizer: Any
+    lr_scheduler: Any
+    scaler: Any | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nested dicts and lists of tensors and plain values."""
+        return {
+            "trained": self.attached.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it exactly. Learning rates and the optimizer's other options stay those that were given now."""
+        self.attached.load_state(state["trained"])
+        load_optimizer_state(self.optimizer, self.lr_scheduler, state["optimizer"], state["lr_scheduler"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,260 @@
+"""Checkpoints to resume from: complete or not there, each file known by its checksum.
+
+A checkpoint is a folder checkpoint-N: the training state as safetensors and JSON, the options, what decides the run's
+result, the result so far, and manifest.json, written last, with the size and the checksum of each.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dreambooth.errors import SaveError, UserError
+from dreambooth.layout import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    METRICS_NAME,
+    RUN_NAME,
+    STATE_NAME,
+    TENSORS_NAME,
+    checkpoint_path,
+    checkpoint_step,
+    list_checkpoints,
+)
+from dreambooth.loop.state import TrainingState
+from dreambooth.options.training import TrainingConfig
+from dreambooth.options.yaml_file import save_config
+from dreambooth.output.result import write_result
+from dreambooth.runtime.ranks import on_main
+from kron_formats.writing import flush
+
+logger = logging.getLogger(__name__)
+
+NEEDED = (TENSORS_NAME, STATE_NAME, CONFIG_NAME, RUN_NAME)  # to resume from; beside them lies the result so far
+
+
+# ---- which ones there are ----
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, None if there is none. Broken ones are named in warnings."""
+    for path in reversed(list_checkpoints(output)):
+        try:
+            verify_checkpoint(path)
+            return path
+        except UserError as error:
+            logger.warning("Passed over: %s", error)
+    return None
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raise UserError, naming the file, where a checkpoint is not as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if missing := set(NEEDED) - set(manifest):
+            raise ValueError(f"it does not list {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a complete checkpoint: {MANIFEST_NAME}: {error}") from error
+    for name in manifest:
+        try:
+            size = (path / name).stat().st_size
+            if manifest[name]["bytes"] != size:
+                raise ValueError(f"it has {size:,} bytes instead of {manifest[name]['bytes']}")
+            if manifest[name]["sha256"] != hashlib.sha256((path / name).read_bytes()).hexdigest():
+                raise ValueError("its content is not what was written")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is not a complete checkpoint: {name}: {error}") from error
+
+
+# ---- saving ----
+
+
+def check_room(state: TrainingState, config: TrainingConfig) -> None:
+    """Raise SaveError if the disk has no room for a checkpoint and the result, before there is something to save."""
+    trained = [parameter for group in state.attached.groups for parameter in group.parameters]
+    needed = 5 * sum(parameter.nbytes for parameter in trained)  # two results; the state; and an optimizer's two means
+    free = shutil.disk_usage(config.output_dir).free
+    if free < needed:
+        raise SaveError(
+            f"--output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; a checkpoint and the result take "
+            f"{needed / 2**20:,.0f} MiB. Make room, or choose another folder"
+        )
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    state: TrainingState,
+    weights_name: str,
+    run: Mapping[str, Any],
+    config: TrainingConfig,
+    step: int,
+    stopping: bool,
+) -> None:
+    """Write checkpoint-STEP, and only then remove the oldest ones; all processes have to call this.
+
+    `run` is what `identify_run` returned. Raises SaveError if it cannot be written, with nothing else changed; with
+    --on_save_error continue, and unless the run stops here, that is a warning.
+    """
+    output = Path(config.output_dir)
+    path = checkpoint_path(output, step)
+
+    def write() -> None:
+        tensors, rest = _split(state.state_dict() | {"step": step})
+        contents = {TENSORS_NAME: save(tensors), STATE_NAME: _json(rest), RUN_NAME: _json(run)}
+        with saving(path), _unfinished(path, contents) as folder:
+            write_result(folder / weights_name, state, step, config)
+            save_config(config, folder / CONFIG_NAME)
+        logger.info("Saved %s", path)
+        with saving(path):
+            tidy_checkpoints(output, step, config)
+
+    try:
+        on_main(accelerator, write)
+    except SaveError as error:
+        if config.on_save_error == "stop" or stopping:
+            raise
+        logger.warning("%s\nTraining continues (--on_save_error continue)", error)
+
+
+@contextmanager
+def _unfinished(final: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
+    """Give a folder beside a checkpoint's final name; at the end add the files `contents`, list all in a manifest,
+    flush them to the disk, verify them and rename the folder. An earlier checkpoint of that name stays until then."""
+    output, folder, replaced = final.parent, final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
+    _clear_unfinished(output)
+    folder.mkdir()
+    try:
+        yield folder
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        manifest = {}
+        for path in sorted(folder.iterdir()):
+            content = contents.get(path.name) or path.read_bytes()
+            manifest[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            flush(path)
+        (folder / MANIFEST_NAME).write_bytes(_json(manifest))
+        flush(folder / MANIFEST_NAME)
+        flush(folder)
+        verify_checkpoint(folder)
+        if (output / METRICS_NAME).exists():
+            flush(output / METRICS_NAME)  # a resumed run takes up its lines where the checkpoint is
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(folder, final)
+        flush(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def tidy_checkpoints(output: Path, step: int, config: TrainingConfig) -> None:
+    """Remove what was cut off half-written or half-removed, and the oldest checkpoints above the limit.
+
+    The checkpoint of `step` is whole. Later ones, of a run that was resumed before them, do not count.
+    """
+    if config.checkpoints_total_limit:
+        behind = [path for path in list_checkpoints(output) if checkpoint_step(path) <= step]
+        for path in behind[: -config.checkpoints_total_limit]:
+            os.rename(path, path.with_suffix(".tmp"))
+    _clear_unfinished(output)
+
+
+def _clear_unfinished(output: Path) -> None:
+    for path in output.glob("checkpoint-*.tmp"):
+        shutil.rmtree(path)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
+
+
+def save_result(
+    accelerator: Accelerator, state: TrainingState, weights_name: str, step: int, config: TrainingConfig
+) -> Path:
+    """Write the result to the output folder and return its path; all processes have to call this.
+
+    Raises SaveError if it cannot be written.
+    """
+    path = Path(config.output_dir) / weights_name
+
+    def write() -> None:
+        with saving(path):
+            write_result(path, state, step, config)
+
+    on_main(accelerator, write)
+    return path
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into a SaveError that says how much room there is and what is still safe."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SaveError(f"{path} could not be saved: {error}; {_situation(path)}") from error
+
+
+def _situation(path: Path) -> str:
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free in {folder}"
+        safe = [checkpoint.name for checkpoint in list_checkpoints(path.parent)]
+    except OSError:
+        return "its folder cannot be read either"
+    if not safe:
+        return f"{free}; there is no earlier checkpoint"
+    return f"{free}; {safe[-1]} is still there, to go on from with --resume_from_checkpoint latest"
+
+
+# ---- loading ----
+
+
+def load_checkpoint(path: Path, state: TrainingState) -> int:
+    """Restore the training state of a checkpoint; return the number of optimizer steps before it.
+
+    Learning rates and the optimizer's other options stay those of the present run, which are the checkpoint's unless
+    --allow_config_change let others pass.
+    """
+    try:
+        saved = _join(load((path / TENSORS_NAME).read_bytes()), json.loads((path / STATE_NAME).read_bytes()))
+        state.load_state_dict(saved)
+    except Exception as error:
+        raise UserError(f"--resume_from_checkpoint {path} cannot be resumed here: {error}") from error
+    logger.info("Resuming from %s", path)
+    return saved["step"]
+
+
+def _split(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Take the tensors out of nested dicts and lists: {path: tensor}, and the rest as JSON with the paths in place.
+
+    Dicts become lists of pairs, since an optimizer's state has numbers as keys, which JSON would turn into strings.
+    """
+    if isinstance(tree, Tensor):
+        return {path: tree.detach().cpu().contiguous()}, {"tensor": path}
+    if isinstance(tree, dict):
+        parts = {key: _split(value, f"{path}/{key}") for key, value in tree.items()}
+        tensors = {name: tensor for found, _ in parts.values() for name, tensor in found.items()}
+        return tensors, {"dict": [[key, rest] for key, (_, rest) in parts.items()]}
+    if isinstance(tree, (list, tuple)):
+        parts = [_split(value, f"{path}/{index}") for index, value in enumerate(tree)]
+        return {name: tensor for found, _ in parts for name, tensor in found.items()}, [rest for _, rest in parts]
+    return {}, tree
+
+
+def _join(tensors: dict[str, Tensor], rest: Any) -> Any:
+    """Put the tensors back: the inverse of `_split`, but for tuples, which come back as lists."""
+    if isinstance(rest, dict):
+        if "tensor" in rest:
+            return tensors[rest["tensor"]]
+        return {key: _join(tensors, value) for key, value in rest["dict"]}
+    return [_join(tensors, value) for value in rest] if isinstance(rest, list) else rest

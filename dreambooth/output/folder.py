@@ -1,0 +1,190 @@
+"""The output folder: whose it is, where a run in it starts, and what is cleared before it does."""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dreambooth.errors import UserError
+from dreambooth.layout import (
+    CONFIG_NAME,
+    LOCK_NAME,
+    checkpoint_step,
+    list_checkpoints,
+    list_sheets,
+    sheet_step,
+)
+from dreambooth.method import Method
+from dreambooth.options.training import TrainingConfig
+from dreambooth.options.yaml_file import save_config
+from dreambooth.output.checkpoint import latest_checkpoint, tidy_checkpoints, verify_checkpoint
+from dreambooth.output.identity import refuse_other_options
+from dreambooth.runtime.ranks import on_main
+
+logger = logging.getLogger(__name__)
+
+
+# ---- one run at a time ----
+
+
+@contextmanager
+def hold_folder(config: TrainingConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Inside this context the output folder is this run's alone. Raises UserError, naming the holder, where it is not.
+
+    The lock is the operating system's and ends with the process, however that ends. What was made here and is still
+    empty at the end is removed, so that a refused run leaves nothing behind.
+    """
+    output = Path(config.output_dir)
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            stack.enter_context(_made(output))
+            stack.enter_context(_locked(output))
+
+        on_main(accelerator, hold)
+        yield
+
+
+@contextmanager
+def _made(output: Path) -> Iterator[None]:
+    missing = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"--output_dir {output} is a file") from None
+    except OSError as error:
+        raise UserError(f"--output_dir {output} cannot be made: {error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the first that is not empty, or gone
+            for path in missing:
+                path.rmdir()
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    path = output / LOCK_NAME
+    file = _open_lock(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it says nothing that is still true
+            path.unlink()
+        os.close(file)
+
+
+def _open_lock(path: Path) -> int:
+    """Return the locked file that says who holds it: a lock of POSIX, which forked children do not inherit."""
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"--output_dir {path.parent} cannot be written to: {error}") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = _holder(file)
+            os.close(file)
+            raise UserError(
+                f"--output_dir {path.parent} is in use by another run{holder}: wait for its end, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run in it", path.parent, error)
+            return file
+        if _is_still(path, file):
+            os.truncate(file, 0)
+            os.write(file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+            return file
+        os.close(file)  # its last holder has just removed it
+
+
+def _is_still(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(file: int) -> str:
+    try:
+        holder = json.loads(os.pread(file, 1000, 0))
+        return f" (process {holder['process']} on {holder['host']})"
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+# ---- where a run starts ----
+
+
+def find_start(method: Method, config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint to resume from, whole and of a run with these options; None to start from the beginning.
+
+    Raises UserError where there is none such, and where the output folder holds another run's results.
+    """
+    start = on_main(accelerator, lambda: _find_start(method, config))
+    if start is not None:
+        refuse_other_options(start, method, config, accelerator)
+    return start
+
+
+def _find_start(method: Method, config: TrainingConfig) -> Path | None:
+    output = Path(config.output_dir)
+    if config.resume_from_checkpoint == "latest":
+        if start := latest_checkpoint(output):
+            return start
+        if not list_checkpoints(output):
+            logger.info("--resume_from_checkpoint latest: %s holds no checkpoint; starting from the beginning", output)
+    elif config.resume_from_checkpoint:
+        start = _existing_checkpoint(config.resume_from_checkpoint, output)
+        verify_checkpoint(start)
+        return start
+    results = [path.name for path in (*list_checkpoints(output), output / method.weights_name) if path.exists()]
+    if results and not config.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {output} holds the results of another run ({', '.join(results)}): choose another folder, "
+            "go on with --resume_from_checkpoint latest, or replace them with --overwrite_output_dir"
+        )
+    return None
+
+
+def _existing_checkpoint(name: str, output: Path) -> Path:
+    for path in (Path(name), output / name):  # diffusers' examples take a bare checkpoint-500 too
+        if path.is_dir():
+            return path
+    there = ", ".join(path.name for path in list_checkpoints(output)) or "none"
+    raise UserError(f"--resume_from_checkpoint {name}: there is no such checkpoint; {output} holds: {there}")
+
+
+# ---- what is cleared ----
+
+
+def prepare_output(method: Method, config: TrainingConfig, start: Path | None, accelerator: Accelerator) -> None:
+    """Write config.yaml, and clear the samples of later steps than the run begins after.
+
+    With --overwrite_output_dir all goes that an earlier run left, unless it is resumed.
+    """
+    output = Path(config.output_dir)
+
+    def prepare() -> None:
+        if start is None and config.overwrite_output_dir:
+            for path in list_checkpoints(output):
+                shutil.rmtree(path)
+            (output / method.weights_name).unlink(missing_ok=True)
+        first_step = checkpoint_step(start) if start else 0
+        if start is not None and start.parent.resolve() == output.resolve():
+            tidy_checkpoints(output, first_step, config)
+        for path in list_sheets(output):
+            if sheet_step(path) > first_step or start is None:
+                path.unlink()
+        save_config(config, output / CONFIG_NAME)
+
+    on_main(accelerator, prepare)

@@ -1,0 +1,116 @@
+"""Whether a resumed run is the same run: the options and the photos that decide its result."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from dreambooth.data.photos import Photo
+from dreambooth.errors import UserError
+from dreambooth.layout import RUN_NAME
+from dreambooth.method import Method
+from dreambooth.options.field import result_options
+from dreambooth.options.training import TrainingConfig
+from dreambooth.runtime.ranks import on_main
+
+logger = logging.getLogger(__name__)
+
+CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not look at the number of steps
+
+
+def deciding_options(method: Method, config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the method and the options that decide the result. The batch counts as a whole, over all devices."""
+    options = {"method": method.name, **result_options(config)}
+    options["mixed_precision"] = accelerator.mixed_precision  # accelerate's own where the option is not given
+    batch, accumulation = options.pop("train_batch_size"), options.pop("gradient_accumulation_steps")
+    options["global batch (devices x accumulation x train_batch_size)"] = (
+        accelerator.num_processes * accumulation * batch
+    )
+    if config.aspect_ratio_buckets:  # the shapes follow each other in runs of this length
+        options["train_batch_size"] = batch
+    if config.lr_scheduler in CONSTANT:
+        del options["max_train_steps"], options["num_train_epochs"]
+    return json.loads(json.dumps(options))  # as a file has it
+
+
+def identify_run(
+    method: Method,
+    start: Path | None,
+    photos: Sequence[Photo],
+    class_photos: Sequence[Photo],
+    config: TrainingConfig,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Return what decides the result of a run: the options, and for every photo its prompts and a digest of its pixels
+    as they are trained on.
+
+    Raises UserError where the checkpoint `start` is of a run on other photos, naming each; with --allow_config_change
+    it is a warning. And where this process sees other photos than the main one: all processes have to call this.
+    """
+    named = {f"instance photo {photo.path.name}": _describe(photo) for photo in photos}
+    named |= {f"class image {photo.path.name}": _describe(photo) for photo in class_photos}
+    if (theirs := on_main(accelerator, lambda: named)) != named:
+        differing = [name for name in dict.fromkeys([*theirs, *named]) if theirs.get(name) != named.get(name)]
+        raise UserError(
+            f"process {accelerator.process_index} sees other photos than the main process, {differing[0]} first: the "
+            "folders of photos and class images, and --output_dir, have to be the same for all, on every machine"
+        )
+    if start is not None:
+        _refuse(start, "photos", _flat(_read_run(start)["photos"]), _flat(named), config)
+    return {"options": deciding_options(method, config, accelerator), "photos": named}
+
+
+def _describe(photo: Photo) -> dict[str, str | None]:
+    digest = hashlib.sha256(f"{photo.original_size} {photo.pixels.shape}".encode() + photo.pixels.tobytes())
+    if photo.mask is not None:
+        digest.update(photo.mask.tobytes())
+    return {"image": digest.hexdigest()[:16], "prompt": photo.prompt, "class prompt": photo.class_prompt}
+
+
+# ---- then and now ----
+
+
+def refuse_other_options(start: Path, method: Method, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Raise UserError where the checkpoint is of a run whose options give another result, showing the difference.
+
+    With --allow_config_change it is a warning.
+    """
+    _refuse(start, "options", _read_run(start)["options"], deciding_options(method, config, accelerator), config)
+
+
+def _flat(photos: Mapping[str, Mapping[str, str | None]]) -> dict[str, str | None]:
+    return {f"{name}, {aspect}": value for name, aspects in photos.items() for aspect, value in aspects.items()}
+
+
+def _read_run(start: Path) -> dict[str, Any]:
+    return json.loads((start / RUN_NAME).read_text(encoding="utf-8"))
+
+
+def _refuse(start: Path, what: str, then: Mapping[str, Any], now: Mapping[str, Any], config: TrainingConfig) -> None:
+    rows = [
+        (name, _shown(then, name), _shown(now, name))
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    ]
+    if not rows:
+        return
+    text = (
+        f"--resume_from_checkpoint {start} was trained with other {what}, so that the result would be another:\n"
+        f"{_table([('', 'then', 'now'), *rows])}"
+    )
+    if not config.allow_config_change:
+        raise UserError(f"{text}\nGo on with the {what} of then, or with --allow_config_change")
+    logger.warning("%s", text)
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name], ensure_ascii=False) if name in values else "-"
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"    {name:<{widths[0]}}  {then:<{widths[1]}}  {now}".rstrip() for name, then, now in rows)

@@ -1,0 +1,44 @@
+"""The result: the file for other tools, with the metadata that a reader of it wants to know."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth.base_model.loading import DTYPES
+from dreambooth.layout import list_sheets
+from dreambooth.loop.optimizers import evaluating
+from dreambooth.loop.state import TrainingState
+from dreambooth.options.field import public_options
+from dreambooth.options.training import TrainingConfig
+
+
+def write_result(path: Path, state: TrainingState, step: int, config: TrainingConfig) -> None:
+    """Write what was trained in `step` optimizer steps, whole or not at all."""
+    with evaluating(state.optimizer):
+        state.attached.save(path, result_metadata(step, config), DTYPES[config.save_precision])
+
+
+def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:
+    return {
+        "base_model": config.pretrained_model_name_or_path,
+        "instance_prompt": config.instance_prompt,
+        "class_prompt": config.class_prompt or "",
+        "step": str(step),
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "config": json.dumps(public_options(config)),
+        **_thumbnail(Path(config.output_dir)),
+    }
+
+
+def _thumbnail(output: Path) -> dict[str, str]:
+    """Return the newest sheet of samples, at most 256 px wide, as the metadata that model browsers show."""
+    sheets = list_sheets(output)
+    if not sheets:
+        return {}
+    image, buffer = Image.open(sheets[-1]).convert("RGB"), io.BytesIO()
+    image.thumbnail((256, 256))
+    image.save(buffer, "JPEG")
+    return {"modelspec.thumbnail": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"}

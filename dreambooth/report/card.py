@@ -1,0 +1,155 @@
+"""The model card, OUTPUT_DIR/README.md, and its way to the Hub together with the adapter."""
+
+import logging
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi
+
+from dreambooth.errors import warn_only
+from dreambooth.family import Family
+from dreambooth.layout import CARD_NAME, CONFIG_NAME, CURVES_NAME, SAMPLES_NAME, list_sheets
+from dreambooth.markdown import code
+from dreambooth.method import Description, Group
+from dreambooth.options.training import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+def save_card(
+    description: Description, groups: Sequence[Group], family: Family, steps: int, config: TrainingConfig
+) -> None:
+    """Write OUTPUT_DIR/README.md, which says what the result is. Never raises: a failure is a warning."""
+    output = Path(config.output_dir)
+    with warn_only(f"{output / CARD_NAME} was not written"):
+        sheets = list_sheets(output)
+        sheet = sheets[-1].relative_to(output).as_posix() if sheets else None
+        text = _front_matter(description, family, sheet, config) + _body(description, groups, sheet, steps, config)
+        (output / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+# ---- what the card says ----
+
+
+def _front_matter(description: Description, family: Family, sheet: str | None, config: TrainingConfig) -> str:
+    """Return the lines that the Hub reads."""
+    base = config.pretrained_model_name_or_path
+    entries: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if _is_on_hub(base):
+        entries |= {"base_model": base, "base_model_relation": "adapter"}
+        entries |= {"license_link": f"https://huggingface.co/{base}"}
+    entries |= {
+        "license": "other",
+        "license_name": "that-of-the-base-model",
+        "instance_prompt": config.instance_prompt,
+        "tags": ["dreambooth", *description.tags, family.tag, "diffusers", "text-to-image"],
+    }
+    if sheet:
+        entries["widget"] = [{"text": prompt, "output": {"url": sheet}} for prompt in config.validation_prompt]
+    return f"---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether a base model is a name on the Hub, as far as can be seen from here: not a folder."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is not None and not os.path.exists(name)
+
+
+def _body(
+    description: Description, groups: Sequence[Group], sheet: str | None, steps: int, config: TrainingConfig
+) -> str:
+    parts = [
+        f"# {code(config.instance_prompt)}",
+        f"A {description.noun} (DreamBooth) for {code(config.pretrained_model_name_or_path)}: {description.summary}. "
+        f"The words that call the subject are those of the instance prompt, {code(config.instance_prompt)}.",
+    ]
+    if sheet:
+        rows = "".join(f"{number}. {code(text)}\n" for number, text in enumerate(config.validation_prompt, 1))
+        parts += ["## Samples", f"![Samples, one row for each prompt]({sheet})", rows.rstrip()]
+    parts += ["## Use", description.usage]
+    parts += [f"## The {description.noun}", *description.contents, "## Training", _settings(groups, steps, config)]
+    if (Path(config.output_dir) / CURVES_NAME).exists():
+        parts.append(f"![Loss, learning rate and gradient norm]({CURVES_NAME})")
+    return "\n\n".join(parts) + "\n"
+
+
+def example_prompt(config: TrainingConfig) -> str:
+    """Return the prompt with which the card shows the result's use."""
+    return config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
+
+
+def _settings(groups: Sequence[Group], steps: int, config: TrainingConfig) -> str:
+    """Return the settings one would ask for first, as a list; config.yaml holds all."""
+    optimizer = "AdamW with 8-bit state" if config.use_8bit_adam else config.optimizer
+    denoiser, *other_groups = groups
+    settings = {
+        "steps": f"{steps:,}",
+        "batch": f"{config.train_batch_size} per device, {config.gradient_accumulation_steps} accumulated",
+        "learning rate": f"{denoiser.learning_rate:g}, {config.lr_scheduler}",
+        "optimizer": f"{optimizer}, weight decay {config.adam_weight_decay:g}",
+        "resolution": f"{config.resolution} px",
+        "prior preservation": _prior(config),
+        "seed": str(config.seed),
+    }
+    for group in other_groups:
+        settings[f"learning rate of the {group.title}"] = f"{group.learning_rate:g}"
+    if config.snr_gamma is not None:
+        settings["min-SNR gamma"] = f"{config.snr_gamma:g}"
+    if config.pretrained_vae_model_name_or_path:
+        settings["VAE"] = code(config.pretrained_vae_model_name_or_path)
+    lines = [f"- {name}: {value}" for name, value in settings.items()]
+    return "\n".join([*lines, "", "`config.yaml` holds every option."])
+
+
+def _prior(config: TrainingConfig) -> str:
+    if not config.with_prior_preservation:
+        return "none"
+    source = (
+        "the base model's own prediction"
+        if config.prior_source == "base_model"
+        else f"{config.num_class_images} class images"
+    )
+    return f"{source} for {code(config.class_prompt or '')}, weight {config.prior_loss_weight:g}"
+
+
+# ---- to the Hub ----
+
+SHOWN = [CARD_NAME, f"{SAMPLES_NAME}/*.png", CONFIG_NAME, CURVES_NAME]
+
+
+def push_to_hub(result: Path, config: TrainingConfig) -> None:
+    """Upload the result, its card and what the card shows, if --push_to_hub asks for it.
+
+    Never raises: training is done and saved, so a failure is a warning with the command that uploads it later.
+    """
+    if not config.push_to_hub:
+        return
+    uploaded = [result.name, *SHOWN]  # by full names: the Hub's "*" goes into checkpoint folders too
+    name = config.hub_model_id or re.sub(r"[^\w.-]+", "-", Path(config.output_dir).resolve().name, flags=re.ASCII)
+    try:
+        api = HfApi(token=config.hub_token)
+        repository = api.create_repo(name, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=config.output_dir,
+            allow_patterns=uploaded,
+            commit_message="DreamBooth training",
+        )
+    except Exception as error:
+        included = " ".join(f"--include {shlex.quote(pattern)}" for pattern in uploaded)
+        logger.warning(
+            "--push_to_hub failed: %s: %s\nThe result is safe in %s. To upload it later:\n"
+            "    hf auth login && hf upload %s %s . %s",
+            *(type(error).__name__, _without_token(str(error), config), config.output_dir),
+            *(shlex.quote(name), shlex.quote(config.output_dir), included),
+        )
+    else:
+        logger.info("Uploaded to https://huggingface.co/%s", repository)
+
+
+def _without_token(text: str, config: TrainingConfig) -> str:
+    return text.replace(config.hub_token, "***") if config.hub_token else text

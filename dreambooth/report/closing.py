@@ -1,0 +1,38 @@
+"""The closing line: what was trained, how long it took, and where the result is."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dreambooth.options.base_model import FrozenModelOptions
+from dreambooth.runtime.memory import peak_memory
+
+
+def closing_line(
+    parameters: Iterable[nn.Parameter],
+    steps: int,
+    seconds: float,
+    compiling: float,
+    path: Path,
+    device: torch.device,
+) -> str:
+    """Say what was trained, in all groups together, how long it took, how much of that was compiling, the peak memory,
+    and where the result is."""
+    count = sum(parameter.numel() for parameter in parameters)
+    minutes, rest = divmod(round(seconds), 60)
+    compiled = f", {compiling:.1f} s of it compiling" if compiling else ""
+    return (
+        f"Trained {count:,} parameters ({count * 4 / 2**20:.2f} MiB in fp32) for {steps} steps in {minutes} min "
+        f"{rest} s{compiled}; peak memory {peak_memory(device) / 2**30:.2f} GiB on {device.type}; the result is {path}"
+    )
+
+
+def compile_seconds(config: FrozenModelOptions) -> float:
+    """Return the time that --compile took so far, s, as torch.compile itself counts it; 0 without."""
+    if not config.compile:
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent  # imported here: most runs do not compile
+
+    return calculate_time_spent()["total_wall_time"]

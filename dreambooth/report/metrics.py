@@ -1,0 +1,67 @@
+"""metrics.jsonl: what every step reported, one line each; and its picture, training.png."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import warn_only
+from dreambooth.layout import CURVES_NAME, METRICS_NAME
+from dreambooth.options.output import OutputOptions
+from dreambooth.report.curves import draw_curves
+from kron_formats.files import whole_file
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """The file of a run that begins after `first_step`; lines of later steps, from a run that got further, are dropped.
+
+    If the disk is full, lines wait for room, with one warning.
+    """
+
+    def __init__(self, path: Path, first_step: int):
+        kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+        with whole_file(path) as unfinished:
+            unfinished.write_text("".join(map(_json_line, kept)), encoding="utf-8")
+        self.file, self.disk_failed = path.open("a", encoding="utf-8"), False
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        try:
+            self.file.write(_json_line(values))
+            self.file.flush()
+        except OSError as error:
+            if not self.disk_failed:
+                logger.warning("%s was not written, training continues: %s", METRICS_NAME, error)
+            self.disk_failed = True
+
+    def close(self) -> None:
+        with suppress(OSError):  # `append` has warned of a full disk
+            self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a metrics.jsonl; what a crash left half-written is not among them."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def save_curves(config: OutputOptions) -> None:
+    """Draw OUTPUT_DIR/metrics.jsonl as OUTPUT_DIR/training.png. Never raises: a failure is a warning."""
+    output = Path(config.output_dir)
+    with warn_only(f"{output / CURVES_NAME} was not drawn"):
+        draw_curves(read_metrics(output / METRICS_NAME)).save(output / CURVES_NAME)
+
+
+def _json_line(values: Mapping[str, Any]) -> str:
+    """One line of JSON, which has no NaN and no infinity: null stands for both."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite) + "\n"

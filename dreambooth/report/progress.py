@@ -1,0 +1,122 @@
+"""Progress: the bar with loss and learning rate, and what is reported of every step."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from dreambooth.data.dataset import DreamBoothDataset
+from dreambooth.errors import UserError
+from dreambooth.layout import METRICS_NAME
+from dreambooth.loop.health import StepReport, is_sound, read_reports, what_to_try
+from dreambooth.method import Group
+from dreambooth.options.training import TrainingConfig
+from dreambooth.report.closing import closing_line, compile_seconds
+from dreambooth.report.metrics import MetricsFile
+from dreambooth.report.trackers import finish_trackers, log_values, start_trackers
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """The progress bar with loss and learning rate, metrics.jsonl, the trackers, and the time since it began.
+
+    Steps are told of once they are read, several together, since reading waits for the device.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        dataset: DreamBoothDataset,
+        config: TrainingConfig,
+        first_step: int,
+        total_steps: int,
+    ):
+        self.accelerator, self.dataset, self.config = accelerator, dataset, config
+        self.first_step, self.total_steps = first_step, total_steps
+        self.began, self.working = time.monotonic(), 0.0
+        self.unread: dict[int, StepReport] = {}
+        self.skipped = 0
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_main_process
+        )
+        self.metrics = None
+        if accelerator.is_main_process:
+            self.metrics = MetricsFile(Path(config.output_dir) / METRICS_NAME, first_step)
+            start_trackers(accelerator, config, first_step)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def steps(self, reports: Iterator[StepReport]) -> Iterator[int]:
+        """Number the steps that are left to train, and read them every `logging_steps` and after the last.
+
+        What the caller does between steps is not counted as their time.
+        """
+        for step in range(self.first_step + 1, self.total_steps + 1):
+            began = time.monotonic()
+            self.unread[step] = next(reports)
+            self.working += time.monotonic() - began
+            if step % self.config.logging_steps == 0 or step == self.total_steps:
+                self.settle_steps()
+            self.bar.update()
+            yield step
+
+    def settle_steps(self) -> None:
+        """Wait for the steps that are not read yet and report each, before anything is made of what they trained.
+
+        Their `step_time`, seconds, is the mean over them: a single step is not waited for. All processes have to call
+        this at the same steps. Raises UserError, on all alike, if a step's loss or gradients were not finite.
+        """
+        began = time.monotonic()
+        steps, rows = list(self.unread), read_reports(list(self.unread.values())) if self.unread else []
+        self.working += time.monotonic() - began
+        for step, values in zip(steps, rows):
+            self._tell(step, {**values, "step_time": round(self.working / len(steps), 4)})
+        self.unread.clear()
+        self.working = 0.0
+        for step, values in zip(steps, rows):
+            if not is_sound(values, self.accelerator):
+                self._tolerate(step, values)
+
+    def _tell(self, step: int, values: dict[str, float]) -> None:
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.2e}", refresh=False)
+        if self.metrics is not None:
+            self.metrics.append({"step": step, **values})
+        log_values(self.accelerator, values, step)
+
+    def _tolerate(self, step: int, values: dict[str, float]) -> None:
+        """Warn of a step that was skipped, since it was not finite; raise UserError if there are too many."""
+        self.skipped += 1
+        files = ", ".join(map(str, self.dataset.paths_of_step(step, self.accelerator.num_processes)))
+        what = (
+            f"step {step} is not finite: its loss is {values['loss']:g}, the norm of its gradients "
+            f"{values['grad_norm']:g}; it trained on {files}"
+        )
+        if self.skipped <= self.config.skip_nonfinite:
+            logger.warning("%s; it was skipped, as %d of --skip_nonfinite", what, self.skipped)
+            return
+        self.bar.close()
+        raise UserError(f"{what}. Nothing that came of it was saved. {what_to_try(self.config)}")
+
+    def say_closing_line(self, groups: Sequence[Group], path: Path) -> None:
+        """Say what was trained, how long it took, and where the result is."""
+        parameters = [parameter for group in groups for parameter in group.parameters]
+        steps = self.total_steps - self.first_step
+        self.bar.clear()
+        print(
+            closing_line(parameters, steps, self.seconds, compile_seconds(self.config), path, self.accelerator.device),
+            flush=True,
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        finish_trackers(self.accelerator)
+        self.accelerator.wait_for_everyone()  # a rank that leaves while another still works can hang at its exit
+        self.accelerator.end_training()

@@ -1,0 +1,49 @@
+"""The accelerator: devices, precision, logging and random state, as configured."""
+
+import logging
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+
+from dreambooth.errors import UserError
+from dreambooth.options.training import TrainingConfig
+from dreambooth.runtime.ranks import PATIENCE, check_sharding
+
+
+def start_accelerator(config: TrainingConfig) -> Accelerator:
+    """Return the accelerator, with logging and precision as configured."""
+    check_sharding(config)
+    try:
+        accelerator = Accelerator(
+            # Said outright: accelerate joins several processes without a GPU only if it knows that they want none.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=config.mixed_precision,
+            kwargs_handlers=[PATIENCE],
+            # The stream of batches has no end, so accelerate must not look for one: with 5 images and accumulation 4
+            # it would alternate full and quarter gradients.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=None if "none" in config.report_to else config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=f"{config.output_dir}/{config.logging_dir}"
+            ),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--mixed_precision {config.mixed_precision} --report_to {' '.join(config.report_to)}: {error}"
+        ) from error
+    if config.base_precision == "fp16" and accelerator.mixed_precision != "fp16":
+        raise UserError("--base_precision fp16 needs --mixed_precision fp16, which scales the gradients; or use bf16")
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level, force=True)
+    for noisy in ("httpx", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    set_seed(config.seed)
+    return accelerator

@@ -1,0 +1,86 @@
+"""Being told to stop: a signal or the time limit ends a run after a whole step, with a checkpoint."""
+
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dreambooth.options.training import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO = 1.0  # seconds in which a signal may arrive twice: from the terminal or the scheduler, and through the launcher
+
+
+class Stop:
+    """A request to stop, and a context in which signals make one.
+
+    Until `only_between_steps` is called a signal ends the run where it is: all that is written before training is
+    written file by file, each whole, so that a second start finds it. A second signal always ends it at once.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.time_limit = config.time_limit()
+        self.began = time.monotonic()
+        self.process = os.getpid()
+        self.training = False
+        self.reason: str | None = None
+        self.signalled: float | None = None  # when, as time.monotonic has it
+
+    def __enter__(self) -> "Stop":
+        self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            return  # forked to prepare batches: it serves this process to its end, which ends it too
+        now = time.monotonic()
+        if self.signalled is not None:
+            if now - self.signalled > ECHO:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(self.process, number)
+            return
+        self.signalled, self.reason = now, signal.Signals(number).name
+        if not self.training:
+            self._say(f"{self.reason} before training began; what was drawn or encoded is kept. {_AGAIN}")
+            sys.exit(STOPPED)
+        self._say(f"{self.reason}: saving after this step; a second signal leaves at once")
+
+    def _say(self, text: str) -> None:
+        """Write to standard error without Python's buffers, in the middle of whose use the signal may have come."""
+        if self.accelerator.is_local_main_process:
+            os.write(2, f"\n{text}\n".encode())
+
+    def only_between_steps(self) -> None:
+        """From here on a signal waits for the end of the step."""
+        self.training = True
+
+    def asked(self) -> bool:
+        """Whether to stop now. All processes have to ask, and get the same answer."""
+        if self.reason is None and self.time_limit is not None and time.monotonic() - self.began >= self.time_limit:
+            self.reason = "--max_train_time"
+        if self.accelerator.num_processes == 1:
+            return self.reason is not None
+        mine = torch.tensor(float(self.reason is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(mine, "sum").item())
+
+    def leave(self, step: int) -> None:
+        """End the program, now that everything after `step` is saved."""
+        logger.warning("%s: stopped after step %d, which is saved. %s", self.reason or "Another process", step, _AGAIN)
+        sys.exit(STOPPED)
+
+
+_AGAIN = "The same command with --resume_from_checkpoint latest goes on"

@@ -1,0 +1,149 @@
+"""Cosines between images, and between images and prompts, in the embeddings of CLIP and DINO."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from dreambooth.errors import UserError
+
+T = TypeVar("T")
+
+CLIP_TYPES = ("clip",)
+DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # whose first token is [CLS]
+
+
+# ---- cosines ----
+
+
+def pairwise_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine of every row of a with every row of b.
+
+    a: (n, features)    b: (m, features)    ->    (n, m)
+    """
+    return normalize(a, dim=-1) @ normalize(b, dim=-1).T
+
+
+def paired_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine of every row of a with the same row of b.
+
+    a: (n, features)    b: (n, features)    ->    (n,)
+    """
+    return (normalize(a, dim=-1) * normalize(b, dim=-1)).sum(-1)
+
+
+def distinct_cosine(a: Tensor) -> Tensor:
+    """Return the cosines of every two different rows of a.
+
+    a: (n, features)    ->    (n·(n - 1)/2,)
+    """
+    rows, columns = torch.triu_indices(len(a), len(a), offset=1)
+    return pairwise_cosine(a, a)[rows, columns]
+
+
+def pairwise_diversity(a: Tensor) -> float | None:
+    """Return the mean of 1 - cosine over every two different rows of a: 0 if all are alike, None if there is only one.
+
+    DreamBooth's DIV (arXiv 2208.12242, sec. 4.3) is the same mean of LPIPS distances, for which this project would need
+    another package; the two are not to be compared with each other.
+    """
+    return 1 - distinct_cosine(a).mean().item() if len(a) > 1 else None
+
+
+# ---- embeddings ----
+
+
+@dataclass(frozen=True)
+class Evaluators:
+    """CLIP and DINO with their own preprocessing. Embeddings have unit length, and are fp32 on the CPU."""
+
+    clip: nn.Module
+    clip_processor: Any
+    tokenizer: Any
+    dino: nn.Module
+    dino_processor: Any
+    batch_size: int = 16  # images or texts embedded at once
+
+    def clip_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return CLIP's projected embeddings of images, (images, features)."""
+        return self._embed(images, self._clip_image_features)
+
+    def clip_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return CLIP's projected embeddings of texts, (texts, features); what is too long is cut off."""
+        return self._embed(texts, self._clip_text_features)
+
+    def dino_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return DINO's [CLS] tokens of the central squares of images, (images, features).
+
+        DINO's own evaluation crops too, where its processor here squashes what is not square.
+        """
+        return self._embed([_central_square(image) for image in images], self._dino_features)
+
+    def _clip_image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self.clip_processor(images, return_tensors="pt").to(self.clip.device)
+        return self.clip.get_image_features(**pixels).pooler_output
+
+    def _clip_text_features(self, texts: Sequence[str]) -> Tensor:
+        length = self.clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self.clip.get_text_features(**tokens.to(self.clip.device)).pooler_output
+
+    def _dino_features(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self.dino_processor(images, return_tensors="pt").to(self.dino.device)
+        return self.dino(**pixels).last_hidden_state[:, 0]
+
+    @torch.no_grad()
+    def _embed(self, entries: Sequence[T], features: Callable[[Sequence[T]], Tensor]) -> Tensor:
+        batches = [features(batch) for batch in _batches(entries, self.batch_size)]
+        return normalize(torch.cat(batches).float().cpu(), dim=-1)
+
+
+def _batches(entries: Sequence[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(entries), size):
+        yield list(entries[start : start + size])
+
+
+def _central_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def load_evaluators(clip: str, dino: str, device: torch.device, batch_size: int = 16) -> Evaluators:
+    """Return the evaluators of two names on the Hub, or folders. Raises UserError where one is none."""
+    with _readable("--clip_model", clip, "CLIP"):
+        clip_processor, tokenizer = _load_processor(clip), AutoTokenizer.from_pretrained(clip)
+        clip_model = _load_model(clip, CLIP_TYPES, device)
+    with _readable("--dino_model", dino, "DINO"):
+        dino_processor, dino_model = _load_processor(dino), _load_model(dino, DINO_TYPES, device)
+    return Evaluators(clip_model, clip_processor, tokenizer, dino_model, dino_processor, batch_size)
+
+
+@contextmanager
+def _readable(flag: str, name: str, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {name} is no {kind} model: {str(error).strip().splitlines()[0]}") from error
+
+
+def _load_processor(name: str) -> Any:
+    return AutoImageProcessor.from_pretrained(name, backend="pil")  # the other one needs torchvision
+
+
+def _load_model(name: str, types: Sequence[str], device: torch.device) -> nn.Module:
+    """Return a model of one of the types, with all of its weights: one that lacks some would score at random."""
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in types:
+        raise ValueError(f"its config.json says {config.model_type}, expected {' or '.join(types)}")
+    unused = {"add_pooling_layer": False} if config.model_type == "vit" else {}  # DINO has none, ViTModel would add one
+    model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **unused)
+    if missing := report["missing_keys"]:
+        raise ValueError(f"its weights lack {', '.join(sorted(missing)[:3])}")
+    return model.eval().to(device)

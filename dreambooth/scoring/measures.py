@@ -1,0 +1,132 @@
+"""What an adapter is worth: how like the subject, how true to the prompts, how varied, and what becomes of the class.
+
+The definitions are those of DreamBooth (Ruiz et al., arXiv 2208.12242, sec. 4), each at the function that computes it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from PIL import Image
+
+from dreambooth.scoring.embeddings import (
+    Evaluators,
+    distinct_cosine,
+    paired_cosine,
+    pairwise_cosine,
+    pairwise_diversity,
+)
+
+Images = Sequence[Image.Image]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Means over images; see `score_images`."""
+
+    clip_i: float
+    dino: float
+    clip_t: float
+    diversity: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptScores(Scores):
+    """Means over prompts, and what they are the means of."""
+
+    by_prompt: tuple[Scores, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoScores:
+    """How like each other the photos are: what a perfect adapter would reach. None where there is only one."""
+
+    clip_i: float | None
+    dino: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorDrift:
+    """What becomes of class images, drawn from the same seeds before and after; see `score_prior`."""
+
+    similarity_before: float
+    similarity_after: float
+    diversity_before: float | None
+    diversity_after: float | None
+    distance: float
+
+
+# ---- prompts, photos, images ----
+
+
+# ---- scores ----
+
+
+def score_images(
+    images_by_prompt: Sequence[Images], photos: Images, prompt_texts: Sequence[str], evaluators: Evaluators
+) -> PromptScores:
+    """Return the scores of images, a row for each prompt, against photos and prompts. Every prompt weighs the same.
+
+    clip_i      mean cosine of CLIP's embeddings over all pairs of an image and a photo: CLIP-I
+    dino        the same with DINO's [CLS] tokens: DINO
+    clip_t      mean cosine of CLIP's embeddings of an image and its prompt: CLIP-T
+    diversity   mean of 1 - cosine of DINO's [CLS] tokens over all pairs of two images of a prompt: DIV, which in the
+                paper is of LPIPS distances; None where prompts have one image
+
+    Source: DreamBooth, sec. 4.1 and, for DIV, 4.3. Values depend on the evaluators; the paper's DINO is ViT-S/16.
+    `prompt_texts` name the class alone, "a dog in the snow": what the rare token was taught to mean, CLIP cannot know.
+    Textual Inversion (arXiv 2208.01618, sec. 5.1) leaves its token out likewise.
+    """
+    sizes = [len(row) for row in images_by_prompt]
+    images = [image for row in images_by_prompt for image in row]
+    photos_clip, photos_dino = evaluators.clip_images(photos), evaluators.dino_images(photos)
+    rows = zip(
+        evaluators.clip_images(images).split(sizes),
+        evaluators.dino_images(images).split(sizes),
+        evaluators.clip_texts(prompt_texts).split(1),
+    )
+    scores = tuple(
+        Scores(
+            clip_i=pairwise_cosine(clip, photos_clip).mean().item(),
+            dino=pairwise_cosine(dino, photos_dino).mean().item(),
+            clip_t=pairwise_cosine(clip, text).mean().item(),
+            diversity=pairwise_diversity(dino),
+        )
+        for clip, dino, text in rows
+    )
+    varied = [score.diversity for score in scores if score.diversity is not None]
+    return PromptScores(
+        clip_i=fmean(score.clip_i for score in scores),
+        dino=fmean(score.dino for score in scores),
+        clip_t=fmean(score.clip_t for score in scores),
+        diversity=fmean(varied) if varied else None,
+        by_prompt=scores,
+    )
+
+
+def score_photos(photos: Images, evaluators: Evaluators) -> PhotoScores:
+    """Return CLIP-I and DINO over all pairs of two different photos: the paper's row "Real Images" (Table 1)."""
+    if len(photos) < 2:
+        return PhotoScores(clip_i=None, dino=None)
+    clip, dino = evaluators.clip_images(photos), evaluators.dino_images(photos)
+    return PhotoScores(clip_i=distinct_cosine(clip).mean().item(), dino=distinct_cosine(dino).mean().item())
+
+
+def score_prior(before: Images, after: Images, photos: Images, evaluators: Evaluators) -> PriorDrift:
+    """Return what training did to the class: `before` are class images of the base model, `after` of the adapted one.
+
+    similarity  mean cosine of DINO's [CLS] tokens over all pairs of a class image and a photo: PRES. Where it rises,
+                the class collapses onto the subject.
+    diversity   as in `score_images`: DIV. Where it falls, class images become alike.
+    distance    mean of 1 - cosine of DINO's [CLS] tokens over the pairs of one seed, 0 where no image changed
+
+    Source: DreamBooth, sec. 4.3 "Ablation Studies", for PRES and DIV; the distance is this project's own.
+    """
+    photos_dino, old, new = (evaluators.dino_images(images) for images in (photos, before, after))
+    return PriorDrift(
+        similarity_before=pairwise_cosine(old, photos_dino).mean().item(),
+        similarity_after=pairwise_cosine(new, photos_dino).mean().item(),
+        diversity_before=pairwise_diversity(old),
+        diversity_after=pairwise_diversity(new),
+        distance=1 - paired_cosine(old, new).mean().item(),
+    )

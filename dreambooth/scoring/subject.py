@@ -1,0 +1,34 @@
+"""What scoring reads: prompts and photos of the subject."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth.data.photos import image_files, read_image, readable
+from dreambooth.errors import UserError
+
+PLACEHOLDER = "{}"  # stands for the subject in a prompt
+
+
+def read_prompts(path: str) -> list[str]:
+    """Return the prompts of a file, one a line; empty lines and those that begin with # are skipped."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: {error}") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"--prompts {path}: there is no prompt in it; each is a line such as 'a {PLACEHOLDER} in snow'")
+    return prompts
+
+
+def name_subject(prompts: Sequence[str], subject: str) -> list[str]:
+    """Return the prompts with the subject in place of {}."""
+    return [prompt.replace(PLACEHOLDER, subject) for prompt in prompts]
+
+
+def read_subject_photos(folder: str) -> list[Image.Image]:
+    """Return the photos of a folder whole, upright, in RGB. Raises UserError if there is none to read."""
+    source = f"--instance_data_dir {folder}"
+    return readable(((path.name, path) for path in image_files(Path(folder), source)), read_image, source)

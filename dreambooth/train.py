@@ -1,0 +1,113 @@
+"""Training, from options to the result: the table of contents of every run, whatever the base model and the method."""
+
+import functools
+
+from dreambooth.base_model.latents import latent_source
+from dreambooth.base_model.loading import BaseModel, check_family, empty_models
+from dreambooth.base_model.moments import cache_moments
+from dreambooth.base_model.process import build_sampler, noise_process
+from dreambooth.base_model.prompts import prompt_encoder
+from dreambooth.data.crops import Crops
+from dreambooth.data.dataset import DreamBoothDataset, build_loader, prompts_of
+from dreambooth.data.noise import noise_drawer
+from dreambooth.data.order import samples_per_pass
+from dreambooth.data.photos import read_instance_photos
+from dreambooth.drawing.class_images import ensure_class_images
+from dreambooth.family import Family
+from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer
+from dreambooth.loop.state import TrainingState
+from dreambooth.loop.steps import Denoiser, count_steps, train_steps
+from dreambooth.method import Method
+from dreambooth.options.training import TrainingConfig
+from dreambooth.output.checkpoint import check_room, load_checkpoint, save_checkpoint, save_result
+from dreambooth.output.folder import find_start, hold_folder, prepare_output
+from dreambooth.output.identity import identify_run
+from dreambooth.report.card import example_prompt, push_to_hub, save_card
+from dreambooth.report.metrics import save_curves
+from dreambooth.report.progress import Progress
+from dreambooth.report.samples import validate
+from dreambooth.runtime.accelerator import start_accelerator
+from dreambooth.runtime.memory import explain_out_of_memory
+from dreambooth.runtime.ranks import explain_lost_process
+from dreambooth.runtime.stopping import Stop
+
+
+@explain_lost_process()
+def train(family: Family, method: Method, config: TrainingConfig) -> None:
+    """Train `method` on a base model of `family`. `config` is an instance of `method.options` too.
+
+    Writes what dreambooth/layout.py lists. Raises UserError or KroneckerError for what the user can mend; ends the
+    program with exit code 75 if it was told to stop and has saved a checkpoint.
+    """
+    accelerator = start_accelerator(config)
+    with (
+        Stop(config, accelerator) as stop,
+        hold_folder(config, accelerator),
+        explain_out_of_memory(config, accelerator),
+    ):
+        # What can be refused is refused before any weights are read
+        start = find_start(method, config, accelerator)
+        check_optimizer(config)
+        photos = read_instance_photos(config)
+        check_family(family, config)
+        text_trains = method.trains_text(config)
+        empty = empty_models(config, (family.denoiser, *family.text_encoders))
+        method.check(family, family.trained_models(empty, text_trains), config)
+
+        # The frozen model: class images, latents, every distinct prompt once; what of it has nothing to do is not read
+        base = BaseModel(family, config, accelerator)
+        pipeline, process = base.pipeline, noise_process(base.pipeline.scheduler, config)
+        pipeline.scheduler = build_sampler(pipeline.scheduler)
+        class_photos = ensure_class_images(base, config) if config.uses_class_images else []
+        run = identify_run(method, start, photos, class_photos, config, accelerator)
+        prompts = prompts_of(photos, class_photos, config)
+        crops = Crops(photos, class_photos, config)
+        moments = cache_moments(crops, base.load_vae, config, accelerator)
+        latents_of = latent_source(base, moments is not None, keep_vae=bool(config.validation_prompt))
+        encode = prompt_encoder(base, prompts, text_trains, config)
+
+        # What trains
+        models = family.trained_models(pipeline.components, text_trains)
+        attached = method.attach(family, models, config)
+        base.prepare_training(models)
+        samples = samples_per_pass(photos, config)
+        total_steps = count_steps(samples, config, accelerator.num_processes)
+        optimizer = build_optimizer(attached.groups, config, accelerator.num_processes)
+        lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        denoiser = Denoiser(base.denoiser, encode, family.condition)
+        state = TrainingState(attached, optimizer, lr_scheduler, accelerator.scaler)
+
+        check_room(state, config)
+        prepare_output(method, config, start, accelerator)
+        first_step = load_checkpoint(start, state) if start else 0
+        draw = noise_drawer(base.denoiser.config.in_channels, pipeline.vae_scale_factor, process.num_timesteps, config)
+        dataset = DreamBoothDataset(crops, prompts, moments, config)
+        batches = build_loader(dataset, draw, config, accelerator.process_index, accelerator.num_processes, first_step)
+        reports = train_steps(
+            accelerator, denoiser, latents_of, process, attached.without, batches, optimizer, lr_scheduler, config
+        )
+
+        progress = Progress(accelerator, dataset, config, first_step, total_steps)
+        show = functools.partial(validate, progress, pipeline, encode, prompts, optimizer, samples, config)
+        save = functools.partial(save_checkpoint, accelerator, state, method.weights_name, run, config)
+        show(step=first_step)  # a resumed run may have been cut off while it drew them
+        stop.only_between_steps()
+        for step in progress.steps(reports):
+            stopping = stop.asked()
+            if stopping or step % config.checkpointing_steps == 0:
+                progress.settle_steps()
+                save(step=step, stopping=stopping)
+            if stopping:
+                progress.close()
+                stop.leave(step)
+            show(step=step)
+        path = save_result(accelerator, state, method.weights_name, total_steps, config)
+        if accelerator.is_main_process:
+            save_curves(config)
+            description = attached.describe(path, config.pretrained_model_name_or_path, example_prompt(config))
+            save_card(description, attached.groups, family, total_steps, config)
+            progress.say_closing_line(attached.groups, path)
+        progress.close()
+        if accelerator.is_main_process:
+            push_to_hub(path, config)  # last, so that no other process waits for it

@@ -1,0 +1,180 @@
+"""LoRA-DreamBooth: W + B A of rank r on the attention projections (Hu et al., arXiv 2106.09685).
+
+As the paper of DiffuseKronA compares with it, and diffusers' examples train it: peft's layers, A ~ N(0, 1/r²), B = 0,
+alpha = r.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from dreambooth.drawing.pipelines import Adapter
+from dreambooth.errors import UserError
+from dreambooth.family import Family
+from dreambooth.markdown import python_string, size_in_words
+from dreambooth.method import Description, Group, adapter_groups
+from dreambooth.seeds import Stream, seed_of, torch_seed
+from kron_formats.names import components
+from kron_formats.reading import AdapterFile
+from kron_formats.writing import write_file
+from methods.options import LoraOptions
+
+ADAPTER = "default"  # the name under which peft keeps what trains
+
+
+@dataclass(frozen=True)
+class AttachedLora:
+    """peft's LoRA layers in a base model. See dreambooth/method.py."""
+
+    family: Family
+    models: Mapping[str, nn.Module]
+    groups: Sequence[Group]
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        layers = [layer for model in self.models.values() for layer in _lora_layers(model)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def state(self) -> dict[str, Any]:
+        return {name: _state_dict(model) for name, model in self.models.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for name, model in self.models.items():
+            own, given = _state_dict(model), state.get(name, {})
+            if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in given.items()}:
+                raise ValueError(f"the state does not fit the LoRA of the {self.family.component_titles[name]}")
+        for name, model in self.models.items():
+            set_peft_model_state_dict(model, state[name], ADAPTER)
+
+    def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+        """Write what `pipeline.load_lora_weights` reads: unet.<layer>.lora.down.weight and .lora.up.weight."""
+        tensors: dict[str, Tensor] = {}
+        for name, model in self.models.items():
+            for key, tensor in convert_state_dict_to_diffusers(_state_dict(model)).items():
+                tensors[f"{name}.{key}"] = tensor.detach().cpu().to(dtype).contiguous()
+        write_file(path, tensors, {"format": "pt", **metadata})
+
+    def describe(self, path: Path, base_model: str, prompt: str) -> Description:
+        kinds = Counter(
+            (self.family.component_titles[name], layer.in_features, layer.out_features, layer.r[ADAPTER])
+            for name, model in self.models.items()
+            for layer in _lora_layers(model)
+        )
+        parameters = sum(parameter.numel() for group in self.groups for parameter in group.parameters)
+        rows = "".join(
+            f"| {part} | {d_in:,} → {d_out:,} | {r} | {count} |\n"
+            for (part, d_in, d_out, r), count in sorted(kinds.items())
+        )
+        table = f"| in | features | rank | layers |\n| --- | --- | ---: | ---: |\n{rows.rstrip()}"
+        return Description(
+            noun="LoRA",
+            summary="`W + B A` on the attention projections ([LoRA](https://arxiv.org/abs/2106.09685))",
+            usage=_usage(path.name, base_model, prompt),
+            contents=(size_in_words(path, sum(kinds.values()), parameters), table),
+            tags=("lora",),
+        )
+
+
+def _usage(file: str, base_model: str, prompt: str) -> str:
+    return f"""```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({python_string(base_model)}).to("cuda")
+pipeline.load_lora_weights(".", weight_name={python_string(file)})
+image = pipeline({python_string(prompt)}).images[0]
+```
+
+ComfyUI, AUTOMATIC1111 and Forge read the file too: put it into their folder of LoRAs."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """W + B A, with W frozen and B = 0 at the start. See dreambooth/method.py."""
+
+    name: str = "lora"
+    options: type = LoraOptions
+    weights_name: str = "pytorch_lora_weights.safetensors"
+
+    def trains_text(self, config: LoraOptions) -> bool:
+        return config.train_text_encoder
+
+    def check(self, family: Family, models: Mapping[str, nn.Module], config: LoraOptions) -> None:
+        """Every rank goes with every layer."""
+
+    def attach(self, family: Family, models: Mapping[str, nn.Module], config: LoraOptions) -> AttachedLora:
+        parameters = {}
+        for number, (name, model) in enumerate(models.items()):
+            model.requires_grad_(False)
+            lora = LoraConfig(
+                r=config.rank,
+                lora_alpha=config.rank,
+                init_lora_weights="gaussian",
+                target_modules=list(family.targets[name]),
+            )
+            with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):
+                inject_adapter_in_model(lora, model, ADAPTER)
+            parameters[name] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter in parameters[name]:
+                parameter.data = parameter.data.float()  # whatever the base's dtype
+        return AttachedLora(family, models, adapter_groups(family, parameters, config))
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def _state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the LoRA of a model by peft's names."""
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
+LORA = Lora()
+
+
+@dataclass(frozen=True)
+class LoraReader:
+    """LoRAs in files, of any tool whose files diffusers reads. See dreambooth/drawing/pipelines.py."""
+
+    def takes(self, file: AdapterFile) -> bool:
+        return file.is_lora
+
+    def check(self, file: AdapterFile) -> None:
+        if file.from_peft:
+            raise UserError(
+                f"{file.path} is a LoRA in peft's layout, which pipelines do not load: fuse it with scripts/convert.py "
+                "--to fused, or save it with the pipeline's save_lora_weights"
+            )
+
+    def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
+        for adapter in adapters:
+            folder, file_name = os.path.split(adapter.file.path)
+            pipeline.load_lora_weights(folder, weight_name=file_name, adapter_name=adapter.name)
+        pipeline.set_adapters([adapter.name for adapter in adapters], [adapter.scale for adapter in adapters])
+
+    def merge(self, pipeline: DiffusionPipeline) -> int:
+        models = components(pipeline)
+        adapted = [name for name, model in models.items() if getattr(model, "peft_config", None)]
+        if not adapted:
+            return 0
+        layers = sum(isinstance(module, BaseTunerLayer) for name in adapted for module in models[name].modules())
+        pipeline.fuse_lora(components=adapted)
+        pipeline.unload_lora_weights()
+        return layers

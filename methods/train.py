@@ -1,0 +1,79 @@
+"""Train one of the compared methods on a few photos of a subject: the same training as the Kronecker scripts'.
+
+    accelerate launch methods/train.py METHOD FAMILY [options]
+
+    METHOD    lora     W + B A of rank r on the attention projections
+    FAMILY    sd       Stable Diffusion 1.x or 2.x
+              sdxl     SDXL
+
+On a CPU, in minutes, with the small model that the project ships:
+    accelerate launch methods/train.py lora sd --config configs/quickstart.yaml ...
+
+On one GPU:
+    accelerate launch --mixed_precision bf16 methods/train.py lora sd \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" \\
+        --learning_rate 1e-4 --output_dir outputs/dog-lora --max_train_steps 500
+
+On several GPUs: accelerate launch --multi_gpu --num_processes 4 methods/train.py ...
+
+The options of METHOD FAMILY:  methods/train.py METHOD FAMILY --help. Writes what the Kronecker scripts write; the
+result's name is the method's own, pytorch_lora_weights.safetensors for lora.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dreambooth.errors import UserError, readable_errors
+from dreambooth.options.parsing import parse_options
+from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
+from dreambooth.runtime.startup import lean_imports
+from methods.options import LoraOptions
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the tables below: the options, and where the value itself is, which takes seconds to import."""
+
+    options: type
+    module: str
+    value: str
+
+    def load(self):
+        return getattr(importlib.import_module(self.module), self.value)
+
+
+METHODS = {"lora": Entry(LoraOptions, "methods.lora", "LORA")}
+FAMILIES = {
+    "sd": Entry(TrainingConfig, "dreambooth.families.sd", "SD"),
+    "sdxl": Entry(SDXLTrainingConfig, "dreambooth.families.sdxl", "SDXL"),
+}
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    for place, (kind, table) in enumerate({"METHOD": METHODS, "FAMILY": FAMILIES}.items()):
+        given = words[place] if place < len(words) else "missing"
+        if given not in table:
+            raise UserError(
+                f"{kind} is {given}; choose from {', '.join(table)}: methods/train.py METHOD FAMILY [options]"
+            )
+    method, family, *rest = words
+    config = parse_options(config_class(METHODS[method].options, FAMILIES[family].options), __doc__ or "", rest)
+    with lean_imports():
+        from dreambooth.train import train
+
+        method, family = METHODS[method].load(), FAMILIES[family].load()
+    train(family, method, config)
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()
