@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,9 +25,9 @@ from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups
 from dreambooth.seeds import Stream, seed_of, torch_seed
-from kron_formats.names import components
+from kron_formats.names import components, find_layers
 from kron_formats.reading import AdapterFile
-from kron_formats.writing import write_file
+from kron_formats.writing import prefixed, write_file
 from methods.options import LoraOptions
 
 ADAPTER = "default"  # the name under which peft keeps what trains
@@ -65,12 +64,15 @@ class AttachedLora:
             set_peft_model_state_dict(model, state[name], ADAPTER)
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-        """Write what `pipeline.load_lora_weights` reads: unet.<layer>.lora.down.weight and .lora.up.weight."""
-        tensors: dict[str, Tensor] = {}
-        for name, model in self.models.items():
-            for key, tensor in convert_state_dict_to_diffusers(_state_dict(model)).items():
-                tensors[f"{name}.{key}"] = tensor.detach().cpu().to(dtype).contiguous()
-        write_file(path, tensors, {"format": "pt", **metadata})
+        """Write what `pipeline.load_lora_weights` reads: <component>.<layer>.lora_A.weight and .lora_B.weight."""
+        tensors = {}
+        for layer in find_layers(self.models):
+            model, wrapper = self.models[layer.component], layer.path.removesuffix(".base_layer")
+            if wrapper != layer.path:
+                for side in ("lora_A", "lora_B"):
+                    weight = getattr(model.get_submodule(wrapper), side)[ADAPTER].weight
+                    tensors[f"{layer.dotted}.{side}.weight"] = weight.detach().cpu().to(dtype).contiguous()
+        write_file(path, tensors, {"format": "pt", **prefixed(metadata)})
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         kinds = Counter(

@@ -58,27 +58,24 @@ def key_of(*parts: bytes) -> str:
 def vae_identity(config: FrozenModelOptions) -> bytes:
     """Return a digest of what the VAE's moments depend on, without reading its weights."""
     if config.pretrained_vae_model_name_or_path:
-        state = _state(config.pretrained_vae_model_name_or_path, ["."], None, AutoencoderKL)
+        state = _state(config.pretrained_vae_model_name_or_path, ["."], {"cache_dir": config.cache_dir}, AutoencoderKL)
     else:
-        state = _state(config.pretrained_model_name_or_path, ["vae"], config, DiffusionPipeline)
+        state = _state(config.pretrained_model_name_or_path, ["vae"], hub_arguments(config), DiffusionPipeline)
     return key_of(b"vae", repr((state, config.variant, config.vae_precision)).encode()).encode()
 
 
 def text_identity(family: Family, config: BaseModelOptions, dtype: torch.dtype) -> bytes:
     """Return a digest of what the embeddings of prompts depend on, without reading the text encoders' weights."""
     parts = [*family.text_encoders, *family.tokenizers, "model_index.json"]
-    state = _state(config.pretrained_model_name_or_path, parts, config, DiffusionPipeline)
+    state = _state(config.pretrained_model_name_or_path, parts, hub_arguments(config), DiffusionPipeline)
     return key_of(b"text", repr((state, config.variant, dtype)).encode()).encode()
 
 
-def _state(
-    name: str, parts: Iterable[str], config: BaseModelOptions | None, loader: Any
-) -> str | list[tuple[str, int, int]]:
+def _state(name: str, parts: Iterable[str], hub: Mapping[str, Any], loader: Any) -> str | list[tuple[str, int, int]]:
     """Return what says whether parts of a model are still the same: a model's commit on the Hub; a folder's files, with
     their sizes in bytes and times of change."""
     folder = Path(name)
     if not folder.is_dir():
-        hub = hub_arguments(config) if config else {}
         _, commit = loader.load_config(name, **hub, return_commit_hash=True)
         return f"{name}@{commit}"
     paths = (path for part in parts for path in [folder / part, *(folder / part).rglob("*")])

@@ -34,7 +34,7 @@ def ensure_class_images(base: BaseModel, config: TrainingConfig) -> list[Photo]:
     progress = tqdm(total=len(mine), desc="Class images", unit="image", disable=not accelerator.is_local_main_process)
     indices = iter(mine)
     for batch in _draw(base, mine, config):
-        for index, image in zip(indices, batch):
+        for image, index in zip(batch, indices):  # in this order, which takes no index too many
             with whole_file(folder / _name(index)) as unfinished:
                 image.save(unfinished, format="PNG")
         progress.update(len(batch))

@@ -110,7 +110,7 @@ def save_checkpoint(
 
     def write() -> None:
         tensors, rest = _split(state.state_dict() | {"step": step})
-        contents = {TENSORS_NAME: save(tensors), STATE_NAME: _json(rest), RUN_NAME: _json(run)}
+        contents = {TENSORS_NAME: save(_distinct(tensors)), STATE_NAME: _json(rest), RUN_NAME: _json(run)}
         with saving(path), _unfinished(path, contents) as folder:
             write_result(folder / weights_name, state, step, config)
             save_config(config, folder / CONFIG_NAME)
@@ -249,6 +249,17 @@ def _split(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
         parts = [_split(value, f"{path}/{index}") for index, value in enumerate(tree)]
         return {name: tensor for found, _ in parts for name, tensor in found.items()}, [rest for _, rest in parts]
     return {}, tree
+
+
+def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that are the same memory as another's, such as an 8-bit optimizer's tables, which safetensors
+    refuses to save."""
+    seen, distinct = set(), {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.numel())
+        distinct[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return distinct
 
 
 def _join(tensors: dict[str, Tensor], rest: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth.errors import UserError
+from dreambooth.options.steps import TextEncoderOptions
 from dreambooth.options.training import TrainingConfig
 
 WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
@@ -42,7 +43,7 @@ def _remedies(config: TrainingConfig, accelerator: Accelerator) -> list[str]:
         "--base_precision nf4": on_cuda and not quantised and not config.compile,
         "--sample_batch_size 1": config.uses_class_images and config.sample_batch_size > 1,
         "--use_8bit_adam": on_cuda and config.optimizer_name() == "AdamW" and not config.use_8bit_adam,
-        "no --train_text_encoder": config.train_text_encoder,
+        "no --train_text_encoder": isinstance(config, TextEncoderOptions) and config.train_text_encoder,
         f"a --resolution below {config.resolution}": config.resolution > 64,
     }
     return [remedy for remedy, helps in remedies.items() if helps]

@@ -6,17 +6,20 @@ from types import SimpleNamespace
 import torch
 from diffusers import UNet2DConditionModel
 
-from dreambooth.kronecker import inject_adapters
+from dreambooth.families.sd import SD
+from dreambooth.kronecker import KRONECKER
+from dreambooth.layout import checkpoint_path
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer
-from dreambooth.options.training import TrainingConfig
+from dreambooth.loop.state import TrainingState
 from dreambooth.output.checkpoint import load_checkpoint, save_checkpoint
 from dreambooth.output.identity import identify_run
+from train_dreambooth_kronecker import Config
 
-ALONE = SimpleNamespace(num_processes=1, is_main_process=True, mixed_precision="no", scaler=None)
+ALONE = SimpleNamespace(num_processes=1, is_main_process=True, mixed_precision="no")
 
 
-def make_config(output: Path, **options) -> TrainingConfig:
-    return TrainingConfig(
+def make_config(output: Path, **options) -> Config:
+    return Config(
         pretrained_model_name_or_path="base",
         instance_data_dir="photos",
         instance_prompt="sks",
@@ -43,30 +46,31 @@ class Training:
             cross_attention_dim=4,
         )
         self.config = make_config(output, **options)
-        self.models = {"unet": unet}
-        self.groups = inject_adapters(self.models, self.config)
-        self.optimizer = build_optimizer(self.groups, self.config, num_ranks=1)
+        self.attached = KRONECKER.attach(SD, {"unet": unet}, self.config)
+        (group,) = self.attached.groups
+        self.factors = group.parameters
+        self.optimizer = build_optimizer(self.attached.groups, self.config, num_ranks=1)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, self.config, total_steps=10)
-        self.run = identify_run(None, [], [], self.config, ALONE)
+        self.training = TrainingState(self.attached, self.optimizer, self.lr_scheduler)
+        self.run = identify_run(KRONECKER, None, [], [], self.config, ALONE)
         output.mkdir(exist_ok=True)
 
     def step(self) -> None:
-        for number, factor in enumerate(self.groups["unet"]):
+        for number, factor in enumerate(self.factors):
             factor.grad.copy_(factor.detach() + number)
         self.optimizer.step()
         self.lr_scheduler.step()
 
     def save(self, step: int, stopping: bool = False) -> Path:
-        save_checkpoint(
-            ALONE, self.models, self.optimizer, self.lr_scheduler, self.run, self.config, step=step, stopping=stopping
-        )
-        return Path(self.config.output_dir) / f"checkpoint-{step}"
+        name = KRONECKER.weights_name
+        save_checkpoint(ALONE, self.training, name, self.run, self.config, step=step, stopping=stopping)
+        return checkpoint_path(Path(self.config.output_dir), step)
 
     def load(self, path: Path) -> int:
-        return load_checkpoint(path, ALONE, self.models, self.optimizer, self.lr_scheduler)
+        return load_checkpoint(path, self.training)
 
     def state(self) -> list:
-        return [self.optimizer.state_dict(), self.lr_scheduler.state_dict(), [f.detach() for f in self.groups["unet"]]]
+        return [self.optimizer.state_dict(), self.lr_scheduler.state_dict(), [f.detach() for f in self.factors]]
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -20,8 +20,12 @@ import numpy as np
 import torch
 
 import train_dreambooth_kronecker as script
+from dreambooth import kronecker  # noqa: F401  main() imports it, and `sd`
+from dreambooth import train as training
+from dreambooth.base_model.process import DiscreteProcess
+from dreambooth.drawing import class_images
 from dreambooth.errors import readable_errors
-from dreambooth.loop import steps as training
+from dreambooth.families import sd  # noqa: F401
 
 gc.collect()
 gc.freeze()  # so that the collections of the children do not go through all modules again
@@ -57,20 +61,20 @@ def scramble_random_numbers() -> None:
         torch.manual_seed(seed)
         return train_steps(*arguments)
 
-    train_steps, script.train_steps = script.train_steps, scrambled
+    train_steps, training.train_steps = training.train_steps, scrambled
 
 
 def after_step(step: int, act: Callable[..., None], *arguments) -> None:
     """Call act(*arguments) between step `step` and its checkpoint."""
 
-    class Progress(script.Progress):
+    class Progress(training.Progress):
         def steps(self, reports):
             for number in super().steps(reports):
                 if number == step:
                     act(*arguments)
                 yield number
 
-    script.Progress = Progress
+    training.Progress = Progress
 
 
 def kill_at_change(number: int, output: str) -> None:
@@ -112,14 +116,14 @@ def join(rank: int, ranks: int, port: int, split: bool, act: Callable[..., None]
 
 def record_what_is_seen(path: str) -> None:
     """Write the latents, noise and timesteps of every forward pass to a file."""
-    seen, diffuse = [], training.diffuse
+    seen, add_noise = [], DiscreteProcess.noise
 
-    def recording(noise_scheduler, latents, noise, timesteps):
+    def recording(process, latents, noise, timesteps):
         seen.append((latents, noise, timesteps))
         torch.save(seen, path)
-        return diffuse(noise_scheduler, latents, noise, timesteps)
+        return add_noise(process, latents, noise, timesteps)
 
-    training.diffuse = recording
+    DiscreteProcess.noise = recording
 
 
 def add_flags(*words: str) -> None:
@@ -165,14 +169,12 @@ def stay(path: str) -> None:
 
 def between_class_images(act: Callable[..., None], *arguments) -> None:
     """Call act(*arguments) before the second of the batches in which class images are drawn."""
-    from dreambooth.drawing import class_images as prior
+    draw_batches = class_images.draw_batches
 
-    draw, calls = prior._draw, []
+    def drawing(*given, **options):
+        batches = draw_batches(*given, **options)
+        yield next(batches)
+        act(*arguments)
+        yield from batches
 
-    def drawing(*given):
-        calls.append(given)
-        if len(calls) == 2:
-            act(*arguments)
-        return draw(*given)
-
-    prior._draw = drawing
+    class_images.draw_batches = drawing

@@ -5,11 +5,14 @@ import random
 import shutil
 
 import pytest
-from dreambooth.layout import MANIFEST_NAME
 
 from dreambooth.errors import UserError
-from dreambooth.output.checkpoint import FILES, latest_checkpoint, verify_checkpoint
+from dreambooth.kronecker import KRONECKER
+from dreambooth.layout import MANIFEST_NAME
+from dreambooth.output.checkpoint import NEEDED, latest_checkpoint, verify_checkpoint
 from tests.faults.checkpoints import Training, content
+
+FILES = (*NEEDED, KRONECKER.weights_name)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +44,11 @@ def test_every_byte_counts(name, checkpoint):
         damaged = bytearray(original)
         damaged[place] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="checkpoint-1 is no whole checkpoint: "):
+        with pytest.raises(UserError, match="checkpoint-1 is not a complete checkpoint: "):
             verify_checkpoint(checkpoint)
     for size in {0, len(original) - 1, *chance.sample(range(len(original)), 20)}:
         path.write_bytes(original[:size])
-        with pytest.raises(UserError, match=f"checkpoint-1 is no whole checkpoint: {name}: "):
+        with pytest.raises(UserError, match=f"checkpoint-1 is not a complete checkpoint: {name}: "):
             verify_checkpoint(checkpoint)
     path.write_bytes(original + b"x")
     with pytest.raises(UserError, match=f"{name}: "):
@@ -68,7 +71,7 @@ def test_files_of_others_in_a_checkpoint_do_no_harm(checkpoint):
 )
 def test_a_manifest_that_is_none_is_refused(manifest, checkpoint):
     (checkpoint / MANIFEST_NAME).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="is no whole checkpoint"):
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
         verify_checkpoint(checkpoint)
 
 
@@ -77,7 +80,7 @@ def test_the_latest_is_the_newest_whole_one_and_broken_ones_are_named(whole, tmp
         shutil.copytree(whole, tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-100" / FILES[0]).unlink()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
-    assert f"Passed over: {tmp_path}/checkpoint-100 is no whole checkpoint: {FILES[0]}: " in caplog.text
+    assert f"Passed over: {tmp_path}/checkpoint-100 is not a complete checkpoint: {FILES[0]}: " in caplog.text
     for step in (3, 20):
         (tmp_path / f"checkpoint-{step}" / MANIFEST_NAME).unlink()
     assert latest_checkpoint(tmp_path) is None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dreambooth.errors import UserError
+from dreambooth.options.training import TrainingConfig
 from dreambooth.runtime.memory import explain_out_of_memory
 from tests.faults import child
 from tests.faults.checkpoints import make_config
@@ -43,6 +44,14 @@ def test_only_options_that_are_not_set_already_are_named(tmp_path):
         "    no --train_text_encoder",
         "    a --resolution below 512",
     ]
+
+
+def test_a_method_without_options_for_text_encoders_is_told_too():
+    config = TrainingConfig(pretrained_model_name_or_path="base", instance_prompt="sks", train_batch_size=2)
+    with pytest.raises(UserError, match="out of memory on cpu") as caught:
+        with explain_out_of_memory(config, accelerator("cpu")):
+            raise MemoryError
+    assert "--train_batch_size 1" in str(caught.value) and "--train_text_encoder" not in str(caught.value)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("out of memory")])

@@ -1,9 +1,10 @@
-"""The factors that training begins with: a function of the seed."""
+"""The method Kronecker: the factors that training begins with are a function of the seed."""
 
 import pytest
 import torch
 
-from dreambooth.kronecker import inject_adapters
+from dreambooth.families.sdxl import SDXL
+from dreambooth.kronecker import KRONECKER
 from kron_adapter import kronecker_state_dict
 from tests.faults.checkpoints import make_config
 from toyworld.tiny_pipeline import build_pipeline
@@ -13,8 +14,9 @@ def first_factors(config, drawn_before: int) -> dict[str, torch.Tensor]:
     pipeline = build_pipeline("sdxl")
     torch.manual_seed(drawn_before)
     state = torch.get_rng_state()
-    models = {name: pipeline.components[name] for name in ("unet", "text_encoder", "text_encoder_2")}
-    inject_adapters(models, config)
+    models = SDXL.trained_models(pipeline.components, with_text=KRONECKER.trains_text(config))
+    assert list(models) == ["unet", "text_encoder", "text_encoder_2"]
+    KRONECKER.attach(SDXL, models, config)
     assert torch.equal(torch.get_rng_state(), state)
     return {f"{part}.{name}": A for part in models for name, A in kronecker_state_dict(models[part]).items()}
 

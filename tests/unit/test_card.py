@@ -7,19 +7,26 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 
-from dreambooth.options.training import TrainingConfig
+from dreambooth.families.sd import SD
+from dreambooth.families.sdxl import SDXL
+from dreambooth.kronecker import KRONECKER
+from dreambooth.method import adapter_groups
 from dreambooth.options.yaml_file import save_config
 from dreambooth.report import card
-from dreambooth.report.card import push_to_hub, save_card
-from kron_adapter import inject_kronecker, kronecker_parameters, load_kronecker, save_kronecker
+from dreambooth.report.card import example_prompt, push_to_hub, save_card
+from kron_adapter import kronecker_parameters, load_kronecker
+from train_dreambooth_kronecker import Config
 
 SECRET = "hf_nobodyMayReadThis"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -36,8 +43,8 @@ NASTY = [
 
 
 @pytest.fixture
-def config(tmp_path) -> TrainingConfig:
-    return TrainingConfig(
+def config(tmp_path) -> Config:
+    return Config(
         pretrained_model_name_or_path=BASE,
         instance_data_dir="photos",
         instance_prompt="a photo of sks dog",
@@ -51,16 +58,17 @@ def config(tmp_path) -> TrainingConfig:
 
 
 @pytest.fixture
-def adapter(tmp_path, tiny_sd):
-    """An adapter file for UNet and text encoder, and how many parameters and layers it has."""
+def adapter(tmp_path, tiny_sd, config):
+    """An adapter file for UNet and text encoder, how many parameters and layers it has, and the adapter itself."""
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
-    inject_kronecker(pipeline.unet, a1=4, a2=32, factors={"to_k": (8, 8)})
-    inject_kronecker(pipeline.text_encoder, a1=2, a2=16, targets=["q_proj", "k_proj", "v_proj", "out_proj"])
+    sizes = {"kron_a1": 4, "kron_a2": 32, "kron_factors": ["to_k=8,8"]}
+    text_sizes = {"train_text_encoder": True, "text_encoder_kron_a1": 2, "text_encoder_kron_a2": 16}
+    models = SD.trained_models(pipeline.components, with_text=True)
+    attached = KRONECKER.attach(SD, models, dataclasses.replace(config, **sizes, **text_sizes))
     path = tmp_path / "pytorch_kronecker_weights.safetensors"
-    save_kronecker(pipeline, path)
-    models = (pipeline.unet, pipeline.text_encoder)
-    factors = [parameter.numel() for model in models for parameter in kronecker_parameters(model)]
-    return path, sum(factors), len(factors) // 2
+    attached.save(path, {}, torch.float32)
+    factors = [parameter.numel() for model in models.values() for parameter in kronecker_parameters(model)]
+    return path, sum(factors), len(factors) // 2, attached
 
 
 @pytest.fixture
@@ -76,9 +84,13 @@ def results(tmp_path, config):
     save_config(config, tmp_path / "config.yaml")
 
 
-def written(config, adapter, pipeline_class=StableDiffusionPipeline) -> tuple[dict, str]:
+def written(config, adapter, family=SD) -> tuple[dict, str]:
     """Write the card; return its front matter and its text, as the Hub's own reader sees them."""
-    save_card(adapter[0], pipeline_class, 800, config)
+    path, _, _, attached = adapter
+    trained = family.trained_models(attached.models, KRONECKER.trains_text(config))
+    groups = adapter_groups(family, {name: kronecker_parameters(model) for name, model in trained.items()}, config)
+    description = attached.describe(path, config.pretrained_model_name_or_path, example_prompt(config))
+    save_card(description, groups, family, 800, config)
     loaded = ModelCard.load(f"{config.output_dir}/README.md")
     return loaded.data.to_dict(), loaded.text
 
@@ -108,10 +120,17 @@ def test_factors_are_those_of_the_file(config, adapter):
     assert "| UNet | `to_k` | 64 → 128 | (8, 8) | (16, 8) | 1 |" in rows
     assert "| text encoder | `q_proj` | 64 → 64 | (2, 16) | (32, 4) | 2 |" in rows
     assert sum(int(row.split("|")[-2]) for row in rows[2:]) == adapter[2]
+    with safe_open(adapter[0], framework="pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    pairs = [(key, key.replace("lokr_w1", "lokr_w2")) for key in shapes if key.endswith("lokr_w1")]
+    told: Counter = Counter()
+    for *_, first, second, count in (row.strip("|").split("|") for row in rows[2:]):
+        told[ast.literal_eval(first.strip()), ast.literal_eval(second.strip())] += int(count)
+    assert told == Counter((shapes[first], shapes[second]) for first, second in pairs)
 
 
 def test_the_families_differ_in_their_tag(config, adapter):
-    assert "stable-diffusion-xl" in written(config, adapter, StableDiffusionXLPipeline)[0]["tags"]
+    assert "stable-diffusion-xl" in written(config, adapter, SDXL)[0]["tags"]
     assert "stable-diffusion-xl" not in written(config, adapter)[0]["tags"]
 
 
@@ -133,8 +152,8 @@ def test_a_folder_that_looks_like_a_name_on_the_hub_is_none(config, adapter, tmp
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"train_text_encoder": True}, "- text encoders' learning rate: 0.0005"),
-        ({"train_text_encoder": True, "text_encoder_lr": 1e-5}, "- text encoders' learning rate: 1e-05"),
+        ({"train_text_encoder": True}, "- learning rate of the text encoders: 0.0005"),
+        ({"train_text_encoder": True, "text_encoder_lr": 1e-5}, "- learning rate of the text encoders: 1e-05"),
         ({"use_8bit_adam": True}, "- optimizer: AdamW with 8-bit state"),
         ({"optimizer": "Prodigy"}, "- optimizer: Prodigy"),
         ({"snr_gamma": 5.0}, "- min-SNR gamma: 5"),
@@ -193,7 +212,7 @@ def test_no_prompt_breaks_the_card(prompt, config, adapter, results):
     heading, numbered = (next(row for row in text.splitlines() if row.startswith(sign)) for sign in ("# ", "1. "))
     assert inline_code(heading) == [line] and inline_code(numbered) == [line]
     assert [row for row in text.splitlines() if row.startswith("#")][1:] == [
-        "## Samples", "## Use", "## The adapter", "## Training",
+        "## Samples", "## Use", "## The Kronecker adapter", "## Training",
     ]  # fmt: skip
     (snippet,) = re.findall("^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert prompt in [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
@@ -204,8 +223,10 @@ def test_the_card_does_not_hold_the_token(config, adapter, results, tmp_path):
     assert SECRET not in (tmp_path / "README.md").read_text() + (tmp_path / "config.yaml").read_text()
 
 
-def test_a_card_that_cannot_be_written_is_a_warning(config, tmp_path, caplog):
-    save_card(tmp_path / "missing.safetensors", StableDiffusionPipeline, 800, config)
+def test_a_card_that_cannot_be_written_is_a_warning(config, adapter, tmp_path, caplog):
+    (tmp_path / "README.md").mkdir()
+    _, _, _, attached = adapter
+    save_card(attached.describe(adapter[0], BASE, "sks"), attached.groups, SD, 800, config)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "README.md was not written" in caplog.text
 

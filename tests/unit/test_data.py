@@ -1,7 +1,6 @@
 """Photos to samples, samples to batches: by pixel values that say which photo they are of, and which part of it."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections import Counter
@@ -11,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from dreambooth.data.crops import Crops
 from dreambooth.data.dataset import DreamBoothDataset, build_loader, collate, prompts_of
-from dreambooth.data.noise import draw_noise
+from dreambooth.data.noise import draw_noise, noise_drawer
 from dreambooth.data.order import GlobalSampler, samples_of_step, samples_per_pass
 from dreambooth.data.photos import Photo
 from dreambooth.data.sizes import cover, shape_of
@@ -48,7 +48,7 @@ def dataset_of(photos, class_photos, **options):
     """A dataset whose prompts are encoded in another order than that of the photos."""
     config = make_config(**options)
     prompts = ["", *sorted({*prompts_of(photos, class_photos, config), "unused"} - {""}, reverse=True)]
-    return DreamBoothDataset(photos, class_photos, prompts, config), prompts, config
+    return DreamBoothDataset(Crops(photos, class_photos, config), prompts, None, config), prompts, config
 
 
 def make_dataset(instances=INSTANCES, classes=CLASSES, **options):
@@ -80,7 +80,7 @@ def draws(dataset, kind, count):
 
 def drawer(config):
     """The noise of a base model with 4 latent channels."""
-    return functools.partial(draw_noise, channels=4, factor=8, num_timesteps=1000, config=config)
+    return noise_drawer(4, 8, 1000, config)
 
 
 def loader_of(dataset, config, rank=0, num_ranks=1, first_step=0):
@@ -117,7 +117,8 @@ def test_every_row_has_the_prompt_of_its_photo(batch_size, classes):
 def test_a_batch_is_what_the_training_step_expects():
     halves = np.array([[(0,) * 3, (255,) * 3]], np.uint8).repeat(20, 0).repeat(10, 1)
     photo = Photo(Path("halves.png"), halves, "", None, (40, 40), np.full((20, 20), 255, np.uint8))
-    dataset = DreamBoothDataset([photo], [], [""], make_config(center_crop=True))
+    config = make_config(center_crop=True)
+    dataset = DreamBoothDataset(Crops([photo], [], config), [""], None, config)
     batch = collate([dataset[0], dataset[1]], drawer(dataset.config))
     assert batch.pixel_values.shape == (2, 3, RESOLUTION, RESOLUTION) and batch.pixel_values.dtype == torch.float32
     assert batch.pixel_values.unique().tolist() == [-1, 1]
@@ -497,12 +498,12 @@ def test_every_batch_is_of_one_bucket_and_every_pass_shows_every_photo(batch_siz
             for pixel_values, sizes in zip(batch.pixel_values, batch.size_conditions.tolist()):
                 number = decode(pixel_values)[0]
                 seen[number] += 1
-                assert tuple(sizes[4:]) == tuple(pixel_values.shape[1:]) == dataset.shapes[number]
+                assert tuple(sizes[4:]) == tuple(pixel_values.shape[1:]) == dataset.crops.shapes[number]
                 assert tuple(sizes[:2]) == dataset.photos[number].original_size
         assert set(seen) == set(range(7)) and sum(seen.values()) == length
         assert min(seen.values()) == repeats  # what fills a last batch comes on top
         for shape, count in counts.items():
-            same_shape = [seen[number] for number in seen if dataset.shapes[number] == shape]
+            same_shape = [seen[number] for number in seen if dataset.crops.shapes[number] == shape]
             assert sum(same_shape) - count * repeats < batch_size
             assert max(same_shape) - min(same_shape) <= math.ceil(batch_size / count)
 
@@ -565,16 +566,18 @@ def test_crops_that_are_to_be_encoded_once_are_drawn_once():
 @pytest.mark.parametrize("random_flip", [False, True])
 def test_fixed_crops_are_all_that_samples_show(options, random_flip):
     classes = [make_photo(i, 192, 192) for i in CLASSES]
-    dataset, _, config = bucket_dataset(class_photos=classes, random_flip=random_flip, **options)
-    crops = dataset.fixed_crops()
+    dataset, prompts, config = bucket_dataset(class_photos=classes, random_flip=random_flip, **options)
+    crops = dataset.crops.fixed()
     assert len(crops) == len(set(crops)) == (7 + 3 * 3) * (2 if random_flip else 1)
-    dataset.moments = {crop: torch.tensor(number) for number, crop in enumerate(crops)}
+    moments = {crop: torch.tensor(number) for number, crop in enumerate(crops)}
+    dataset = DreamBoothDataset(dataset.crops, prompts, moments, config)
     rows = [row for k in range(500) for row in dataset[k]]
     assert all(row.pixel_values is None for row in rows)
     assert {row.moments.item() for row in rows} == set(range(len(crops)))
 
 
 def test_photos_of_their_crop_s_size_have_fixed_crops():
-    assert len(dataset_of([make_photo(0, 16, 16), make_photo(1, 16, 16)], [])[0].fixed_crops()) == 2
-    assert dataset_of([make_photo(0, 16, 16), make_photo(1, 16, 17)], [])[0].fixed_crops() is None
-    assert dataset_of([make_photo(0, 16, 16)], make_photos(CLASSES))[0].fixed_crops() is None
+    config = make_config()
+    assert len(Crops([make_photo(0, 16, 16), make_photo(1, 16, 16)], [], config).fixed()) == 2
+    assert Crops([make_photo(0, 16, 16), make_photo(1, 16, 17)], [], config).fixed() is None
+    assert Crops([make_photo(0, 16, 16)], make_photos(CLASSES), config).fixed() is None

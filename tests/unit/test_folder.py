@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from dreambooth.layout import LOCK_NAME
 
 from dreambooth.errors import UserError
-from dreambooth.kronecker import WEIGHTS_NAME
+from dreambooth.kronecker import KRONECKER
+from dreambooth.layout import LOCK_NAME
 from dreambooth.output.folder import find_start, hold_folder, prepare_output
 from tests.faults.checkpoints import ALONE, Training, make_config
 
@@ -70,28 +70,28 @@ def test_an_output_folder_that_is_a_file_is_refused(output):
 
 
 def test_where_a_run_starts(output):
-    assert find_start(make_config(output), ALONE) is None
-    assert find_start(make_config(output, resume_from_checkpoint="latest"), ALONE) is None
+    assert find_start(KRONECKER, make_config(output), ALONE) is None
+    assert find_start(KRONECKER, make_config(output, resume_from_checkpoint="latest"), ALONE) is None
     first, second = save(output, 5, 10)
-    assert find_start(make_config(output, resume_from_checkpoint="latest"), ALONE) == second
-    assert find_start(make_config(output, resume_from_checkpoint=str(first)), ALONE) == first
-    assert find_start(make_config(output, resume_from_checkpoint="checkpoint-5"), ALONE) == first
-    assert find_start(make_config(output, overwrite_output_dir=True), ALONE) is None
+    assert find_start(KRONECKER, make_config(output, resume_from_checkpoint="latest"), ALONE) == second
+    assert find_start(KRONECKER, make_config(output, resume_from_checkpoint=str(first)), ALONE) == first
+    assert find_start(KRONECKER, make_config(output, resume_from_checkpoint="checkpoint-5"), ALONE) == first
+    assert find_start(KRONECKER, make_config(output, overwrite_output_dir=True), ALONE) is None
 
 
 def test_what_is_refused(output):
     with pytest.raises(UserError, match="checkpoint-7: there is no such checkpoint; .* holds: none"):
-        find_start(make_config(output, resume_from_checkpoint="checkpoint-7"), ALONE)
+        find_start(KRONECKER, make_config(output, resume_from_checkpoint="checkpoint-7"), ALONE)
     (path,) = save(output, 5)
     with pytest.raises(UserError, match=r"results of another run \(checkpoint-5\).*--overwrite_output_dir"):
-        find_start(make_config(output), ALONE)
+        find_start(KRONECKER, make_config(output), ALONE)
     with pytest.raises(UserError, match="holds: checkpoint-5"):
-        find_start(make_config(output, resume_from_checkpoint="checkpoint-7"), ALONE)
+        find_start(KRONECKER, make_config(output, resume_from_checkpoint="checkpoint-7"), ALONE)
     (path / "run.json").unlink()
-    with pytest.raises(UserError, match="checkpoint-5 is no whole checkpoint: run.json"):
-        find_start(make_config(output, resume_from_checkpoint="checkpoint-5"), ALONE)
+    with pytest.raises(UserError, match="checkpoint-5 is not a complete checkpoint: run.json"):
+        find_start(KRONECKER, make_config(output, resume_from_checkpoint="checkpoint-5"), ALONE)
     with pytest.raises(UserError, match=r"results of another run \(checkpoint-5\)"):  # never begun anew over it
-        find_start(make_config(output, resume_from_checkpoint="latest"), ALONE)
+        find_start(KRONECKER, make_config(output, resume_from_checkpoint="latest"), ALONE)
 
 
 # ---- what is cleared ----
@@ -105,8 +105,9 @@ def make(output, *names):
 
 def test_overwriting_clears_an_earlier_run_and_keeps_other_files(output):
     save(output, 5)
-    make(output, WEIGHTS_NAME, "notes.txt", "samples/step-000005.png", "samples/step-000000.png", "samples/mine.png")
-    prepare_output(make_config(output, overwrite_output_dir=True), None, ALONE)
+    sheets = ("samples/step-000005.png", "samples/step-000000.png", "samples/mine.png")
+    make(output, KRONECKER.weights_name, "notes.txt", *sheets)
+    prepare_output(KRONECKER, make_config(output, overwrite_output_dir=True), None, ALONE)
     assert sorted(os.listdir(output)) == ["config.yaml", "notes.txt", "samples"]
     assert os.listdir(output / "samples") == ["mine.png"]
 
@@ -116,6 +117,6 @@ def test_resuming_clears_what_comes_later_and_what_was_cut_off(output):
     (output / "checkpoint-6.tmp").mkdir()
     make(output, *(f"samples/step-00000{step}.png" for step in (0, 5, 6)))
     config = make_config(output, overwrite_output_dir=True, checkpoints_total_limit=2)
-    prepare_output(config, output / "checkpoint-5", ALONE)
+    prepare_output(KRONECKER, config, output / "checkpoint-5", ALONE)
     assert sorted(os.listdir(output)) == ["checkpoint-4", "checkpoint-5", "config.yaml", "samples"]
     assert sorted(os.listdir(output / "samples")) == ["step-000000.png", "step-000005.png"]

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreambooth.errors import UserError
+from dreambooth.families.sd import SD
+from dreambooth.families.sdxl import SDXL
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, evaluating
+from dreambooth.method import Group, adapter_groups
 from dreambooth.options.checking import check_options
-from dreambooth.options.training import TrainingConfig
 from dreambooth.output.checkpoint import _join, _split
 from kron_adapter import (
     inject_kronecker,
@@ -25,18 +28,17 @@ from kron_adapter import (
     load_kronecker_state_dict,
     save_kronecker,
 )
+from train_dreambooth_kronecker import Config
 
 NAMES = ["AdamW", "8-bit AdamW", "Prodigy", "Adafactor", "ScheduleFreeAdamW"]
 PACKAGES = {"8-bit AdamW": "bitsandbytes", "Prodigy": "prodigyopt", "ScheduleFreeAdamW": "schedulefree"}
 
 
-def config(**options) -> TrainingConfig:
-    return TrainingConfig(
-        pretrained_model_name_or_path="base", instance_data_dir="photos", instance_prompt="sks", **options
-    )
+def config(**options) -> Config:
+    return Config(pretrained_model_name_or_path="base", instance_data_dir="photos", instance_prompt="sks", **options)
 
 
-def config_for(name: str, **options) -> TrainingConfig:
+def config_for(name: str, **options) -> Config:
     """The options for one of NAMES, with a learning rate that suits it."""
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
@@ -46,7 +48,7 @@ def config_for(name: str, **options) -> TrainingConfig:
 
 
 class Model(nn.Module):
-    """Two adapted layers: a group "unet" and a group "text_encoder"."""
+    """Two adapted layers: one in a "unet" and one in a "text_encoder"."""
 
     def __init__(self):
         super().__init__()
@@ -60,8 +62,15 @@ class Model(nn.Module):
         return self.text_encoder(torch.tanh(self.unet(x)))
 
     @property
-    def groups(self):
+    def factors(self) -> dict[str, list[nn.Parameter]]:
         return {name: kronecker_parameters(getattr(self, name)) for name in ("unet", "text_encoder")}
+
+    def groups(self, config: Config) -> list[Group]:
+        return adapter_groups(SD, self.factors, config)
+
+
+def optimizer_of(model: Model, config: Config, num_ranks: int = 1) -> torch.optim.Optimizer:
+    return build_optimizer(model.groups(config), config, num_ranks)
 
 
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
@@ -80,7 +89,7 @@ def train(model, optimizer, steps):
 
 
 def values(model):
-    return [factor.detach().clone() for factors in model.groups.values() for factor in factors]
+    return [factor.detach().clone() for factors in model.factors.values() for factor in factors]
 
 
 def assert_equal(ours, theirs, **tolerance):
@@ -94,17 +103,36 @@ def assert_equal(ours, theirs, **tolerance):
 
 def test_learning_rate_is_scaled_by_samples_per_step_only_if_asked():
     options = {"learning_rate": 1e-3, "text_encoder_lr": 1e-4, "train_batch_size": 2, "gradient_accumulation_steps": 3}
-    rates = [group["lr"] for group in build_optimizer(Model().groups, config(**options), 4).param_groups]
+    rates = [group["lr"] for group in optimizer_of(Model(), config(**options), 4).param_groups]
     assert rates == [1e-3, 1e-4]
-    optimizer = build_optimizer(Model().groups, config(**options, scale_lr=True), 4)
+    optimizer = optimizer_of(Model(), config(**options, scale_lr=True), 4)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([24e-3, 24e-4])
 
 
 @pytest.mark.parametrize("text_encoder_lr, expected", [(None, 1e-3), (0.0, 0.0)])
 def test_text_encoders_train_at_the_common_learning_rate_unless_they_have_their_own(text_encoder_lr, expected):
     options = config(learning_rate=1e-3, text_encoder_lr=text_encoder_lr)
-    assert build_optimizer(Model().groups, options, 1).param_groups[1]["lr"] == expected
-    assert len(build_optimizer({"unet": Model().groups["unet"]}, options, 1).param_groups) == 1
+    model = Model()
+    assert optimizer_of(model, options).param_groups[1]["lr"] == expected
+    (unet,) = adapter_groups(SD, {"unet": Model().factors["unet"]}, options)
+    assert len(build_optimizer([unet], options, 1).param_groups) == 1
+
+
+def test_groups_are_the_denoiser_s_and_all_text_encoders_together():
+    denoiser, first, second = ([nn.Parameter(torch.zeros(1))] for _ in range(3))
+    parameters = {"unet": denoiser, "text_encoder": first, "text_encoder_2": second}
+    options = config(learning_rate=1e-3, text_encoder_lr=1e-4, adam_weight_decay=0.5)
+    own, text = adapter_groups(SDXL, parameters, options)
+    assert own.parameters == denoiser and text.parameters == first + second
+    assert (own.learning_rate, text.learning_rate) == (1e-3, 1e-4)
+    assert own.weight_decay == text.weight_decay == 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_group_has_the_weight_decay_that_it_asks_for(name):
+    groups = [replace(group, weight_decay=decay) for group, decay in zip(Model().groups(config()), (0.3, 0.0))]
+    optimizer = build_optimizer(groups, config_for(name), 1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +145,7 @@ def test_text_encoders_train_at_the_common_learning_rate_unless_they_have_their_
     ],
 )
 def test_learning_rate_schedule_in_optimizer_steps(name, expected):
-    optimizer = build_optimizer(Model().groups, config(learning_rate=1.0, text_encoder_lr=0.1), 1)
+    optimizer = optimizer_of(Model(), config(learning_rate=1.0, text_encoder_lr=0.1))
     lr_scheduler = build_lr_scheduler(optimizer, config(lr_scheduler=name, lr_warmup_steps=2), total_steps=4)
     rates = []
     for _ in expected:
@@ -135,7 +163,7 @@ def test_learning_rate_schedule_in_optimizer_steps(name, expected):
 def test_every_optimizer_learns(name):
     model = Model()
     before = loss_of(model).item()
-    optimizer = build_optimizer(model.groups, config_for(name, adam_weight_decay=0.0), 1)
+    optimizer = optimizer_of(model, config_for(name, adam_weight_decay=0.0))
     train(model, optimizer, 90)
     with evaluating(optimizer):
         assert loss_of(model).item() < 0.1 * before
@@ -144,7 +172,7 @@ def test_every_optimizer_learns(name):
 @pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
 def test_the_first_step_of_a_factor_that_is_zero_is_the_learning_rate(name):
     model = Model()
-    optimizer = build_optimizer(model.groups, config_for(name, learning_rate=1e-3), 1)
+    optimizer = optimizer_of(model, config_for(name, learning_rate=1e-3))
     train(model, optimizer, 1)
     B = model.unet[0].B.detach()
     assert B.square().mean().sqrt().item() == pytest.approx(1e-3, rel=0.2)
@@ -153,7 +181,7 @@ def test_the_first_step_of_a_factor_that_is_zero_is_the_learning_rate(name):
 def reference(name, model):
     """The optimizer over single tensors, straight from its package, with options written out once more."""
     options = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-    groups = [{"params": factors, "lr": 1e-2} for factors in model.groups.values()]
+    groups = [{"params": factors, "lr": 1e-2} for factors in model.factors.values()]
     if name == "AdamW":
         groups[1]["lr"] = 3e-3
         return torch.optim.AdamW(groups, **options, foreach=False, fused=False)
@@ -173,7 +201,7 @@ def test_one_long_vector_is_stepped_as_the_single_factors_are(name):
     text_encoder_lr = None if name == "Prodigy" else 3e-3
     adam = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "adam_weight_decay": 0.1}
     flat, single = Model(), Model()
-    optimizer = build_optimizer(flat.groups, config_for(name, text_encoder_lr=text_encoder_lr, **adam), 1)
+    optimizer = optimizer_of(flat, config_for(name, text_encoder_lr=text_encoder_lr, **adam))
     outsider = reference(name, single)
     for _ in range(10):
         train(flat, optimizer, 1)
@@ -184,9 +212,9 @@ def test_one_long_vector_is_stepped_as_the_single_factors_are(name):
 def test_a_group_s_factors_are_one_vector_and_keep_their_values_and_shapes():
     model = Model()
     before = values(model)
-    optimizer = build_optimizer(model.groups, config(), 1)
+    optimizer = optimizer_of(model, config())
     assert_equal(values(model), before)
-    for group, factors in zip(optimizer.param_groups, model.groups.values()):
+    for group, factors in zip(optimizer.param_groups, model.factors.values()):
         (vector,) = group["params"]
         assert vector.numel() == sum(factor.numel() for factor in factors)
         vector.data.fill_(7)
@@ -196,7 +224,7 @@ def test_a_group_s_factors_are_one_vector_and_keep_their_values_and_shapes():
 
 def test_the_adapter_s_files_and_state_dicts_work_on_factors_in_one_vector(tmp_path):
     model = Model()
-    optimizer = build_optimizer(model.groups, config(), 1)
+    optimizer = optimizer_of(model, config())
     train(model, optimizer, 2)
     save_kronecker(model.unet, tmp_path / "adapter.safetensors")
     plain = nn.Sequential(nn.Linear(64, 320))
@@ -221,10 +249,10 @@ def accelerate(mixed_precision="no", accumulation=1):
 def test_accumulated_gradients_are_those_of_the_whole_batch(name, fresh_accelerator):
     options = config_for(name)
     whole = Model()
-    train(whole, build_optimizer(whole.groups, options, 1), 3)
+    train(whole, optimizer_of(whole, options), 3)
     accelerator = accelerate(accumulation=2)
     model = Model()
-    model, optimizer = accelerator.prepare(model, build_optimizer(model.groups, options, 1))
+    model, optimizer = accelerator.prepare(model, optimizer_of(model, options))
     for _ in range(3):
         for rows in (slice(0, 8), slice(8, 16)):
             with accelerator.accumulate(model):
@@ -238,7 +266,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, fresh_accelera
 def test_a_gradient_that_overflows_changes_nothing(name, fresh_accelerator):
     accelerator = accelerate("fp16")
     model = Model()
-    model, optimizer = accelerator.prepare(model, build_optimizer(model.groups, config_for(name), 1))
+    model, optimizer = accelerator.prepare(model, optimizer_of(model, config_for(name)))
     step = scaled_step(accelerator, model, optimizer)
     step()
     before, state = values(model), copy.deepcopy(optimizer.state_dict()["state"])
@@ -274,7 +302,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     def start():
         accelerator = accelerate(mixed_precision)
         model = Model()
-        optimizer = build_optimizer(model.groups, options, 1)
+        optimizer = optimizer_of(model, options)
         lr_scheduler = build_lr_scheduler(optimizer, options, 6)
         model, optimizer = accelerator.prepare(model, optimizer)
         return model, optimizer, lr_scheduler, scaled_step(accelerator, model, optimizer)
@@ -286,7 +314,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
 
     model, optimizer, lr_scheduler, step = start()
     train_three(step, lr_scheduler)
-    factors = {f"{name}.{i}": factor for name, group in model.groups.items() for i, factor in enumerate(group)}
+    factors = {f"{name}.{i}": factor for name, group in model.factors.items() for i, factor in enumerate(group)}
     state = {"factors": factors, "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
     found, rest = _split(state)
     save_file(found, tmp_path / "state.safetensors")
@@ -300,7 +328,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     model, optimizer, lr_scheduler, step = start()
     state = _join(load_file(tmp_path / "state.safetensors"), json.loads((tmp_path / "state.json").read_text()))
     with torch.no_grad():
-        for name, group in model.groups.items():
+        for name, group in model.factors.items():
             for i, factor in enumerate(group):
                 factor.copy_(state["factors"][f"{name}.{i}"])
     optimizer.load_state_dict(state["optimizer"])
@@ -316,8 +344,8 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
 
 def test_saved_state_has_the_names_and_shapes_of_the_single_factors_and_each_loads_the_other_s():
     flat, single = Model(), Model()
-    ours = build_optimizer(flat.groups, config(learning_rate=1e-2), 1)
-    theirs = torch.optim.AdamW([{"params": factors, "lr": 1e-2} for factors in single.groups.values()], fused=True)
+    ours = optimizer_of(flat, config(learning_rate=1e-2))
+    theirs = torch.optim.AdamW([{"params": factors, "lr": 1e-2} for factors in single.factors.values()], fused=True)
     train(flat, ours, 2)
     train(single, theirs, 2)
     one, other = ours.state_dict(), theirs.state_dict()
@@ -333,15 +361,15 @@ def test_saved_state_has_the_names_and_shapes_of_the_single_factors_and_each_loa
 
 
 def test_state_of_other_factors_is_refused():
-    state = build_optimizer({"unet": Model().groups["unet"]}, config(), 1).state_dict()
+    state = build_optimizer(Model().groups(config())[:1], config(), 1).state_dict()
     with pytest.raises(ValueError, match=r"groups of \[2\] parameters"):
-        build_optimizer(Model().groups, config(), 1).load_state_dict(state)
+        optimizer_of(Model(), config()).load_state_dict(state)
 
 
 @pytest.mark.parametrize("move", ["values", "gradients"])
 def test_factors_that_left_the_vector_are_noticed(move):
     model = Model()
-    optimizer = build_optimizer(model.groups, config(), 1)
+    optimizer = optimizer_of(model, config())
     train(model, optimizer, 1)
     if move == "values":
         model.to(torch.float64).to(torch.float32)
@@ -359,7 +387,7 @@ def test_factors_that_left_the_vector_are_noticed(move):
 def test_inside_evaluating_the_factors_are_the_average_and_afterwards_as_before(wrapped, fresh_accelerator):
     options = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "adam_weight_decay": 0.1}
     model, single = Model(), Model()
-    optimizer = build_optimizer(model.groups, config_for("ScheduleFreeAdamW", text_encoder_lr=3e-3, **options), 1)
+    optimizer = optimizer_of(model, config_for("ScheduleFreeAdamW", text_encoder_lr=3e-3, **options))
     if wrapped:
         model, optimizer = accelerate().prepare(model, optimizer)
     outsider = reference("ScheduleFreeAdamW", single)
@@ -377,7 +405,7 @@ def test_inside_evaluating_the_factors_are_the_average_and_afterwards_as_before(
 
 def test_evaluating_before_the_first_step_changes_nothing():
     model = Model()
-    optimizer = build_optimizer(model.groups, config_for("ScheduleFreeAdamW"), 1)
+    optimizer = optimizer_of(model, config_for("ScheduleFreeAdamW"))
     before = values(model)
     with evaluating(optimizer):
         assert_equal(values(model), before)
@@ -387,7 +415,7 @@ def test_evaluating_before_the_first_step_changes_nothing():
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ScheduleFreeAdamW"])
 def test_evaluating_changes_nothing_for_the_other_optimizers(name, fresh_accelerator):
     model = Model()
-    plain = build_optimizer(model.groups, config_for(name), 1)
+    plain = optimizer_of(model, config_for(name))
     model, wrapped = accelerate().prepare(model, plain)
     train(model, wrapped, 2)
     trained = values(model)
@@ -404,7 +432,7 @@ def test_a_missing_package_is_named_with_its_pip_line(name, package, monkeypatch
     options = {"use_8bit_adam": True} if name == "8-bit AdamW" else {"optimizer": name, "learning_rate": 1.0}
     for module in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, module, None)
-    for use in (check_optimizer, lambda config: build_optimizer(Model().groups, config, 1)):
+    for use in (check_optimizer, lambda config: optimizer_of(Model(), config)):
         with pytest.raises(UserError, match=f"--.* needs a package that is not installed: pip install {package}"):
             use(config(**options))
 
@@ -423,14 +451,14 @@ def test_names_of_optimizers_are_read_in_any_case(spelling):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"optimizer": "adam"}, "--optimizer adam: it can be AdamW, Prodigy, Adafactor or ScheduleFreeAdamW"),
+        ({"optimizer": "adam"}, "--optimizer adam: .*AdamW, Prodigy, Adafactor, ScheduleFreeAdamW"),
         (
             {"optimizer": "prodigy", "use_8bit_adam": True},
             "--use_8bit_adam .* --optimizer AdamW .* --optimizer Prodigy",
         ),
         ({"optimizer": "Adafactor", "use_8bit_adam": True}, "--use_8bit_adam .*--optimizer Adafactor"),
-        ({"optimizer": "Prodigy", "learning_rate": 0.0}, "--optimizer Prodigy needs a --learning_rate above 0"),
-        ({"optimizer": "Prodigy", "adam_epsilon": 0.0}, "--optimizer Prodigy needs a --adam_epsilon above 0"),
+        ({"optimizer": "Prodigy", "learning_rate": 0.0}, "--optimizer Prodigy needs --learning_rate above 0"),
+        ({"optimizer": "Prodigy", "adam_epsilon": 0.0}, "--optimizer Prodigy needs --adam_epsilon above 0"),
         ({"optimizer": "Prodigy", "scale_lr": True}, "--optimizer Prodigy .* --scale_lr"),
         (
             {"optimizer": "Prodigy", "train_text_encoder": True, "text_encoder_lr": 1e-4},
@@ -467,5 +495,5 @@ def test_options_that_an_optimizer_takes(options):
 @pytest.mark.parametrize("learning_rate, warns", [(5e-4, True), (1.0, False)])
 def test_prodigy_warns_about_a_learning_rate_that_is_far_from_1(learning_rate, warns, caplog):
     with caplog.at_level(logging.WARNING):
-        build_optimizer(Model().groups, config_for("Prodigy", learning_rate=learning_rate), 1)
+        optimizer_of(Model(), config_for("Prodigy", learning_rate=learning_rate))
     assert ("--learning_rate" in caplog.text) == warns

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +18,15 @@ from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth.errors import UserError
-from dreambooth.loop.health import StepReport, read_reports
-from dreambooth.options import checks
+from dreambooth.loop.health import StepReport, read_reports, what_to_try
 from dreambooth.options.checking import check_options
-from dreambooth.options.field import public_options
+from dreambooth.options.field import declarations, option, public_options
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
+from dreambooth.report.closing import closing_line, compile_seconds
 from dreambooth.report.curves import COLOURS, draw_curves, running_mean, tick_label, ticks
-from dreambooth.report.progress import Progress, closing_line, compile_seconds, read_metrics, save_curves, what_to_try
+from dreambooth.report.metrics import read_metrics, save_curves
+from dreambooth.report.progress import Progress
 from dreambooth.report.trackers import log_image, log_values, start_trackers
 
 SECRET = "hf_nobodyMayReadThis"
@@ -156,8 +158,8 @@ def test_reading_on_demand_leaves_nothing_unread_and_writes_nothing_twice(config
     progress = start(accelerate(), config, 0, 5)
     for step in progress.steps(reports(0.1, 0.2, 0.3, 0.4, 0.5)):
         if step == 3:  # a checkpoint
-            progress.read()
-            progress.read()
+            progress.settle_steps()
+            progress.settle_steps()
             assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
@@ -232,11 +234,11 @@ def test_a_new_run_drops_an_earlier_one_s_lines(config, accelerate, tmp_path):
 
 def test_a_full_disk_is_one_warning_and_training_goes_on(config, accelerate, caplog):
     progress = start(accelerate(), config, 0, 3)
-    progress.metrics = open("/dev/full", "w")
+    progress.metrics.file = open("/dev/full", "w")
     for _ in progress.steps(reports(0.5, 0.4, 0.3)):
-        progress.read()
+        progress.settle_steps()
     progress.close()
-    assert caplog.text.count("metrics.jsonl was not written, training goes on: [Errno 28]") == 1
+    assert caplog.text.count("metrics.jsonl was not written, training continues: [Errno 28]") == 1
 
 
 def test_numbers_that_json_lacks_become_null(config, accelerate, tmp_path):
@@ -340,7 +342,7 @@ def test_several_trackers_hear_the_same(config, accelerate):
 def test_a_tracker_that_fails_is_let_go_with_one_warning(verb, config, accelerate, monkeypatch, caplog):
     bad, good = FakeTracker("wandb", fails_at=verb), FakeTracker("tensorboard")
     fakes = {"wandb": lambda *_, **__: bad, "tensorboard": lambda *_, **__: good}
-    monkeypatch.setattr("dreambooth.report.progress.LOGGER_TYPE_TO_CLASS", fakes)
+    monkeypatch.setattr("dreambooth.report.trackers.LOGGER_TYPE_TO_CLASS", fakes)
     accelerator = accelerate("wandb", "tensorboard")
     progress = start(accelerator, dataclasses.replace(config, logging_steps=1), 0, 2)
     for step in progress.steps(reports(0.5, 0.25)):
@@ -390,8 +392,8 @@ def test_trackio_runs(config, accelerate, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "names, words",
     [
-        (["all"], "--report_to all: it can be tensorboard, wandb, trackio or none"),
-        (["wandb", "comet_ml"], "--report_to comet_ml: it can be"),
+        (["all"], "--report_to all: .*tensorboard, wandb, trackio, none"),
+        (["wandb", "comet_ml"], "--report_to comet_ml: .*tensorboard, wandb, trackio, none"),
         (["none", "wandb"], "--report_to none does not go with other trackers"),
         (["tensorboard", "trackio"], "--report_to trackio needs a package .* pip install trackio"),
     ],
@@ -399,15 +401,15 @@ def test_trackio_runs(config, accelerate, monkeypatch, tmp_path):
 def test_a_tracker_that_cannot_be_is_refused(names, words, config, monkeypatch):
     def version(name):
         if name == "trackio":
-            raise checks.PackageNotFoundError(name)
+            raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(checks, "version", version)
+    monkeypatch.setattr("dreambooth.options.output.version", version)
     with pytest.raises(UserError, match=words):
         check_options(dataclasses.replace(config, report_to=names))
 
 
 def test_trackers_go_together(config, monkeypatch):
-    monkeypatch.setattr(checks, "version", lambda name: "1.0")
+    monkeypatch.setattr("dreambooth.options.output.version", lambda name: "1.0")
     check_options(dataclasses.replace(config, report_to=["tensorboard", "wandb", "trackio"]))
 
 
@@ -420,10 +422,19 @@ def test_tokens_and_keys_are_not_public(config, tmp_path):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):
-        wandb_api_key: str = SECRET
-        other_token_file: str = SECRET
+        wandb_api_key: str = option("Key.", SECRET, secret=True)
+        other_token_file: str = option("Token.", SECRET, secret=True)
 
     assert SECRET not in str(public_options(Config(**vars(config))))
+    named_so = {name for name in vars(config) if "token" in name or "key" in name}
+    assert named_so == {name for name, declared in declarations(TrainingConfig).items() if declared.secret}
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Undeclared(TrainingConfig):
+        wandb_api_key: str = SECRET
+
+    with pytest.raises(TypeError, match="wandb_api_key"):  # what is not declared is not written either
+        public_options(Undeclared(**vars(config)))
     save_config(config, tmp_path / "config.yaml")
     assert SECRET not in (tmp_path / "config.yaml").read_text()
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["instance_prompt"] == "a photo of sks dog"
@@ -449,7 +460,7 @@ def test_the_closing_line_counts_all_groups(tmp_path):
     parameters = (parameter for group in groups for parameter in group)
     line = closing_line(parameters, 800, 125.4, 0.0, tmp_path / "a.safetensors", torch.device("cpu"))
     assert line.startswith("Trained 1,024 parameters (0.00 MiB in fp32) for 800 steps in 2 min 5 s; peak memory ")
-    assert line.endswith(f"GiB on cpu; the adapter is {tmp_path / 'a.safetensors'}")
+    assert line.endswith(f"GiB on cpu; the result is {tmp_path / 'a.safetensors'}")
 
 
 def test_the_closing_line_says_how_long_compiling_took(config, tmp_path):

@@ -1,4 +1,4 @@
-"""The pieces of a step: noise by row, losses by kind of row, how many steps there are; and that none waits."""
+"""The pieces of a step: noise by row, how many steps there are; and that none waits."""
 
 import itertools
 from contextlib import nullcontext
@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import EDMEulerScheduler
 
-from dreambooth.base_model.process import build_noise_scheduler
+from dreambooth.base_model.process import noise_process
+from dreambooth.data.crops import Crops
 from dreambooth.data.dataset import DreamBoothDataset, build_loader
 from dreambooth.data.noise import draw_noise, noise_drawer
 from dreambooth.data.photos import Photo
 from dreambooth.loop.health import read_reports
-from dreambooth.loop.steps import Denoiser, count_steps, dreambooth_losses, train_steps
+from dreambooth.loop.steps import Denoiser, count_steps, train_steps
 from dreambooth.options.training import TrainingConfig
 from toyworld.tiny_pipeline import build_pipeline, build_scheduler
 
@@ -29,19 +30,6 @@ def config(**options) -> TrainingConfig:
 def draw(seeds, **options):
     rows = [draw_noise(seed, (64, 64), 4, 8, 1000, config(**options)) for seed in seeds]
     return torch.stack([row.noise for row in rows]), torch.stack([row.timestep for row in rows])
-
-
-@pytest.mark.parametrize("num_instances, rows", [(1, 2), (2, 4), (3, 6)])
-def test_instance_rows_and_class_rows_are_averaged_apart(num_instances, rows):
-    losses = torch.arange(1.0, rows + 1) ** 2
-    instance_loss, prior_loss = dreambooth_losses(losses, num_instances)
-    assert instance_loss.item() == pytest.approx(losses[:num_instances].mean().item())
-    assert prior_loss.item() == pytest.approx(losses[num_instances:].mean().item())
-
-
-def test_without_class_rows_the_prior_loss_is_zero():
-    instance_loss, prior_loss = dreambooth_losses(torch.ones(2), 2)
-    assert (instance_loss.item(), prior_loss.item()) == (1, 0)
 
 
 def test_a_row_has_two_noises_and_neither_moves_the_global_generator():
@@ -105,22 +93,24 @@ def step_on_meta(fresh_accelerator):
         photo = Photo(
             Path("a.png"), np.zeros((64, 80, 3), np.uint8), "", "", (64, 80), np.full((64, 80), 255, np.uint8)
         )
-        dataset = DreamBoothDataset([photo], [photo] * settings.uses_class_images, [""], settings)
+        crops = Crops([photo], [photo] * settings.uses_class_images, settings)
+        dataset = DreamBoothDataset(crops, [""], None, settings)
         pipeline = build_pipeline("sd")
         unet = pipeline.unet.to("meta")
-        noise_scheduler = build_noise_scheduler(scheduler, settings)
+        process = noise_process(scheduler, settings)
         hidden = torch.zeros(1, 77, unet.config.cross_attention_dim, device="meta")
         denoiser = Denoiser(
             unet, lambda rows: {"hidden": hidden[rows]}, lambda e, _: {"encoder_hidden_states": e["hidden"]}
         )
         optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        batches = build_loader(dataset, noise_drawer(pipeline, noise_scheduler, settings), settings, 0, 1, 0)
+        draw = noise_drawer(unet.config.in_channels, pipeline.vae_scale_factor, process.num_timesteps, settings)
+        batches = build_loader(dataset, draw, settings, 0, 1, 0)
         reports = train_steps(
             MetaAccelerator(cpu=True, gradient_accumulation_steps=2),
             denoiser,
             lambda batch: batch.posterior_noise,
-            noise_scheduler,
+            process,
             nullcontext,
             batches,
             optimizer,

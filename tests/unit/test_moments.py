@@ -1,7 +1,6 @@
 """Photos to moments: encoded once or at every step, the same bit for bit; in memory and in a folder."""
 
 import dataclasses
-import functools
 import itertools
 import os
 import shutil
@@ -15,11 +14,13 @@ from diffusers import AutoencoderKL
 
 from dreambooth.base_model.cache import key_of, load_or_make, load_tensors, save_tensors, text_identity, vae_identity
 from dreambooth.base_model.loading import DTYPES
-from dreambooth.base_model.moments import cache_latents, encode_moments
+from dreambooth.base_model.moments import cache_moments, encode_moments
+from dreambooth.data.crops import Crops
 from dreambooth.data.dataset import DreamBoothDataset, build_loader, prompts_of
-from dreambooth.data.noise import draw_noise
+from dreambooth.data.noise import noise_drawer
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
+from dreambooth.families.sd import SD
 from dreambooth.options.training import TrainingConfig
 
 RESOLUTION = 64
@@ -40,9 +41,13 @@ PHOTOS = [make_photo(0, 64, 80), make_photo(1, 72, 64), make_photo(2)]
 CLASS_PHOTOS = [make_photo(100, 64, 70), make_photo(101)]
 
 
-def make_dataset(photos=PHOTOS, class_photos=(), **options):
+def make_crops(photos=PHOTOS, class_photos=(), **options):
     config = make_config(**options)
-    return DreamBoothDataset(photos, class_photos, prompts_of(photos, class_photos, config), config), config
+    return Crops(photos, class_photos, config), config
+
+
+def make_dataset(crops, moments=None):
+    return DreamBoothDataset(crops, prompts_of(crops.photos, crops.class_photos, crops.config), moments, crops.config)
 
 
 class CountingVae(AutoencoderKL):
@@ -79,15 +84,14 @@ def one_thread():
 
 
 def accelerator(rank=0, num_ranks=1):
-    """What cache_latents asks of an accelerator."""
+    """What cache_moments asks of an accelerator."""
     return SimpleNamespace(
         process_index=rank, num_processes=num_ranks, is_main_process=rank == 0, wait_for_everyone=lambda: None
     )
 
 
 def batches_of(dataset, config, count):
-    draw = functools.partial(draw_noise, channels=4, factor=8, num_timesteps=1000, config=config)
-    return list(itertools.islice(build_loader(dataset, draw, config, 0, 1, 0), count))
+    return list(itertools.islice(build_loader(dataset, noise_drawer(4, 8, 1000, config), config, 0, 1, 0), count))
 
 
 def warnings_in(caplog):
@@ -106,7 +110,8 @@ SETTINGS = {
 }
 
 
-def assert_cached_is_uncached(dataset, reference, config, vae):
+def assert_cached_is_uncached(crops, moments, config, vae):
+    dataset, reference = make_dataset(crops, moments), make_dataset(crops)
     for cached, batch in zip(batches_of(dataset, config, 6), batches_of(reference, config, 6), strict=True):
         assert cached.pixel_values is None and batch.moments is None
         assert cached.moments.dtype == torch.float32 and cached.moments.device.type == "cpu"
@@ -124,24 +129,24 @@ def test_cached_moments_are_those_of_the_step_bit_for_bit(make_vae, tmp_path, se
     options = FIXED | options | {"train_batch_size": batch_size}
     if to_disk:
         options |= {"cache_latents_to_disk": str(tmp_path / "cache"), "pretrained_model_name_or_path": str(tmp_path)}
-    dataset, config = make_dataset(photos, class_photos, **options)
-    reference, _ = make_dataset(photos, class_photos, **options)
+    crops, config = make_crops(photos, class_photos, **options)
     vae = make_vae()
-    assert cache_latents(dataset, lambda: vae, config, accelerator()) is True
-    assert_cached_is_uncached(dataset, reference, config, vae)
+    moments = cache_moments(crops, lambda: vae, config, accelerator())
+    assert_cached_is_uncached(crops, moments, config, vae)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_moments_of_a_half_precision_vae_are_the_step_s(make_vae, dtype):
     vae = make_vae().to(dtype)
-    dataset, config = make_dataset(**FIXED, train_batch_size=3)
-    assert cache_latents(dataset, lambda: vae, config, accelerator())
-    assert_cached_is_uncached(dataset, make_dataset(**FIXED)[0], config, vae)
+    crops, config = make_crops(**FIXED, train_batch_size=3)
+    moments = cache_moments(crops, lambda: vae, config, accelerator())
+    assert_cached_is_uncached(crops, moments, config, vae)
 
 
 def test_moments_are_the_vae_s_own(make_vae):
     vae = make_vae()
-    pixel_values = torch.stack([make_dataset(**FIXED)[0][k][0].pixel_values for k in range(3)])
+    dataset = make_dataset(make_crops(**FIXED)[0])
+    pixel_values = torch.stack([dataset[k][0].pixel_values for k in range(3)])
     moments = encode_moments(vae, pixel_values)
     assert moments.shape == (3, 8, 8, 8) and not moments.requires_grad
     for row, image in zip(moments, pixel_values):
@@ -150,9 +155,9 @@ def test_moments_are_the_vae_s_own(make_vae):
 
 @pytest.mark.parametrize("random_flip, encoded", [(False, 5), (True, 10)])
 def test_every_crop_is_encoded_once(make_vae, random_flip, encoded):
-    dataset, config = make_dataset(PHOTOS, CLASS_PHOTOS, **FIXED, random_flip=random_flip)
-    cache_latents(dataset, make_vae, config, accelerator())
-    batches_of(dataset, config, 30)
+    crops, config = make_crops(PHOTOS, CLASS_PHOTOS, **FIXED, random_flip=random_flip)
+    moments = cache_moments(crops, make_vae, config, accelerator())
+    batches_of(make_dataset(crops, moments), config, 30)
     assert CountingVae.encoded == encoded
 
 
@@ -172,15 +177,16 @@ def test_every_crop_is_encoded_once(make_vae, random_flip, encoded):
     ],
 )
 def test_latents_are_cached_where_the_options_and_crops_allow(make_vae, photos, options, cached):
-    dataset, config = make_dataset(photos, **options)
-    assert cache_latents(dataset, make_vae, config, accelerator()) is cached
-    assert bool(CountingVae.encoded) == cached
-    assert (dataset[0][0].pixel_values is None) == cached and (dataset[0][0].moments is not None) == cached
+    crops, config = make_crops(photos, **options)
+    moments = cache_moments(crops, make_vae, config, accelerator())
+    assert (moments is not None) == bool(CountingVae.encoded) == cached
+    row = make_dataset(crops, moments)[0][0]
+    assert (row.pixel_values is None) == cached and (row.moments is not None) == cached
 
 
 def test_a_folder_that_nothing_can_be_kept_in_is_worth_a_warning(make_vae, tmp_path, caplog):
-    dataset, config = make_dataset(cache_latents_to_disk=str(tmp_path / "cache"))
-    assert not cache_latents(dataset, make_vae, config, accelerator())
+    crops, config = make_crops(cache_latents_to_disk=str(tmp_path / "cache"))
+    assert cache_moments(crops, make_vae, config, accelerator()) is None
     (warning,) = warnings_in(caplog)
     assert "--cache_latents_to_disk" in warning and "--center_crop or --cache_latents on" in warning
     assert not (tmp_path / "cache").exists()
@@ -199,12 +205,12 @@ def test_latents_that_are_not_finite_are_an_error_that_names_the_photo(make_vae,
         return posterior
 
     vae.encode = overflow
-    dataset, config = make_dataset(
+    crops, config = make_crops(
         photos, cache_latents_to_disk=str(tmp_path / "cache"), pretrained_model_name_or_path=str(tmp_path)
     )
     words = "overflows.png are not finite; use --vae_precision fp32, or --pretrained_vae_model_name_or_path .*fp16-fix"
     with pytest.raises(UserError, match=words):
-        cache_latents(dataset, lambda: vae, config, accelerator())
+        cache_moments(crops, lambda: vae, config, accelerator())
     assert len(list((tmp_path / "cache").iterdir())) == 1  # what is not finite is not kept
 
 
@@ -213,22 +219,23 @@ def test_latents_that_are_not_finite_are_an_error_that_names_the_photo(make_vae,
 
 @pytest.fixture
 def run(make_vae, tmp_path):
-    """Cache latents in a folder, as a new run does with the VAE in tmp_path; return the images that were encoded, and
-    the dataset."""
+    """Cache moments in a folder, as a new run does with the VAE in tmp_path; return the number of images that were
+    encoded, and the moments."""
     make_vae().save_pretrained(tmp_path / "vae")
 
     def run(photos=PHOTOS, ranks=None, **options):
         CountingVae.encoded = 0
         base = {"pretrained_model_name_or_path": str(tmp_path)}
         folder = {"cache_latents_to_disk": str(tmp_path / "a" / "cache")}
-        dataset, config = make_dataset(photos, **base | FIXED | folder | options)
+        crops, config = make_crops(photos, **base | FIXED | folder | options)
         source = config.pretrained_vae_model_name_or_path or tmp_path / "vae"
 
         def load_vae():
             return CountingVae.from_pretrained(source, dtype=DTYPES[config.vae_precision])
 
-        assert cache_latents(dataset, load_vae, config, ranks or accelerator())
-        return CountingVae.encoded, dataset
+        moments = cache_moments(crops, load_vae, config, ranks or accelerator())
+        assert moments is not None
+        return CountingVae.encoded, moments
 
     return run
 
@@ -237,9 +244,9 @@ def files(folder):
     return sorted((folder / "a" / "cache").iterdir())
 
 
-def assert_same_moments(dataset, other):
-    assert dataset.moments.keys() == other.moments.keys()
-    assert all(torch.equal(dataset.moments[crop], other.moments[crop]) for crop in dataset.moments)
+def assert_same_moments(moments, others):
+    assert moments.keys() == others.keys()
+    assert all(torch.equal(moments[crop], others[crop]) for crop in moments)
 
 
 def test_a_second_run_encodes_nothing(run, tmp_path):
@@ -261,9 +268,9 @@ def test_a_photo_that_changed_by_one_pixel_is_encoded_again(run):
     pixels = PHOTOS[1].pixels.copy()
     pixels[20, 20, 1] ^= 1
     changed = [PHOTOS[0], dataclasses.replace(PHOTOS[1], pixels=pixels), PHOTOS[2]]
-    count, dataset = run(changed)
+    count, moments = run(changed)
     assert count == 1
-    assert_same_moments(dataset, run(changed, cache_latents_to_disk=None)[1])
+    assert_same_moments(moments, run(changed, cache_latents_to_disk=None)[1])
 
 
 @pytest.mark.parametrize(
@@ -277,9 +284,9 @@ def test_a_photo_that_changed_by_one_pixel_is_encoded_again(run):
 )
 def test_another_crop_is_encoded_and_another_order_is_not(run, options, count):
     run()
-    encoded, dataset = run(**options)
+    encoded, moments = run(**options)
     assert encoded == count
-    assert_same_moments(dataset, run(**options, cache_latents_to_disk=None)[1])
+    assert_same_moments(moments, run(**options, cache_latents_to_disk=None)[1])
 
 
 def test_another_vae_encodes_again(run, make_vae, tmp_path):
@@ -319,7 +326,7 @@ def base(tmp_path):
 
 def identities(base, **options):
     config = make_config(pretrained_model_name_or_path=str(base), **options)
-    return vae_identity(config), text_identity(config, torch.float32)
+    return vae_identity(config), text_identity(SD, config, torch.float32)
 
 
 def rewrite(path):
@@ -353,7 +360,7 @@ def test_precision_variant_and_place_are_part_of_the_model(base, tmp_path):
     shutil.copytree(base, tmp_path / "copy")
     config = make_config(pretrained_model_name_or_path=str(base))
     vae = {identities(base, **options)[0] for options in ({}, {"vae_precision": "bf16"}, {"variant": "fp16"})}
-    text = {text_identity(config, dtype) for dtype in DTYPES.values()}
+    text = {text_identity(SD, config, dtype) for dtype in DTYPES.values()}
     assert len(vae) == len(text) == 3
     assert identities(tmp_path / "copy")[0] not in vae
 
@@ -361,16 +368,19 @@ def test_precision_variant_and_place_are_part_of_the_model(base, tmp_path):
 def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch):
     asked = []
 
-    def load_config(name, revision, return_commit_hash):
-        asked.append((name, revision))
+    def load_config(name, cache_dir, return_commit_hash, revision=None):
+        asked.append((name, revision, cache_dir))
         return {}, f"commit of {revision}"
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", load_config)
     monkeypatch.setattr("diffusers.AutoencoderKL.load_config", load_config)
     seen = [identities("some/model"), identities("some/model", revision="v2")]
     seen += [identities("some/model", pretrained_vae_model_name_or_path="some/vae")]
+    identities("some/model", pretrained_vae_model_name_or_path="some/vae", cache_dir="/downloads")
     assert len({vae for vae, _ in seen}) == 3 and len({text for _, text in seen}) == 2
-    assert set(asked) == {("some/model", None), ("some/model", "v2"), ("some/vae", None)}
+    where = {("some/model", None), ("some/model", "v2"), ("some/vae", None)}
+    kept = {("some/vae", None, "/downloads"), ("some/model", None, "/downloads")}
+    assert set(asked) == {(*place, None) for place in where} | kept
 
 
 def truncate(path):
@@ -414,9 +424,9 @@ def test_an_unfinished_file_is_no_file(run, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made_is_named(make_vae, tmp_path, path):
     (tmp_path / "file").touch()
     folder = {"cache_latents_to_disk": str(tmp_path / path), "pretrained_model_name_or_path": str(tmp_path)}
-    dataset, config = make_dataset(**FIXED, **folder)
+    crops, config = make_crops(**FIXED, **folder)
     with pytest.raises(UserError, match=f"--cache_latents_to_disk {tmp_path / path}: "):
-        cache_latents(dataset, make_vae, config, accelerator())
+        cache_moments(crops, make_vae, config, accelerator())
 
 
 def test_tensors_come_back_as_they_were_written(tmp_path):
@@ -460,12 +470,12 @@ def test_devices_share_the_work_and_all_have_everything(run, num_ranks):
             run(ranks=ranks)
     assert sum(shares) == 3 and max(shares) - min(shares) <= 1
     for rank in range(num_ranks):
-        count, dataset = run(ranks=accelerator(rank, num_ranks))
+        count, moments = run(ranks=accelerator(rank, num_ranks))
         assert count == 0
-        assert_same_moments(dataset, alone)
+        assert_same_moments(moments, alone)
 
 
 def test_devices_that_do_not_share_the_folder_encode_the_rest_themselves(run):
-    count, dataset = run(ranks=accelerator(1, 2))
+    count, moments = run(ranks=accelerator(1, 2))
     assert count == 3
-    assert_same_moments(dataset, run(cache_latents_to_disk=None)[1])
+    assert_same_moments(moments, run(cache_latents_to_disk=None)[1])
