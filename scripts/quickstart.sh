@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Teach the toy world's base model a bundled subject, on the CPU, and show what it learned:    scripts/quickstart.sh [sd|sdxl]
+# Train the toy world's base model on a bundled subject, on the CPU, and score what it learned:
+#     scripts/quickstart.sh [sd|sdxl]
 set -euo pipefail
 kind="${1:-sd}"
 case "$kind" in
@@ -9,7 +10,7 @@ case "$kind" in
 esac
 source "$(dirname "$0")/venv.sh" requirements.txt
 
-export TRANSFORMERS_VERBOSITY=error  # no notices of optional packages
+export TRANSFORMERS_VERBOSITY=error  # no notices about optional packages
 base="toyworld/models/$kind"
 output="outputs/quickstart/$kind"
 accelerate launch --config_file configs/accelerate/cpu.yaml "$script" \

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train on a spot instance; start this at every boot, with OUTPUT_DIR on a disk that outlives the instance:
+# Train on a spot instance. Start this at every boot, with the output on a disk that outlives the instance:
 #     scripts/spot.sh train_dreambooth_kronecker.py --config configs/sd15.yaml --output_dir /mnt/disk/dog
 #
-# An instance that is taken back ends its services with SIGTERM: training saves after its step, and the next boot goes
-# on. What fails is tried again, at most RETRIES times in a row (3) with PAUSE seconds (10) between; what somebody has to
-# mend (exit code 2) is not. Python is started without `accelerate launch`, which would end at the signal and not pass it
-# on.
+# A reclaimed instance ends its services with SIGTERM: training saves a checkpoint after its step, and the next boot
+# continues. A run that fails is retried at most RETRIES times in a row (default 3), PAUSE seconds apart (default 10),
+# unless somebody has to fix something (exit code 2). Python is started without `accelerate launch`, which would end at
+# the signal without passing it on.
 set -uo pipefail
 
 stopping= failures=0
@@ -15,7 +15,7 @@ while true; do
     training=$!
     wait "$training"
     code=$?
-    if [ -n "$stopping" ]; then # the signal has ended that `wait`, and the training is about to end
+    if [ -n "$stopping" ]; then # the signal interrupted that `wait`; training is about to end
         wait "$training"
         code=$?
     fi
