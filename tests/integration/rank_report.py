@@ -15,21 +15,22 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dreambooth_kronecker as script
-from dreambooth.kronecker import adapter_state, inject_adapters
+from dreambooth.kronecker import Kronecker
 
 folder = sys.argv.pop(1)
-trained = []
+attach, attached = Kronecker.attach, []
 
 
-def remember(models, config):
-    trained.append(models)
-    return inject_adapters(models, config)
+def remember(method, family, models, config):
+    attached.append(attach(method, family, models, config))
+    return attached[-1]
 
 
-script.inject_adapters = remember
+Kronecker.attach = remember
 script.main()
-state = {f"{name}.{key}": factor for name, part in adapter_state(trained[-1]).items() for key, factor in part.items()}
-frozen = [weight for model in trained[-1].values() for weight in model.parameters() if not weight.requires_grad]
+trained = attached[-1]  # the ones before have no weights: `check` attaches too
+state = {f"{name}.{key}": factor for name, part in trained.state().items() for key, factor in part.items()}
+frozen = [weight for model in trained.models.values() for weight in model.parameters() if not weight.requires_grad]
 kept = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen)
 report = {"factors": state, "share": kept / sum(weight.numel() for weight in frozen)}
 torch.save(report, f"{folder}/rank-{PartialState().process_index}.pt")

@@ -1,5 +1,6 @@
 """Every feature in both scripts: Stable Diffusion and SDXL, on small pipelines of the real classes."""
 
+import dataclasses
 import gc
 import shutil
 import weakref
@@ -11,9 +12,12 @@ import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 
+import dreambooth.train as training
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
-from dreambooth.base_model.process import diffuse
+from dreambooth.base_model.process import DiscreteProcess
+from dreambooth.families.sd import SD
+from dreambooth.families.sdxl import SDXL
 from dreambooth.loop.steps import Denoiser
 from scripts import generate, merge
 from tests.conftest import WEIGHTS, assert_same, factors, metrics, subject_photos
@@ -22,11 +26,17 @@ from tests.conftest import WEIGHTS, assert_same, factors, metrics, subject_photo
 @pytest.fixture(params=["sd", "sdxl"])
 def twin(request, options, tmp_path_factory):
     """A script with options that suit it: the dog for Stable Diffusion, the cartoon for SDXL."""
-    script = {"sd": sd, "sdxl": sdxl}[request.param]
+    script, family = {"sd": (sd, SD), "sdxl": (sdxl, SDXL)}[request.param]
     base = request.getfixturevalue(f"tiny_{request.param}")
     photos = options["instance_data_dir"] if script is sd else subject_photos("red_cartoon", 4, tmp_path_factory)
     options = {**options, "pretrained_model_name_or_path": base, "instance_data_dir": photos}
-    return SimpleNamespace(script=script, base=base, options=options, name=request.param)
+    return SimpleNamespace(script=script, family=family, base=base, options=options, name=request.param)
+
+
+def change_family(twin, monkeypatch, **functions) -> None:
+    """Have the script train with other functions of its family."""
+    changed = dataclasses.replace(twin.family, **functions)
+    monkeypatch.setattr(f"dreambooth.families.{twin.name}.{twin.name.upper()}", changed)
 
 
 def finite(output) -> bool:
@@ -105,13 +115,13 @@ def test_every_row_gets_its_own_prompt_and_size(
 ):
     """What reaches the UNet, row by row: the instance rows' captions first, then the class prompt."""
     seen = []
-    condition = twin.script.unet_condition
+    condition = twin.family.condition
 
     def watch(embeddings, size_conditions):
         seen.append((embeddings["prompt_embeds"].clone(), size_conditions.clone()))
         return condition(embeddings, size_conditions)
 
-    monkeypatch.setattr(twin.script, "unet_condition", watch)
+    change_family(twin, monkeypatch, condition=watch)
     prior = {**prior, "prior_source": prior_source}
     if prior_source == "base_model":
         prior = {name: prior[name] for name in ("with_prior_preservation", "class_prompt", "prior_source")}
@@ -121,7 +131,7 @@ def test_every_row_gets_its_own_prompt_and_size(
     pipeline = DiffusionPipeline.from_pretrained(twin.base)
     captions = [f"sks dog number {i}" for i in range(3)]
     with torch.no_grad():
-        known = twin.script.encode_prompts(pipeline, [*captions, "a photo of dog"])["prompt_embeds"]
+        known = twin.family.encode_prompts(pipeline, [*captions, "a photo of dog"])["prompt_embeds"]
     full_batches = [entry for entry in seen if len(entry[0]) == 2 * batch_size]
     assert len(full_batches) == 4
     for embeddings, sizes in full_batches:
@@ -138,19 +148,19 @@ def test_every_row_gets_its_own_prompt_and_size(
 def test_the_loss_is_the_sum_done_by_hand(twin, prior, run_main, monkeypatch):
     """At step 1, where the adapter is still the base model, from what the UNet was given and gave."""
     seen = {}
-    forward = Denoiser.__call__
+    forward, make_noise = Denoiser.__call__, DiscreteProcess.noise
 
     def watch(self, noisy_latents, timesteps, prompt_rows, size_conditions):
         prediction = forward(self, noisy_latents, timesteps, prompt_rows, size_conditions)
         seen.setdefault("call", (noisy_latents, timesteps, prediction.detach()))
         return prediction
 
-    def remember_noise(noise_scheduler, latents, noise, timesteps):
+    def remember_noise(self, latents, noise, timesteps):
         seen.setdefault("noise", noise)
-        return diffuse(noise_scheduler, latents, noise, timesteps)
+        return make_noise(self, latents, noise, timesteps)
 
     monkeypatch.setattr(Denoiser, "__call__", watch)
-    monkeypatch.setattr("dreambooth.loop.steps.diffuse", remember_noise)
+    monkeypatch.setattr(DiscreteProcess, "noise", remember_noise)
     options = {**twin.options, "train_batch_size": 2, "prior_loss_weight": 0.5, "snr_gamma": 5.0, "max_train_steps": 1}
     run_main(twin.script, **options, **prior)
 
@@ -202,8 +212,8 @@ def test_a_dataset_on_disk_trains_with_its_captions(twin, run_main, captioned, t
     for path in captioned.glob("*.txt"):
         path.unlink()
     (captioned / "metadata.jsonl").write_text("\n".join(lines))
-    known, encode = [], twin.script.encode_prompts
-    monkeypatch.setattr(twin.script, "encode_prompts", lambda pipeline, p: (known.extend(p), encode(pipeline, p))[1])
+    known, encode = [], twin.family.encode_prompts
+    change_family(twin, monkeypatch, encode_prompts=lambda pipeline, p: (known.extend(p), encode(pipeline, p))[1])
     options = {name: value for name, value in twin.options.items() if name != "instance_data_dir"}
     run_main(twin.script, **options, dataset_name=captioned, caption_column="words")
     assert {f"sks dog number {i}" for i in range(3)} <= set(known)
@@ -270,7 +280,7 @@ def test_text_encoder_training_resumes_exactly(twin, run_main):
 
 def test_frozen_text_encoders_and_an_unused_vae_are_really_freed(twin, run_main, monkeypatch):
     references = {}
-    register_modules, train_steps = DiffusionPipeline.register_modules, twin.script.train_steps
+    register_modules, train_steps = DiffusionPipeline.register_modules, training.train_steps
 
     def register(pipeline, **parts):
         for name, part in parts.items():
@@ -285,7 +295,7 @@ def test_frozen_text_encoders_and_an_unused_vae_are_really_freed(twin, run_main,
 
     alive = []
     monkeypatch.setattr(DiffusionPipeline, "register_modules", register)
-    monkeypatch.setattr(twin.script, "train_steps", steps)
+    monkeypatch.setattr(training, "train_steps", steps)
     run_main(twin.script, **twin.options, center_crop=True)
     assert len(references) == {"sd": 2, "sdxl": 3}[twin.name] and not alive
 

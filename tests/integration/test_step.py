@@ -9,6 +9,8 @@ from diffusers import DiffusionPipeline
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dreambooth.report.progress as progress
+import dreambooth.train as training
 import train_dreambooth_kronecker as sd
 from dreambooth.loop.steps import Denoiser
 from tests.conftest import WEIGHTS, assert_same, factors, launch, metrics
@@ -70,7 +72,7 @@ def test_no_step_waits_but_where_losses_are_read(extra, prior_source, options, p
     if prior_source == "base_model":
         prior = {name: prior[name] for name in ("with_prior_preservation", "class_prompt")}
         prior["prior_source"] = "base_model"
-    train_steps = sd.train_steps
+    train_steps = training.train_steps
     in_steps, in_reading = [], []
 
     def watched_steps(*arguments):
@@ -87,11 +89,9 @@ def test_no_step_waits_but_where_losses_are_read(extra, prior_source, options, p
         in_reading.append((len(reports), list(names)))
         return rows
 
-    import dreambooth.report.progress as report
-
-    read = report.read_reports
-    monkeypatch.setattr(sd, "train_steps", watched_steps)
-    monkeypatch.setattr(report, "read_reports", watched_reading)
+    read = progress.read_reports
+    monkeypatch.setattr(training, "train_steps", watched_steps)
+    monkeypatch.setattr(progress, "read_reports", watched_reading)
     run_main(sd, **{**options, **extra, **prior, "max_train_steps": 7, "logging_steps": 3})
     assert in_steps[0] == ["item", "aten::_local_scalar_dense"]  # the DataLoader's seed, once, on the CPU
     assert in_steps[1:] == [[]] * 6
@@ -152,13 +152,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_bad_checkpoint(options
     output = options["output_dir"]
     seen = {}
 
-    class Watched(sd.DreamBoothDataset):
+    class Watched(training.DreamBoothDataset):
         def __getitem__(self, k):
             rows = super().__getitem__(k)
             seen[k + 1] = self.photos[self._photo_number(k)].path  # at batch size 1, sample k is step k + 1
             return rows
 
-    monkeypatch.setattr(sd, "DreamBoothDataset", Watched)
+    monkeypatch.setattr(training, "DreamBoothDataset", Watched)
     poison(monkeypatch, {4})
     with pytest.raises(ValueError, match="step 4 is not finite: its loss is nan") as error:
         run_main(sd, **{**options, "max_train_steps": 9, "checkpointing_steps": 3})
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_bad_checkpoint(options
 
 def use_scaler(monkeypatch, init_scale):
     """Scale gradients on the CPU as accelerate does on a GPU with fp16."""
-    start_accelerator = sd.start_accelerator
+    start_accelerator = training.start_accelerator
 
     def start(config):
         accelerator = start_accelerator(config)
@@ -180,7 +180,7 @@ def use_scaler(monkeypatch, init_scale):
         accelerator.unscale_gradients = lambda optimizer: scaler.unscale_(optimizer.optimizer)
         return accelerator
 
-    monkeypatch.setattr(sd, "start_accelerator", start)
+    monkeypatch.setattr(training, "start_accelerator", start)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
