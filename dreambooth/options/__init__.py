@@ -1,0 +1,1 @@
+"""Every option of every script: one declaration per flag, one group per topic, one parser. Imports no torch."""

@@ -1,0 +1,42 @@
+"""Whether options are in range and go together."""
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from dreambooth.errors import UserError
+from dreambooth.options.field import Declaration, declarations
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def check_options(config: "DataclassInstance") -> None:
+    """Raise UserError, naming the flags, where an option is out of range or options do not go together.
+
+    A group keeps the rules between its own options in a method `check`; a rule across groups is in the lowest class
+    that has both. Each class's own `check` is called once, bases first.
+    """
+    check_values(config)
+    for group in reversed(type(config).__mro__):
+        if "check" in vars(group):
+            vars(group)["check"](config)
+
+
+def check_values(config: "DataclassInstance") -> None:
+    """Raise UserError where a number is not finite or out of its bounds, or a word is none of its choices."""
+    values = asdict(config)
+    for name, declared in declarations(type(config)).items():
+        value = values[name]
+        for single in value if isinstance(value, list) else [value]:
+            _check_value(name, single, declared)
+
+
+def _check_value(name: str, value: Any, declared: Declaration) -> None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"--{name} is {value}; it must be a finite number")
+        if not declared.bounds.hold_for(value):
+            raise UserError(f"--{name} is {value}; it must be {declared.bounds}")
+    if isinstance(value, str) and declared.choices is not None and value not in declared.choices:
+        raise UserError(f"--{name} {value}: choose from {', '.join(declared.choices)}")

@@ -1,0 +1,129 @@
+"""`option` declares a flag on a dataclass field, and the functions below say what has been declared.
+
+    x: int = option("Side of the images, px.", 512, at_least=8, multiple_of=8)
+
+A group of options is a frozen, keyword-only dataclass; a script's options inherit from all the groups that it needs.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Where a number must lie. What is None does not apply."""
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    multiple_of: int | None = None
+
+    def hold_for(self, value: float) -> bool:
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.multiple_of is None or value % self.multiple_of == 0)
+        )
+
+    def __str__(self) -> str:
+        """In words: "at least 8 and a multiple of 8"."""
+        given = {name.replace("_", " "): value for name, value in asdict(self).items() if value is not None}
+        return " and ".join(f"{'a ' * (words == 'multiple of')}{words} {value}" for words, value in given.items())
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What `option` says of a field, beside its name, type and default."""
+
+    help: str
+    bounds: Bounds
+    choices: tuple[str, ...] | None
+    decides_result: bool
+    secret: bool
+
+
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    multiple_of: int | None = None,
+    choices: Sequence[str] | None = None,
+    decides_result: bool = True,
+    secret: bool = False,
+) -> Any:  # so that type checkers accept it as the value of a field of any type
+    """Return a dataclass field that becomes a flag. `help` says what it does, with its unit.
+
+    The bounds apply to a number, or to each number of a list; None is always allowed where the type allows it.
+    `decides_result=False` marks an option that may change when a run resumes. A secret is never written anywhere.
+    """
+    bounds = Bounds(at_least=at_least, above=above, below=below, at_most=at_most, multiple_of=multiple_of)
+    declaration = Declaration(help, bounds, None if choices is None else tuple(choices), decides_result, secret)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"option": declaration})
+    return field(default=default, metadata={"option": declaration})
+
+
+def groups_of(config_class: type["DataclassInstance"]) -> dict[type, dict[str, Declaration]]:
+    """Return the groups of a class of options, in the order in which it names them, and the options of each.
+
+    An option belongs to the class that declares it first. A class below may declare it anew, or change only its
+    default with `name: type = default`. Raises TypeError where a field is not declared by `option`.
+    """
+    declared: dict[str, Declaration] = {}
+    names_of: dict[type, list[str]] = {}
+    for group in reversed(config_class.__mro__):
+        if not is_dataclass(group):
+            continue
+        own_fields = {entry.name: entry for entry in fields(group)}
+        own_names = [name for name in inspect.get_annotations(group) if name in own_fields]
+        names_of[group] = [name for name in own_names if name not in declared]
+        for name in own_names:
+            declaration = own_fields[name].metadata.get("option") or declared.get(name)
+            if declaration is None:
+                raise TypeError(f"{group.__name__}.{name} is not declared by option()")
+            declared[name] = declaration
+    declaring = [group for group in config_class.__mro__ if names_of.get(group)]
+    ordered = dict.fromkeys(base for group in declaring for base in _bases_first(group) if base in declaring)
+    return {group: {name: declared[name] for name in names_of[group]} for group in ordered}
+
+
+def _bases_first(group: type) -> list[type]:
+    return [*(base for direct in group.__bases__ for base in _bases_first(direct)), group]
+
+
+def declarations(config_class: type["DataclassInstance"]) -> dict[str, Declaration]:
+    """Return what was declared of every option, in the order of the groups."""
+    return {name: declaration for group in groups_of(config_class).values() for name, declaration in group.items()}
+
+
+def option_names(config_class: type["DataclassInstance"]) -> list[str]:
+    return list(declarations(config_class))
+
+
+def public_options(config: "DataclassInstance") -> dict[str, Any]:
+    """Return the options that may be written anywhere: all but secrets, in the order of the groups."""
+    values = asdict(config)
+    return {name: values[name] for name, declared in declarations(type(config)).items() if not declared.secret}
+
+
+def result_options(config: "DataclassInstance") -> dict[str, Any]:
+    """Return the public options that decide the result of a run."""
+    declared = declarations(type(config))
+    return {name: value for name, value in public_options(config).items() if declared[name].decides_result}
+
+
+def describe_group(group: type) -> str:
+    """Return a group's title in --help: the first line of its docstring."""
+    return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
