@@ -22,18 +22,20 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from dreambooth.config import TrainingConfig, readable_errors
-from dreambooth.parsing import parse_config
+from dreambooth.errors import readable_errors
+from dreambooth.options.kronecker import KroneckerOptions
+from dreambooth.options.parsing import parse_options
+from dreambooth.options.training import TrainingConfig
 from dreambooth.startup import after_imports, before_imports
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingConfig):
-    """The shared options, with Stable Diffusion's defaults."""
+class Config(TrainingConfig, KroneckerOptions):
+    """Options of train_dreambooth_kronecker.py."""
 
 
 if __name__ == "__main__":
-    parse_config(Config, __doc__)  # --help and wrong options are answered before the imports below, which take seconds
+    parse_options(Config, __doc__)  # --help and wrong options are answered before the imports below, which take seconds
     before_imports()
 
 from accelerate import Accelerator
@@ -83,7 +85,7 @@ def unet_condition(embeddings: dict[str, Tensor], size_conditions: Tensor) -> di
 
 @explain_lost_process()
 def main() -> None:
-    config = parse_config(Config, __doc__)
+    config = parse_options(Config, __doc__)
     accelerator = start_accelerator(config)
     with (
         Stop(config, accelerator) as stop,

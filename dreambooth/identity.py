@@ -9,7 +9,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dreambooth.config import TrainingConfig, UserError, public_options
+from dreambooth.config import TrainingConfig, UserError
+from dreambooth.options.field import result_options
 from dreambooth.photos import Photo
 from dreambooth.ranks import on_main
 
@@ -17,30 +18,12 @@ logger = logging.getLogger(__name__)
 
 RUN_NAME = "run.json"
 
-# Options that change nothing in the result, or only through photos, which are compared themselves
-FREE = frozenset(
-    (
-        # where things go, and what is told of them
-        "output_dir overwrite_output_dir logging_dir logging_steps report_to push_to_hub hub_model_id "
-        # checkpoints, and when a run ends
-        "checkpointing_steps checkpoints_total_limit resume_from_checkpoint allow_config_change on_save_error "
-        "max_train_time skip_nonfinite save_precision "
-        # samples
-        "validation_prompt num_validation_images validation_epochs validation_steps validation_num_inference_steps "
-        "validation_guidance_scale "
-        # where photos come from
-        "instance_data_dir dataset_name dataset_config_name image_column caption_column class_data_dir "
-        "num_class_images sample_batch_size prior_num_inference_steps prior_guidance_scale prior_negative_prompt "
-        # how batches and encodings are prepared
-        "dataloader_num_workers cache_latents_to_disk"
-    ).split()
-)
 CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not look at the number of steps
 
 
 def deciding_options(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Return the options that decide the result. The batch counts as a whole, however it is split over devices."""
-    options = {name: value for name, value in public_options(config).items() if name not in FREE}
+    options = result_options(config)
     options["mixed_precision"] = accelerator.mixed_precision  # accelerate's own where the option is not given
     batch, accumulation = options.pop("train_batch_size"), options.pop("gradient_accumulation_steps")
     options["global batch (devices x accumulation x train_batch_size)"] = (

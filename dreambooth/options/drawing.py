@@ -1,0 +1,106 @@
+"""What is drawn: class images and samples in training, and the images of the scripts that draw."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dreambooth.errors import UserError
+from dreambooth.options.field import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleBatchOptions:
+    """Drawing in training: class images and samples."""
+
+    sample_batch_size: int = option(
+        "Class images, or samples of one prompt, drawn at once on each device, images.",
+        4,
+        at_least=1,
+        decides_result=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorOptions(SampleBatchOptions):
+    """Prior preservation: what keeps the class from turning into the subject."""
+
+    # Class images are compared themselves when a run resumes, however they were drawn.
+    with_prior_preservation: bool = option("Train on the class as well, so that it keeps its variety.", False)
+    prior_source: Literal["images", "base_model"] = option(
+        "images: train on class images. base_model: match the base model's prediction for the class prompt, which "
+        "needs no class images.",
+        "images",
+    )
+    prior_loss_weight: float = option("Weight of the prior's loss; the instance images' is 1.", 1.0, at_least=0)
+    class_data_dir: str | None = option(
+        "Folder with the class images; the base model draws the missing ones.", None, decides_result=False
+    )
+    class_prompt: str | None = option('Prompt for the class, for example "a photo of dog".', None)
+    num_class_images: int = option(
+        "Class images wanted, images; only those missing from the folder are drawn.",
+        100,
+        at_least=1,
+        decides_result=False,
+    )
+    prior_num_inference_steps: int = option("Denoising steps per class image.", 25, at_least=1, decides_result=False)
+    prior_guidance_scale: float = option(
+        "Scale of classifier-free guidance for class images.", 7.5, decides_result=False
+    )
+    prior_negative_prompt: str = option("Negative prompt for class images.", "", decides_result=False)
+
+    @property
+    def uses_class_images(self) -> bool:
+        return self.with_prior_preservation and self.prior_source == "images"
+
+    def check(self) -> None:
+        if not self.with_prior_preservation:
+            if self.class_data_dir or self.class_prompt:
+                raise UserError("--class_data_dir and --class_prompt need --with_prior_preservation")
+            if self.prior_source == "base_model":
+                raise UserError("--prior_source base_model needs --with_prior_preservation")
+            return
+        if not self.class_prompt:
+            raise UserError("--with_prior_preservation needs --class_prompt, for example 'a photo of dog'")
+        if self.prior_source == "base_model" and self.class_data_dir:
+            raise UserError("--class_data_dir does not go with --prior_source base_model, which needs no class images")
+        if self.prior_source == "images" and not self.class_data_dir:
+            raise UserError("--with_prior_preservation needs --class_data_dir, the folder for the class images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(SampleBatchOptions):
+    """Samples: images drawn while training."""
+
+    validation_prompt: list[str] = option(
+        "Prompts to draw while training, one row of the sheet each. Default: none.", [], decides_result=False
+    )
+    num_validation_images: int = option("Images per validation prompt.", 4, at_least=1, decides_result=False)
+    validation_epochs: int = option(
+        "Draw samples every this many passes over the instance images.", 50, at_least=1, decides_result=False
+    )
+    validation_steps: int | None = option(
+        "Draw samples every this many optimizer steps, instead of by validation_epochs.",
+        None,
+        at_least=1,
+        decides_result=False,
+    )
+    validation_num_inference_steps: int = option("Denoising steps per sample.", 25, at_least=1, decides_result=False)
+    validation_guidance_scale: float = option(
+        "Scale of classifier-free guidance for samples.", 7.5, decides_result=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """Images to draw."""
+
+    negative_prompt: str = option("Negative prompt for all images.", "")
+    num_images: int = option("Images per prompt.", 4, at_least=1)
+    seed: int = option("Seed of each prompt's first image; each further image adds 1.", 0, at_least=0, below=2**63)
+    height: int | None = option(
+        "Height of the images, px. A multiple of 8. Default: the base model's.", None, at_least=8, multiple_of=8
+    )
+    width: int | None = option(
+        "Width of the images, px. A multiple of 8. Default: the base model's.", None, at_least=8, multiple_of=8
+    )
+    num_inference_steps: int = option("Denoising steps per image.", 25, at_least=1)
+    guidance_scale: float = option("Scale of classifier-free guidance.", 7.5)

@@ -1,0 +1,45 @@
+"""The Kronecker adapter:  W + scale · (A ⊗ B)  with A (a1, a2)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dreambooth.errors import UserError
+from dreambooth.options.field import option
+from dreambooth.options.steps import TextEncoderOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerOptions(TextEncoderOptions):
+    """Kronecker adapter, W + A ⊗ B."""
+
+    kron_a1: int = option("Rows of A. Must divide every adapted layer's output features.", 4, at_least=1)
+    kron_a2: int = option("Columns of A. Must divide every adapted layer's input features.", 64, at_least=1)
+    kron_factors: list[str] = option(
+        "Rows and columns of A for single projections: to_k=8,64 to_v=8,64; in YAML {to_k: [8, 64]}. Default: none.", []
+    )
+    kron_targets: list[str] = option(
+        "Linear layers of the UNet to adapt, by the end of their path.", ["to_q", "to_k", "to_v", "to_out.0"]
+    )
+    kron_init: Literal["invariant", "reference"] = option(
+        "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: the paper's.",
+        "invariant",
+    )
+    text_encoder_kron_a1: int | None = option("kron_a1 of the text encoders. Default: kron_a1.", None, at_least=1)
+    text_encoder_kron_a2: int | None = option("kron_a2 of the text encoders. Default: kron_a2.", None, at_least=1)
+
+    def factors_by_target(self) -> dict[str, tuple[int, int]]:
+        """Return kron_factors as {"to_k": (8, 64)}. Raises UserError if an entry cannot be parsed."""
+        factors = {}
+        for entry in self.kron_factors:
+            target, _, numbers = entry.partition("=")
+            parts = numbers.split(",")
+            if not target or len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+                raise UserError(f"--kron_factors {entry}: write PROJECTION=A1,A2, for example to_k=8,64")
+            factors[target] = (int(parts[0]), int(parts[1]))
+        return factors
+
+    def check(self) -> None:
+        self.factors_by_target()
+        for name in ("text_encoder_kron_a1", "text_encoder_kron_a2"):
+            if getattr(self, name) is not None and not self.train_text_encoder:
+                raise UserError(f"--{name} needs --train_text_encoder")

@@ -1,0 +1,90 @@
+"""What a run writes: adapter, checkpoints, logs, and what goes to the Hub."""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from dreambooth.errors import UserError
+from dreambooth.options.field import option
+
+TRACKERS = ("tensorboard", "wandb", "trackio")  # also the names of their packages
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Output and checkpoints."""
+
+    output_dir: str = option(
+        "Folder for the adapter, checkpoints, samples and logs.", "kronecker-dreambooth-model", decides_result=False
+    )
+    overwrite_output_dir: bool = option(
+        "Replace the results of an earlier run in output_dir.", False, decides_result=False
+    )
+    save_precision: Literal["fp32", "fp16", "bf16"] = option(
+        "Precision of the adapter file.", "fp32", decides_result=False
+    )
+    checkpointing_steps: int = option(
+        "Save a checkpoint every this many optimizer steps.", 500, at_least=1, decides_result=False
+    )
+    checkpoints_total_limit: int | None = option(
+        "Keep only this many checkpoints, the newest. Default: all.", None, at_least=1, decides_result=False
+    )
+    resume_from_checkpoint: str | None = option(
+        "Checkpoint folder that the run continues from, or 'latest': the newest complete one in output_dir.",
+        None,
+        decides_result=False,
+    )
+    allow_config_change: bool = option(
+        "Resume even if options or photos changed in a way that changes the result.", False, decides_result=False
+    )
+    on_save_error: Literal["stop", "continue"] = option(
+        "What to do if a checkpoint cannot be written, for example to a full disk.", "stop", decides_result=False
+    )
+
+    def check(self) -> None:
+        if self.allow_config_change and self.resume_from_checkpoint is None:
+            raise UserError("--allow_config_change needs --resume_from_checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Logs and the Hub."""
+
+    report_to: list[str] = option(
+        "Where to log: one or several of tensorboard, wandb and trackio, or none.",
+        ["tensorboard"],
+        choices=(*TRACKERS, "none"),
+        decides_result=False,
+    )
+    logging_steps: int = option(
+        "Read losses from the device every this many optimizer steps; every step is logged nevertheless.",
+        10,
+        at_least=1,
+        decides_result=False,
+    )
+    logging_dir: str = option("Folder for TensorBoard's files, inside output_dir.", "logs", decides_result=False)
+    push_to_hub: bool = option(
+        "Upload the adapter and its model card to the Hub at the end.", False, decides_result=False
+    )
+    hub_model_id: str | None = option(
+        "Repository on the Hub. Default: the name of output_dir.", None, decides_result=False
+    )
+    hub_token: str | None = option(
+        "Token for the Hub; `hf auth login` is safer. Never written to any file.",
+        None,
+        decides_result=False,
+        secret=True,
+    )
+
+    def check(self) -> None:
+        if "none" in self.report_to:
+            if len(self.report_to) > 1:
+                raise UserError("--report_to none does not go with other trackers")
+            return
+        for name in self.report_to:
+            try:
+                version(name)
+            except PackageNotFoundError:
+                raise UserError(
+                    f"--report_to {name} needs a package that is not installed: pip install {name}"
+                ) from None

@@ -1,0 +1,124 @@
+"""From a YAML file and the command line to options that are in range and go together."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from transformers import HfArgumentParser
+
+from dreambooth.errors import UserError
+from dreambooth.options.checking import check_options
+from dreambooth.options.field import Declaration, describe_group, groups_of, option_names
+from dreambooth.options.foreign import explain_unknown
+from dreambooth.options.yaml_file import flags_from_yaml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
+
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
+HINT = "--help lists all options"
+
+
+def parse_options(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
+    """Return the options from `--config FILE`, overridden by the command line, checked by `check_options`.
+
+    Reads that file, and writes nothing. If anything is wrong, the program ends with exit code 2 and a message that
+    names the flags.
+    """
+    try:
+        config = _parse(config_class, description, list(sys.argv[1:] if argv is None else argv))
+        check_options(config)
+        return config
+    except UserError as error:
+        print(f"error: {error}\n{HINT}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _parse(config_class: type[C], description: str, argv: list[str]) -> C:
+    names = option_names(config_class)
+    _refuse_unknown(argv, names)
+    first_look = _Parser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--config")
+    known, rest = first_look.parse_known_args(argv)
+    flags = flags_from_yaml(known.config, names) if known.config is not None else []
+    *groups, _, strays = _build_parser(config_class, description).parse_args_into_dataclasses(
+        [*flags, *rest], look_for_args_file=False, return_remaining_strings=True
+    )
+    if strays:
+        source = f" (on the command line or in {known.config})" if known.config else ""
+        raise UserError(f"unexpected: {' '.join(strays)}{source}")
+    return config_class(**{name: value for group in groups for name, value in vars(group).items()})
+
+
+def _refuse_unknown(argv: Sequence[str], names: Sequence[str]) -> None:
+    """Raise UserError, saying what to use instead, where a flag is not an option.
+
+    Before anything else: a pasted command of another trainer also lacks what is required here.
+    """
+    known = {*names, *(f"no_{name}" for name in names), "config", "help", "local_rank"}
+    flags = [match[1] for word in argv if (match := re.match(r"--([A-Za-z][\w-]*)(=|$)", word))]
+    unknown = [flag for flag in dict.fromkeys(flags) if flag.replace("-", "_") not in known]
+    if unknown:
+        raise UserError("\n".join(f"--{flag}: {explain_unknown(flag.replace('-', '_'), names)}" for flag in unknown))
+
+
+class _Parser(HfArgumentParser):
+    """Raises UserError instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        # argparse names a flag in all its spellings: "argument --kron_a1/--kron-a1: invalid int value: 'x'"
+        raise UserError(re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", message.removeprefix("argument ")))
+
+
+def _build_parser(config_class: type["DataclassInstance"], description: str) -> _Parser:
+    own_fields = {entry.name: entry for entry in fields(config_class)}
+    groups: list[Any] = [
+        make_dataclass(
+            group.__name__,
+            [(name, own_fields[name].type, _flag(own_fields[name], declared)) for name, declared in options.items()],
+            namespace={"_argument_group_name": describe_group(group)},
+            kw_only=True,
+        )
+        for group, options in groups_of(config_class).items()
+    ]
+    parser = _Parser(
+        groups,
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the module docstring's lines
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it.")
+    # torch's old launcher passes it; it is in the environment as well, where accelerate looks for it
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def _flag(own: Field, declared: Declaration) -> Any:
+    """Return the field that HfArgumentParser makes a flag of: its metadata are argparse's keyword arguments."""
+    default = own.default if own.default_factory is MISSING else own.default_factory()
+    shown = "required" if default is MISSING else f"default: {_words(default)}"
+    tells_nothing = default is None or default is False or default in ("", [])
+    text = declared.help if tells_nothing else f"{declared.help} ({shown})"
+    metadata: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if declared.choices is not None:
+        metadata["choices"] = declared.choices
+    elif (metavar := next((METAVARS[kind] for kind in _kinds(own.type) if kind in METAVARS), None)) is not None:
+        metadata["metavar"] = metavar
+    if own.default_factory is not MISSING:
+        return field(default_factory=own.default_factory, metadata=metadata)
+    return field(default=own.default, metadata=metadata)
+
+
+def _kinds(kind: Any) -> list[Any]:
+    """Return a field's type and those that it is made of: int | None -> [int | None, int, NoneType]."""
+    return [kind, *getattr(kind, "__args__", ())]
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

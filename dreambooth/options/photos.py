@@ -1,0 +1,78 @@
+"""Which photos, with which captions, and how they become latents."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dreambooth.errors import UserError
+from dreambooth.options.field import option
+
+SMALLEST_BUCKET = 64  # px; sides of buckets are multiples of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoOptions:
+    """Instance images: the photos of the subject."""
+
+    # Photos and captions are compared themselves when a run resumes, wherever they come from.
+    instance_data_dir: str | None = option(
+        "Folder with the photos of the subject. Captions: photo.txt beside photo.jpg, or metadata.jsonl; masks: "
+        "photo.mask.png; class prompts: photo.class.txt.",
+        None,
+        decides_result=False,
+    )
+    dataset_name: str | None = option(
+        "Dataset to use instead of instance_data_dir: a name on the Hub, or a folder.", None, decides_result=False
+    )
+    dataset_config_name: str | None = option("Configuration of that dataset.", None, decides_result=False)
+    image_column: str = option("Column of that dataset that holds the images.", "image", decides_result=False)
+    caption_column: str | None = option(
+        "Column of that dataset, or key in metadata.jsonl, that holds the captions.", None, decides_result=False
+    )
+    instance_prompt: str = option(
+        'Prompt for photos without a caption: a rare token and the class, for example "a photo of sks dog".'
+    )
+    caption_dropout_probability: float = option(
+        "Fraction of samples trained with an empty prompt, 0 to 1.", 0.0, at_least=0, at_most=1
+    )
+    repeats: int = option("How many times each photo occurs in one pass over the photos.", 1, at_least=1)
+    unmasked_weight: float = option("Weight of the loss outside a photo's mask; 1 inside.", 0.0, at_least=0)
+    resolution: int = option("Side of the training images, px. A multiple of 8.", 512, at_least=8, multiple_of=8)
+    center_crop: bool = option("Crop images at the centre. Default: at random, anew each time an image is used.", False)
+    random_flip: bool = option("Mirror each sample with probability 1/2.", False)
+    aspect_ratio_buckets: bool = option(
+        "Train each photo in the shape closest to its own: sides that are multiples of 64 px, area resolution².", False
+    )
+    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"] = option(
+        "How images are resized.", "lanczos"
+    )
+
+    def check(self) -> None:
+        if self.instance_data_dir is None and self.dataset_name is None:
+            raise UserError("--instance_data_dir, the folder with the photos, or --dataset_name is needed")
+        if self.instance_data_dir is not None and self.dataset_name is not None:
+            raise UserError("--instance_data_dir and --dataset_name both say where the photos are; give only one")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise UserError("--dataset_config_name needs --dataset_name")
+        if self.image_column != "image" and self.dataset_name is None:
+            raise UserError("--image_column needs --dataset_name")
+        if self.aspect_ratio_buckets and self.resolution < SMALLEST_BUCKET:
+            raise UserError(
+                f"--aspect_ratio_buckets needs a --resolution of at least {SMALLEST_BUCKET}, not {self.resolution}: "
+                f"the sides of buckets are multiples of {SMALLEST_BUCKET} px"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Latents: what is encoded once and kept."""
+
+    cache_latents: Literal["auto", "on", "off"] = option(
+        "Encode each photo only once. auto: if its crop does not vary; on: always, with one crop per photo.", "auto"
+    )
+    cache_latents_to_disk: str | None = option(
+        "Folder that keeps encoded photos and prompts for later runs. Default: none.", None, decides_result=False
+    )
+
+    def check(self) -> None:
+        if self.cache_latents == "off" and self.cache_latents_to_disk is not None:
+            raise UserError("--cache_latents_to_disk does not work with --cache_latents off")
