@@ -10,7 +10,7 @@ without and with the adapter. CLIP-T reads {} as "dog".
 
     CLIP-I, DINO   likeness to the subject: mean cosine of images and photos in CLIP's and in DINO's embeddings
     CLIP-T         truth to the prompt: mean cosine of images and their prompts in CLIP's embeddings
-    diversity      mean DINO distance, 1 - cosine, of two images of a prompt
+    diversity      mean DINO distance, 1 - cosine, of two images of a prompt, which --num_images 1 lacks
     prior          of class images: mean DINO cosine to the photos (where it rises, "dog" comes to mean this dog) and
                    diversity, without and with the adapter; mean DINO distance of the two images of a seed
 
@@ -38,7 +38,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from dreambooth.adapters import add_adapters, hasten_drawing, load_base_pipeline, read_adapters
-from dreambooth.config import AdaptedModelConfig, UserError, option, readable_errors
+from dreambooth.errors import UserError, readable_errors
 from dreambooth.evaluation import (
     PLACEHOLDER,
     PhotoScores,
@@ -52,52 +52,41 @@ from dreambooth.evaluation import (
     score_photos,
     score_prior,
 )
-from dreambooth.parsing import parse_options
+from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.options.drawing import DrawingOptions
+from dreambooth.options.field import option
+from dreambooth.options.parsing import parse_options
 from dreambooth.scores import load_evaluators
 from dreambooth.validation import draw_sheet
-from kron_adapter import KroneckerError
 
 BASE, ADAPTED = "base", "adapted"
 SCORES = ("clip_i", "dino", "clip_t", "diversity")
-AT_LEAST = {"num_images": 1, "num_class_images": 0, "num_inference_steps": 1, "batch_size": 1, "seed": 0}
 COLUMNS = 8  # of the sheet, images
 THUMBNAIL = (192, 192)  # px
 GAP = (16, 192)  # px, between the models
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AdaptedModelConfig):
-    """Options of scripts/evaluate.py."""
+class Config(AdaptedModelOptions, DrawingOptions):
+    """What is scored, on which prompts, and by what."""
 
     instance_data_dir: str = option("Folder with the photos of the subject that images are compared with.")
     instance_token: str = option("Rare token that the adapter was trained with.", "sks")
-    class_noun: str = option('Class of the subject, for example dog; "sks dog" then stands for {} in prompts.')
-    prompts: str | None = option("File with prompts, one a line, for example configs/prompts/objects.txt.", None)
+    class_noun: str = option('Class of the subject, for example dog; {} in prompts then stands for "sks dog".')
+    prompts: str | None = option("File with one prompt per line, for example configs/prompts/objects.txt.", None)
     prompt: list[str] = option("Prompts, instead of a file. {} stands for the subject in each.", [])
-    num_images: int = option("Images for each prompt and model, images; diversity needs 2.", 4)
     class_prompt: str | None = option('Prompt of the class images. Default: "a photo of" and class_noun.', None)
-    num_class_images: int = option("Class images for each model, images; 0 leaves the prior out.", 16)
-    seed: int = option("Seed of each prompt's first image; the next ones count up.", 0)
-    negative_prompt: str = option("Negative prompt for all images.", "")
-    height: int | None = option("Height of the images, px. Default: the base model's.", None)
-    width: int | None = option("Width of the images, px. Default: the base model's.", None)
-    num_inference_steps: int = option("Denoising steps.", 25)
-    guidance_scale: float = option("Classifier-free guidance.", 7.5)
-    batch_size: int = option("Images drawn at once, images.", 4)
-    clip_model: str = option("CLIP that scores, a name on the Hub or a folder.", "openai/clip-vit-base-patch32")
-    dino_model: str = option("DINO that scores, a name on the Hub or a folder.", "facebook/dino-vits16")
+    num_class_images: int = option("Class images per model; 0 leaves the prior out.", 16, at_least=0)
+    batch_size: int = option("Images drawn at once.", 4, at_least=1)
+    clip_model: str = option("CLIP that scores: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32")
+    dino_model: str = option("DINO that scores: a name on the Hub, or a folder.", "facebook/dino-vits16")
     output_dir: str = option("Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation")
 
-
-def check(config: Config) -> None:
-    """Raise UserError where an option is out of range, or options do not go together."""
-    for name, least in AT_LEAST.items():
-        if getattr(config, name) < least:
-            raise UserError(f"--{name} is {getattr(config, name)}; it has to be at least {least}")
-    if bool(config.prompts) == bool(config.prompt):
-        raise UserError("--prompts, a file, or --prompt is needed, and not both")
-    if not config.class_noun.strip():
-        raise UserError("--class_noun is empty; it says what the subject is, for example dog")
+    def check(self) -> None:
+        if bool(self.prompts) == bool(self.prompt):
+            raise UserError("give either --prompts, a file, or --prompt")
+        if not self.class_noun.strip():
+            raise UserError("--class_noun is empty; it says what the subject is, for example dog")
 
 
 @dataclass(frozen=True)
@@ -118,7 +107,7 @@ class Results:
 
 
 def main() -> None:
-    config = parse_options(Config, __doc__, check=check)
+    config = parse_options(Config, __doc__)
     prompts = read_prompts(config.prompts) if config.prompts else config.prompt
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
@@ -253,5 +242,5 @@ def number(score: float | None) -> str:
 
 
 if __name__ == "__main__":
-    with readable_errors(KroneckerError):
+    with readable_errors():
         main()

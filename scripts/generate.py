@@ -20,24 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dreambooth.adapters import hasten_drawing, load_adapted_pipeline
-from dreambooth.config import AdaptedModelConfig, option, readable_errors
-from dreambooth.parsing import parse_options
+from dreambooth.errors import readable_errors
+from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.options.drawing import DrawingOptions
+from dreambooth.options.field import option
+from dreambooth.options.parsing import parse_options
 from dreambooth.validation import draw_sheet
-from kron_adapter import KroneckerError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AdaptedModelConfig):
-    """Options of scripts/generate.py."""
+class Config(AdaptedModelOptions, DrawingOptions):
+    """What to draw, and where to."""
 
-    prompt: list[str] = option("Prompts; each is one row of the grid.")
-    negative_prompt: str = option("Negative prompt for all images.", "")
-    num_images: int = option("Images for each prompt, images.", 4)
-    seed: int = option("Seed of each prompt's first image; the next ones count up.", 0)
-    height: int | None = option("Height of the images, px. Default: the base model's.", None)
-    width: int | None = option("Width of the images, px. Default: the base model's.", None)
-    num_inference_steps: int = option("Denoising steps.", 25)
-    guidance_scale: float = option("Classifier-free guidance.", 7.5)
+    prompt: list[str] = option("Prompts, one row of the grid each.")
     output_dir: str = option("Folder for the images and grid.png.", "outputs/images")
 
 
@@ -68,5 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with readable_errors(KroneckerError):
+    with readable_errors():
         main()

@@ -13,17 +13,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dreambooth.adapters import load_adapted_pipeline, merge_adapters
-from dreambooth.config import AdaptedModelConfig, UserError, option, readable_errors
-from dreambooth.parsing import parse_options
-from kron_adapter import KroneckerError
+from dreambooth.errors import UserError, readable_errors
+from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.options.field import option
+from dreambooth.options.parsing import parse_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AdaptedModelConfig):
-    """Options of scripts/merge.py."""
+class Config(AdaptedModelOptions):
+    """The merged pipeline."""
 
     adapter: list[str] = option("Adapter files to merge, as FILE or FILE:SCALE.")
-    output_dir: str = option("Folder for the merged pipeline; must be new or empty.")
+    output_dir: str = option("Folder for the merged pipeline; new or empty.")
 
 
 def main() -> None:
@@ -38,5 +39,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with readable_errors(KroneckerError):
+    with readable_errors():
         main()
