@@ -2,9 +2,11 @@
 
 import pytest
 
-from dreambooth.checks import check_config
-from dreambooth.config import TrainingConfig, UserError, save_config
-from dreambooth.parsing import parse_config
+from dreambooth.errors import UserError
+from dreambooth.options.checking import check_options
+from dreambooth.options.parsing import parse_options
+from dreambooth.options.training import TrainingConfig
+from dreambooth.options.yaml_file import save_config
 
 PHOTOS = {"instance_data_dir": "photos"}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a dog"}
@@ -17,38 +19,31 @@ def make_config(**options):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({}, "--instance_data_dir.* or --dataset_name is needed"),
-        (PHOTOS | {"dataset_name": "dogs"}, "--instance_data_dir and --dataset_name both"),
-        (PHOTOS | {"dataset_config_name": "x"}, "--dataset_config_name needs --dataset_name"),
-        (PHOTOS | {"image_column": "photo"}, "--image_column needs --dataset_name"),
-        (
-            PHOTOS | {"caption_dropout_probability": 1.01},
-            "--caption_dropout_probability is 1.01; it has to be at most 1",
-        ),
-        (PHOTOS | {"caption_dropout_probability": -0.1}, "--caption_dropout_probability is -0.1; .*negative"),
-        (PHOTOS | {"repeats": 0}, "--repeats is 0; it has to be at least 1"),
-        (PHOTOS | {"unmasked_weight": -1.0}, "--unmasked_weight is -1.0; .*negative"),
-        (PHOTOS | {"aspect_ratio_buckets": True, "resolution": 56}, "--aspect_ratio_buckets .*--resolution .* not 56"),
+        ({}, "--instance_data_dir.*--dataset_name"),
+        (PHOTOS | {"dataset_name": "dogs"}, "--instance_data_dir.*--dataset_name"),
+        (PHOTOS | {"dataset_config_name": "x"}, "--dataset_config_name .*--dataset_name"),
+        (PHOTOS | {"image_column": "photo"}, "--image_column .*--dataset_name"),
+        (PHOTOS | {"aspect_ratio_buckets": True, "resolution": 56}, "--aspect_ratio_buckets .*--resolution .*56"),
         (
             PHOTOS | {"cache_latents": "off", "cache_latents_to_disk": "cache"},
-            "--cache_latents_to_disk does not go with --cache_latents off",
+            "--cache_latents_to_disk .*--cache_latents off",
         ),
-        (PHOTOS | {"prior_source": "base_model"}, "--prior_source base_model needs --with_prior_preservation"),
+        (PHOTOS | {"prior_source": "base_model"}, "--prior_source base_model .*--with_prior_preservation"),
         (
             PHOTOS | PRIOR | {"prior_source": "base_model", "class_data_dir": "class"},
-            "--class_data_dir does not go with --prior_source base_model",
+            "--class_data_dir .*--prior_source base_model",
         ),
         (
             PHOTOS | {"with_prior_preservation": True, "prior_source": "base_model"},
-            "--with_prior_preservation needs --class_prompt",
+            "--with_prior_preservation .*--class_prompt",
         ),
-        (PHOTOS | PRIOR, "--with_prior_preservation needs --class_data_dir"),
-        ({"dataset_name": "dogs"} | PRIOR, "--with_prior_preservation needs --class_data_dir"),
+        (PHOTOS | PRIOR, "--with_prior_preservation .*--class_data_dir"),
+        ({"dataset_name": "dogs"} | PRIOR, "--with_prior_preservation .*--class_data_dir"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_by_name(options, words):
     with pytest.raises(UserError, match=words):
-        check_config(make_config(**options))
+        check_options(make_config(**options))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +60,6 @@ def test_options_that_do_not_go_together_are_refused_by_name(options, words):
 )
 def test_the_rest_goes_together_and_round_again(tmp_path, options):
     config = make_config(**options)
-    check_config(config)
+    check_options(config)
     save_config(config, tmp_path / "config.yaml")
-    assert parse_config(TrainingConfig, "", ["--config", str(tmp_path / "config.yaml")]) == config
+    assert parse_options(TrainingConfig, "", ["--config", str(tmp_path / "config.yaml")]) == config

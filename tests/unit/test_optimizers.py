@@ -422,14 +422,14 @@ def test_names_of_optimizers_are_read_in_any_case(spelling):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"optimizer": "adam"}, "--optimizer adam: it can be AdamW, Prodigy, Adafactor or ScheduleFreeAdamW"),
+        ({"optimizer": "adam"}, "--optimizer adam: .*AdamW, Prodigy, Adafactor, ScheduleFreeAdamW"),
         (
             {"optimizer": "prodigy", "use_8bit_adam": True},
             "--use_8bit_adam .* --optimizer AdamW .* --optimizer Prodigy",
         ),
         ({"optimizer": "Adafactor", "use_8bit_adam": True}, "--use_8bit_adam .*--optimizer Adafactor"),
-        ({"optimizer": "Prodigy", "learning_rate": 0.0}, "--optimizer Prodigy needs a --learning_rate above 0"),
-        ({"optimizer": "Prodigy", "adam_epsilon": 0.0}, "--optimizer Prodigy needs a --adam_epsilon above 0"),
+        ({"optimizer": "Prodigy", "learning_rate": 0.0}, "--optimizer Prodigy needs --learning_rate above 0"),
+        ({"optimizer": "Prodigy", "adam_epsilon": 0.0}, "--optimizer Prodigy needs --adam_epsilon above 0"),
         ({"optimizer": "Prodigy", "scale_lr": True}, "--optimizer Prodigy .* --scale_lr"),
         (
             {"optimizer": "Prodigy", "train_text_encoder": True, "text_encoder_lr": 1e-4},

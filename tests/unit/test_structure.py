@@ -14,6 +14,7 @@ ALLOWED = {
     "kron_adapter": {"kron_formats"},
     "dreambooth.adapters": {"dreambooth", "kron_adapter", "kron_formats"},
     "dreambooth.checkpoint": {"dreambooth", "kron_formats"},  # for the one way that files get to the disk
+    "dreambooth.errors": {"dreambooth", "kron_formats"},  # for the one error that files end in
     "dreambooth": {"dreambooth"},
     "toyworld": {"toyworld", "dreambooth", "kron_adapter"},  # it trains as the scripts do, and nothing imports it
 }
