@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from kron_formats.errors import KroneckerError as KroneckerError
+
 Models = nn.Module | Mapping[str, nn.Module] | Any  # a UNet, {"unet": ..., "text_encoder": ...}, a diffusers pipeline
 Family = Literal["sd1", "sd2", "sdxl"]
 FAMILY_NAMES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
@@ -36,10 +38,6 @@ SGM_OUTSIDE = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 CLIPS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # ComfyUI's names; clip_h is SD 2's
-
-
-class KroneckerError(ValueError):
-    """A request or a file that does not fit the model. The message is meant for the user."""
 
 
 @dataclass(frozen=True)

@@ -261,4 +261,4 @@ def explain_unknown(name: str, names: Sequence[str]) -> str:
 
 def flags_in(sentence: str) -> list[str]:
     """Return the names of the flags in a sentence, without their dashes."""
-    return re.findall(r"--(\w+)", sentence)
+    return re.findall(r"--(\w+)", sentence, re.ASCII)

@@ -24,7 +24,7 @@ METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
 HINT = "--help lists all options"
 
 
-def parse_options(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
+def parse_options(config_class: type[C], description: str | None, argv: Sequence[str] | None = None) -> C:
     """Return the options from `--config FILE`, overridden by the command line, checked by `check_options`.
 
     Reads that file, and writes nothing. If anything is wrong, the program ends with exit code 2 and a message that
@@ -39,7 +39,7 @@ def parse_options(config_class: type[C], description: str, argv: Sequence[str] |
         sys.exit(error.exit_code)
 
 
-def _parse(config_class: type[C], description: str, argv: list[str]) -> C:
+def _parse(config_class: type[C], description: str | None, argv: list[str]) -> C:
     names = option_names(config_class)
     _refuse_unknown(argv, names)
     first_look = _Parser(add_help=False, allow_abbrev=False)
@@ -75,9 +75,9 @@ class _Parser(HfArgumentParser):
         raise UserError(re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", message.removeprefix("argument ")))
 
 
-def _build_parser(config_class: type["DataclassInstance"], description: str) -> _Parser:
+def _build_parser(config_class: type["DataclassInstance"], description: str | None) -> _Parser:
     own_fields = {entry.name: entry for entry in fields(config_class)}
-    groups = [
+    groups: list[Any] = [
         make_dataclass(
             group.__name__,
             [(name, own_fields[name].type, _flag(own_fields[name], declared)) for name, declared in options.items()],

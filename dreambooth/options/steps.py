@@ -38,7 +38,7 @@ class SeedOptions:
     """Randomness."""
 
     seed: int = option(
-        "Seed of everything random: what trains, order, crops, noise, timesteps, samples.",
+        "Seed of everything random: initialisation, order, crops, noise, timesteps, samples.",
         0,
         at_least=0,
         below=2**32,  # NumPy's generators take no more

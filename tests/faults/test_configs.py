@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dreambooth.errors import UserError
-from dreambooth.options.parsing import flags_from_yaml, parse_options
+from dreambooth.options.parsing import parse_options
+from dreambooth.options.yaml_file import flags_from_yaml
 from scripts.generate import Config
 
 NAMES = ["prompt", "seed", "resolution"]
@@ -26,24 +27,24 @@ MALFORMED = {  # kind: content, words of the refusal
     "a list": (b"- seed\n- 1", "expected lines of the form"),
     "a word": (b"seed", "expected lines of the form"),
     "tabs": (b"seed:\t1\n\tprompt: x", "cannot start any token|found character"),
-    "name twice": (b"seed: 1\nseed: 2", "seed is there twice"),
-    "name twice in a table": (b"prompt: {a: 1, a: 2}", "a is there twice"),
+    "name twice": (b"seed: 1\nseed: 2", "seed"),
+    "name twice in a table": (b"prompt: {a: 1, a: 2}", r"\ba\b"),
     "a list for a name": (b"[seed]: 1", "unhashable"),
-    "a name that there is not": (b"sede: 1", "there is no option sede"),
-    "merged": (b"<<: {seed: 1}", "there is no option <<"),
-    "billion laughs": (LAUGHS.replace("l:", "prompt:", 1).encode(), "there is no option"),
-    "billion laughs in an option": (b"prompt: {x: &a [1, 1], y: &b [*a, *a], z: [*b, *b]}", "no list of plain values"),
+    "a name that there is not": (b"sede: 1", "sede"),
+    "merged": (b"<<: {seed: 1}", "<<"),
+    "billion laughs": (LAUGHS.replace("l:", "prompt:", 1).encode(), r"\ba\b.*\bk\b"),
+    "billion laughs in an option": (b"prompt: {x: &a [1, 1], y: &b [*a, *a], z: [*b, *b]}", "prompt"),
     "a list of itself": (b"prompt: &a [*a]", "recursive"),
     "nested too deep": (b"prompt: " + b"[" * 20_000, "."),
     "tables nested too deep": (b"prompt: " + b"{a: " * 20_000, "."),
-    "lists in a list": (b"prompt: [[a], [b]]", "prompt is no list of plain values"),
-    "unquoted colon": (b"prompt:\n- a dog: on the beach", "prompt is no list of plain values"),
+    "lists in a list": (b"prompt: [[a], [b]]", "prompt"),
+    "unquoted colon": (b"prompt:\n- a dog: on the beach", "prompt"),
     "anchor that there is not": (b"seed: *nowhere", "undefined alias"),
     "two documents": (b"seed: 1\n---\nseed: 2", "expected a single document"),
     "character beyond Unicode": (rb'prompt: "\UFFFFFFFF"', "."),
-    "half a character": (rb'prompt: "\ud800"', "holds a character that is no text"),
-    "NUL in an option": (rb'prompt: "a\0b"', "holds a character that is no text"),
-    "option in a list": (b"prompt: [a, --seed=5]", "which would be taken for an option"),
+    "half a character": (rb'prompt: "\ud800"', "prompt.*(ud800|x00)"),
+    "NUL in an option": (rb'prompt: "a\0b"', "prompt.*(ud800|x00)"),
+    "option in a list": (b"prompt: [a, --seed=5]", "prompt.*--seed=5"),
     "a megabyte": (b"prompt: " + b"a" * 2**20, "at most 262,144 are read"),
 }
 PLACES = {

@@ -2,23 +2,33 @@
 
 import ast
 import dataclasses
+import math
 import os
 import re
 import shlex
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import yaml
 
+import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.errors import SaveError, UserError, readable_errors
+from dreambooth.options.checking import check_options, check_values
+from dreambooth.options.field import declarations, groups_of, option, public_options, result_options
+from dreambooth.options.foreign import ANSWERS, TABLE, explain_unknown, flags_in
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.yaml_file import save_config
+from kron_formats.errors import KroneckerError
+from scripts import evaluate, generate, merge
+from tests.conftest import ROOT
 from train_dreambooth_kronecker import Config
 
-ROOT = Path(__file__).parents[2]
 REQUIRED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos", "instance_prompt": "sks dog"}
 DEFAULTS = Config(**REQUIRED)
 FIELDS = dataclasses.fields(Config)
+SCRIPTS = {"sd": Config, "sdxl": sdxl.Config, "generate": generate.Config, "evaluate": evaluate.Config}
+SCRIPTS["merge"] = merge.Config
 
 
 def parse(*flags, required=REQUIRED):
@@ -26,13 +36,14 @@ def parse(*flags, required=REQUIRED):
 
 
 def refusal(capsys, *flags, required=REQUIRED):
-    """What is said about flags that are refused, without the usage that argparse puts before it."""
+    """What is said about flags that are refused: a message, and one line that says where more is to be found."""
     with pytest.raises(SystemExit) as exit:
         parse(*flags, required=required)
     assert exit.value.code == 2
     out, err = capsys.readouterr()
-    assert not out
-    return err.partition("error: ")[2]
+    message, hint, end = err.rsplit("\n", 2)
+    assert not out and not end and "--help" in hint
+    return message.removeprefix("error: ")
 
 
 @pytest.fixture
@@ -188,8 +199,8 @@ def test_parsing_touches_nothing(tmp_path, monkeypatch):
         (["--lr_scheduler", "cosin"], "--lr_scheduler.*'cosin'.*cosine_with_restarts"),
         (["--mixed_precision", "fp8"], "--mixed_precision.*'fp8'.*bf16"),
         (["--validation_prompt"], "--validation_prompt"),
-        (["--max_train_time", "soon"], "--max_train_time soon: write a time above 0"),
-        (["--allow_config_change"], "--allow_config_change needs --resume_from_checkpoint"),
+        (["--max_train_time", "soon"], "--max_train_time soon"),
+        (["--allow_config_change"], "--allow_config_change.*--resume_from_checkpoint"),
         (["--config"], "--config"),
         (["--config="], "--config"),
     ],
@@ -242,45 +253,30 @@ def test_a_missing_required_option_is_named(capsys, write_yaml, name):
         assert f"--{name}" in message and not any(f"--{other}" in message for other in others)
 
 
-AT_LEAST_ONE = (
-    "train_batch_size gradient_accumulation_steps checkpointing_steps num_class_images sample_batch_size "
-    "num_validation_images validation_epochs prior_num_inference_steps validation_num_inference_steps lr_num_cycles "
-    "max_train_steps num_train_epochs checkpoints_total_limit validation_steps resolution"
-).split()
-NOT_NEGATIVE = (
-    "seed lr_warmup_steps dataloader_num_workers learning_rate prior_loss_weight adam_weight_decay adam_epsilon "
-    "adam_beta1 adam_beta2"
-).split()
-FRACTIONS = [field.name for field in FIELDS if field.type is float]
 PRIOR = "--with_prior_preservation"
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        *((f"--{name} {value}", [f"--{name} is {value}", "at least 1"]) for name in AT_LEAST_ONE for value in (0, -5)),
-        *((f"--{name}=-1", [f"--{name} is -1", "negative"]) for name in NOT_NEGATIVE),
-        *((f"--{name} {value}", [f"--{name} is {value}"]) for name in FRACTIONS for value in ("nan", "inf")),
-        ("--resolution 100", ["--resolution is 100", "multiple of 8"]),
-        (f"--seed {2**32}", [f"--seed is {2**32}"]),  # NumPy's generators take no more
-        ("--max_grad_norm 0", ["--max_grad_norm is 0.0"]),  # every gradient would become 0
-        ("--max_grad_norm=-1", ["--max_grad_norm is -1.0"]),  # and here turn around
-        ("--adam_beta1 1", ["--adam_beta1 is 1.0"]),
-        ("--adam_beta2 1.5", ["--adam_beta2 is 1.5"]),
-        ("--report_to all", ["--report_to all", "tensorboard, wandb, trackio or none"]),
-        ("--report_to wandb comet_ml", ["--report_to comet_ml", "tensorboard, wandb, trackio or none"]),
+        ("--report_to all", ["--report_to", "'all'", "trackio"]),
+        ("--report_to wandb comet_ml", ["--report_to", "'comet_ml'", "trackio"]),
         ("--report_to none wandb", ["--report_to none"]),
         *(
-            (f"--kron_factors to_q=4,64 {entry}", [f"--kron_factors {entry}: ", "for example to_k=8,64"])
+            (f"--kron_factors to_q=4,64 {entry}", [f"--kron_factors {entry}: ", "to_k=8,64"])
             for entry in ("to_k", "to_k=", "to_k=8", "to_k=8,64,2", "=8,64", "to_k=a,b", "to_k=-8,64", "to_k=8,²")
         ),
+        ("--compile --base_precision nf4", ["--compile", "--base_precision nf4"]),
+        ("--text_encoder_lr 1", ["--text_encoder_lr", "--train_text_encoder"]),
+        ("--text_encoder_kron_a1 2", ["--text_encoder_kron_a1", "--train_text_encoder"]),
+        ("--text_encoder_kron_a2 2", ["--text_encoder_kron_a2", "--train_text_encoder"]),
         ("--class_prompt dog", ["--class_prompt", PRIOR]),
         ("--class_data_dir class", ["--class_data_dir", PRIOR]),
-        (f"{PRIOR}", [PRIOR, "needs --class_prompt"]),
-        (f"{PRIOR} --class_data_dir class", [PRIOR, "needs --class_prompt"]),
-        (f"{PRIOR} --class_prompt dog", [PRIOR, "needs --class_data_dir"]),
-        (f"{PRIOR} --class_prompt dog --class_data_dir photos", ["--class_data_dir and --instance_data_dir are the"]),
-        (f"{PRIOR} --class_prompt dog --class_data_dir x/../photos/.", ["--class_data_dir and --instance_data_dir"]),
+        (f"{PRIOR}", [PRIOR, "--class_prompt"]),
+        (f"{PRIOR} --class_data_dir class", [PRIOR, "--class_prompt"]),
+        (f"{PRIOR} --class_prompt dog", [PRIOR, "--class_data_dir"]),
+        (f"{PRIOR} --class_prompt dog --class_data_dir photos", ["--class_data_dir", "--instance_data_dir"]),
+        (f"{PRIOR} --class_prompt dog --class_data_dir x/../photos/.", ["--class_data_dir", "--instance_data_dir"]),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_by_name(capsys, flags, words):
@@ -288,18 +284,238 @@ def test_options_that_do_not_go_together_are_refused_by_name(capsys, flags, word
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *(f"--{name} {8 if name == 'resolution' else 1}" for name in AT_LEAST_ONE),
-        *(f"--{name} 0" for name in NOT_NEGATIVE),
-        f"--seed {2**32 - 1}",
-        "--report_to none",
-        f"{PRIOR} --class_prompt dog --class_data_dir photos/class",
-    ],
-)
-def test_the_limits_themselves_are_allowed(flags):
-    parse(*flags.split())
+def test_every_group_s_own_rules_are_checked_once_bases_first():
+    called = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Base:
+        x: int = option("A number.", 1)
+
+        def check(self):
+            called.append("Base")
+
+    class Silent(Base):
+        pass
+
+    class Left(Silent):
+        def check(self):
+            called.append("Left")
+
+    class Right(Base):
+        def check(self):
+            called.append("Right")
+
+    class Both(Left, Right):
+        pass
+
+    check_options(Both())
+    assert sorted(called) == ["Base", "Left", "Right"] and called[0] == "Base"
+
+
+# ---- bounds ----
+
+
+def example(config_class, **changes):
+    """Options of a class, with the required ones filled in, before any check."""
+    required = {
+        field.name: ["x"] if field.type == list[str] else "x"
+        for field in dataclasses.fields(config_class)
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
+    return config_class(**required | changes)
+
+
+def numbers(config_class):
+    """The fields that hold numbers, and the type of those."""
+    types = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for name in types:
+        for kind in (int, float):
+            if kind in (types[name], *getattr(types[name], "__args__", ())):
+                yield name, kind
+
+
+def edges(bounds, kind):
+    """Values just outside of bounds, and values at them."""
+    step = bounds.multiple_of or (1 if kind is int else 1e-6)
+    outside, inside = [], []
+    for limit, direction, is_allowed in (
+        (bounds.at_least, -1, True),
+        (bounds.above, -1, False),
+        (bounds.at_most, 1, True),
+        (bounds.below, 1, False),
+    ):
+        if limit is not None:
+            outside.append(kind(limit + direction * step if is_allowed else limit))
+            inside.append(kind(limit if is_allowed else limit - direction * step))
+    if bounds.multiple_of:
+        outside.append(inside[0] + 1)
+    return outside, inside
+
+
+BOUNDED = [
+    pytest.param(config_class, name, kind, id=f"{script}-{name}")
+    for script, config_class in SCRIPTS.items()
+    for name, kind in numbers(config_class)
+]
+
+
+@pytest.mark.parametrize("config_class, name, kind", BOUNDED)
+def test_a_number_keeps_its_bounds_and_may_reach_them(config_class, name, kind):
+    outside, inside = edges(declarations(config_class)[name].bounds, kind)
+    if kind is float:
+        outside += [math.nan, math.inf, -math.inf]
+    for value in outside:
+        with pytest.raises(UserError, match=f"^--{name} is {re.escape(str(value))}; "):
+            check_options(example(config_class, **{name: value}))
+    for value in inside:
+        check_values(example(config_class, **{name: value}))
+
+
+def test_the_command_line_keeps_the_bounds_too(capsys):
+    for name, kind in numbers(Config):
+        for value in edges(declarations(Config)[name].bounds, kind)[0]:
+            assert f"--{name} is {value}; " in refusal(capsys, f"--{name}={value}")
+
+
+@pytest.mark.parametrize("config_class", SCRIPTS.values(), ids=SCRIPTS)
+def test_counts_have_a_lower_bound(config_class):
+    """A whole number here counts something, or is a size or a seed."""
+    for name, kind in numbers(config_class):
+        bounds = declarations(config_class)[name].bounds
+        assert kind is float or bounds.at_least is not None or bounds.above is not None, name
+
+
+def test_the_numbers_of_a_list_are_checked_one_by_one():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Several:
+        sizes: list[int] = option("Sizes, px.", [8, 16], at_least=8)
+
+    check_options(Several())
+    with pytest.raises(UserError, match="--sizes is 7; "):
+        check_options(Several(sizes=[8, 7]))
+
+
+# ---- flags that are not ours ----
+
+
+def test_the_nearest_flag_is_suggested(capsys):
+    message = refusal(capsys, "--resolutoin", "64", "--Kron-a1=3")
+    assert re.search("--resolutoin: .*--resolution.*\n--Kron-a1: .*--kron_a1", message)
+
+
+def test_a_pasted_command_of_another_trainer_is_answered_flag_by_flag(capsys):
+    pasted = "--pretrained_model_name_or_path x --network_dim 8 --train_data_dir photos --no_half_vae --output_name=dog"
+    lines = refusal(capsys, *pasted.split(), required={}).splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "--network_dim", "--train_data_dir", "--no_half_vae", "--output_name",
+    ]  # fmt: skip
+    assert all(line.endswith(ANSWERS[line.partition(":")[0][2:]]) for line in lines)
+
+
+def test_a_file_is_answered_too(capsys, write_yaml):
+    assert ANSWERS["rank"] in refusal(capsys, *write_yaml("rank: 4"))
+
+
+@pytest.mark.parametrize("flags, sentence", TABLE, ids=[flags for flags, _ in TABLE])
+def test_an_answer_names_flags_that_there_are_for_a_flag_that_there_is_not(flags, sentence):
+    names = [field.name for field in FIELDS]
+    assert set(flags_in(sentence)) <= {*names, "config"}
+    for flag in flags.split():
+        assert flag not in names and explain_unknown(flag, names) == sentence
+    for script in re.findall(r"scripts/\w+\.py|configs/\w+", sentence):
+        assert (ROOT / script).exists()
+
+
+def test_an_answer_is_given_once():
+    assert len(ANSWERS) == sum(len(flags.split()) for flags, _ in TABLE)
+
+
+def test_an_answer_that_names_what_a_script_lacks_is_not_given():
+    assert explain_unknown("rank", ["kron_a1", "kron_a2", "kron_init"]) == ANSWERS["rank"]
+    assert "--kron" not in explain_unknown("rank", list(declarations(generate.Config)))
+
+
+def test_what_accelerate_launch_takes_is_sent_there(monkeypatch):
+    from accelerate.commands.launch import launch_command_parser
+
+    monkeypatch.setattr(sys, "argv", ["accelerate", "launch"])  # its help depends on it
+
+    theirs = launch_command_parser().format_help()
+    (flags,) = (flags for flags, sentence in TABLE if "before the script's name" in sentence)
+    assert all(f"--{flag}" in theirs for flag in flags.split())
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1", "--local_rank 1"])
+def test_the_local_rank_that_torch_s_old_launcher_passes_is_ignored(flag):
+    assert parse(*flag.split()) == DEFAULTS
+
+
+# ---- secrets, and what decides the result ----
+
+
+def test_a_secret_is_public_nowhere_and_a_word_like_token_is(tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Words(Config):
+        modifier_token: str = option("Token for the subject.", "<new1>")
+        keyword: str = option("A word.", "dog")
+        password: str | None = option("A secret.", None, secret=True)
+
+    config = Words(**REQUIRED, hub_token="canary", password="canary")
+    for options in (public_options(config), result_options(config)):
+        assert options["modifier_token"] == "<new1>" and options["keyword"] == "dog"
+        assert "canary" not in str(options)
+    assert set(vars(config)) - set(public_options(config)) == {"hub_token", "password"}
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "canary" not in text and yaml.safe_load(text)["modifier_token"] == "<new1>"
+
+
+def test_what_decides_the_result_is_said_by_the_field():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Two:
+        size: int = option("Size, px.", 1)
+        place: str = option("Folder.", "here", decides_result=False)
+
+    assert result_options(Two(size=2)) == {"size": 2}
+    assert result_options(DEFAULTS).items() <= public_options(DEFAULTS).items()
+    assert {"output_dir", "cache_dir", "max_train_time"}.isdisjoint(result_options(DEFAULTS))
+    assert {"seed", "learning_rate", "kron_a1", "resolution"} <= set(result_options(DEFAULTS))
+
+
+# ---- declarations ----
+
+
+@pytest.mark.parametrize("config_class", SCRIPTS.values(), ids=SCRIPTS)
+def test_every_option_is_declared_once_and_explained(config_class):
+    grouped = [name for group in groups_of(config_class).values() for name in group]
+    assert sorted(grouped) == sorted(field.name for field in dataclasses.fields(config_class))
+    for name, declared in declarations(config_class).items():
+        assert len(declared.help) > 10 and declared.help.endswith((".", "]}")), name
+        assert re.findall(r"--\w+", declared.help) == [], "in a help text options have no dashes"
+
+
+def test_a_class_below_may_change_a_default_and_nothing_else():
+    assert declarations(sdxl.Config)["resolution"] == declarations(Config)["resolution"]
+    assert sdxl.Config(**REQUIRED).resolution != DEFAULTS.resolution
+    with pytest.raises(UserError, match="--resolution is 100; "):
+        check_options(sdxl.Config(**REQUIRED, resolution=100))
+
+
+def test_a_field_that_is_not_declared_is_an_error():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Bare:
+        x: int = 1
+
+    with pytest.raises(TypeError, match="Bare.x"):
+        declarations(Bare)
+
+
+def test_options_are_declared_without_torch():
+    code = "import sys, dreambooth.options.parsing, dreambooth.options.kronecker, dreambooth.options.training as t"
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "diffusers", "kron_adapter"} & set(result.stdout.split())
 
 
 # ---- and back ----
@@ -327,7 +543,7 @@ EVERYTHING = """
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
     --text_encoder_kron_a1 2 --text_encoder_kron_a2 16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
     --save_precision fp16 --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
-    --push_to_hub --hub_model_id me/dog --logging_steps 4 --skip_nonfinite 2
+    --push_to_hub --hub_model_id me/dog --cache_dir "~/hub" --logging_steps 4 --skip_nonfinite 2
 """
 # what does not go with the above
 REST = """
@@ -358,40 +574,47 @@ def test_a_saved_config_reads_back_as_it_was(tmp_path):
 # ---- flags, fields and their readers ----
 
 
-def test_help_explains_every_flag(capsys, monkeypatch):
+@pytest.mark.parametrize("config_class", SCRIPTS.values(), ids=SCRIPTS)
+def test_help_explains_every_flag_by_topic(capsys, monkeypatch, config_class):
     monkeypatch.setenv("COLUMNS", "1000")  # one line each
     with pytest.raises(SystemExit) as exit:
-        parse_options(Config, "On one GPU:\n    accelerate launch train.py", ["--help"])
+        parse_options(config_class, "On one GPU:\n    accelerate launch train.py", ["--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
     assert "On one GPU:\n    accelerate launch train.py\n" in text
-    entries = re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
-    for field in FIELDS:
-        (entry,) = (entry for entry in entries if re.match(rf"--{field.name}[ ,]", entry))
-        assert len(field.metadata["help"]) > 10 and field.metadata["help"] in entry
+    for group, options in groups_of(config_class).items():
+        (section,) = re.findall(rf"^{re.escape(group.__doc__.rstrip('.'))}:\n(.*?)(?:\n\n|\Z)", text, re.M | re.S)
+        entries = re.split(r"^  (?=-)", section, flags=re.MULTILINE)[1:]
+        for (name, declared), entry in zip(options.items(), entries, strict=True):
+            assert re.match(rf"--{name}[ ,]", entry) and declared.help in entry
 
 
 def fields_read(path):
-    """The attributes that a file reads of what is called config; in the config's own file, those that methods read."""
+    """The attributes that a file reads of what is called config; among the options, those that methods read."""
+    name = "self" if path.parent == ROOT / "dreambooth" / "options" else "config"
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    name = "self" if path == ROOT / "dreambooth" / "config.py" else "config"
+    checks = {  # an option that is only checked does nothing
+        attribute
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name == "check"
+        for attribute in ast.walk(function)
+    }
     return {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (name, "self.config")
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (name, "self.config") and node not in checks
     }
 
 
 def test_every_field_is_read_somewhere():
-    sources = {*ROOT.glob("*.py"), *ROOT.glob("dreambooth/*.py")}
-    sources.remove(ROOT / "dreambooth" / "checks.py")  # an option that is only checked does nothing
-    assert not {field.name for field in FIELDS} - set().union(*map(fields_read, sources))
+    sources = {*ROOT.glob("*.py"), *ROOT.glob("dreambooth/**/*.py")}
+    assert not {field.name for field in FIELDS} - set().union(*map(fields_read, sources)) - {"cache_dir"}
 
 
 # ---- how a program ends ----
 
 
-@pytest.mark.parametrize("error, code", [(UserError, 2), (KeyError, 2), (SaveError, 74)])
+@pytest.mark.parametrize("error, code", [(UserError, 2), (KroneckerError, 2), (KeyError, 2), (SaveError, 74)])
 def test_errors_that_the_user_can_mend_end_the_program_with_their_message(error, code, capsys):
     with pytest.raises(SystemExit) as exit, readable_errors(KeyError):
         raise error("no photos")

@@ -19,36 +19,26 @@ def make_config(**options):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({}, "--instance_data_dir.* or --dataset_name is needed"),
-        (PHOTOS | {"dataset_name": "dogs"}, "--instance_data_dir and --dataset_name both"),
-        (PHOTOS | {"dataset_config_name": "x"}, "--dataset_config_name needs --dataset_name"),
-        (PHOTOS | {"image_column": "photo"}, "--image_column needs --dataset_name"),
-        (
-            PHOTOS | {"caption_dropout_probability": 1.01},
-            "--caption_dropout_probability is 1.01; it must be .*at most 1",
-        ),
-        (
-            PHOTOS | {"caption_dropout_probability": -0.1},
-            "--caption_dropout_probability is -0.1; it must be .*at least 0",
-        ),
-        (PHOTOS | {"repeats": 0}, "--repeats is 0; it must be at least 1"),
-        (PHOTOS | {"unmasked_weight": -1.0}, "--unmasked_weight is -1.0; it must be at least 0"),
-        (PHOTOS | {"aspect_ratio_buckets": True, "resolution": 56}, "--aspect_ratio_buckets .*--resolution .* not 56"),
+        ({}, "--instance_data_dir.*--dataset_name"),
+        (PHOTOS | {"dataset_name": "dogs"}, "--instance_data_dir.*--dataset_name"),
+        (PHOTOS | {"dataset_config_name": "x"}, "--dataset_config_name .*--dataset_name"),
+        (PHOTOS | {"image_column": "photo"}, "--image_column .*--dataset_name"),
+        (PHOTOS | {"aspect_ratio_buckets": True, "resolution": 56}, "--aspect_ratio_buckets .*--resolution .*56"),
         (
             PHOTOS | {"cache_latents": "off", "cache_latents_to_disk": "cache"},
-            "--cache_latents_to_disk .* --cache_latents off",
+            "--cache_latents_to_disk .*--cache_latents off",
         ),
-        (PHOTOS | {"prior_source": "base_model"}, "--prior_source base_model needs --with_prior_preservation"),
+        (PHOTOS | {"prior_source": "base_model"}, "--prior_source base_model .*--with_prior_preservation"),
         (
             PHOTOS | PRIOR | {"prior_source": "base_model", "class_data_dir": "class"},
-            "--class_data_dir does not go with --prior_source base_model",
+            "--class_data_dir .*--prior_source base_model",
         ),
         (
             PHOTOS | {"with_prior_preservation": True, "prior_source": "base_model"},
-            "--with_prior_preservation needs --class_prompt",
+            "--with_prior_preservation .*--class_prompt",
         ),
-        (PHOTOS | PRIOR, "--with_prior_preservation needs --class_data_dir"),
-        ({"dataset_name": "dogs"} | PRIOR, "--with_prior_preservation needs --class_data_dir"),
+        (PHOTOS | PRIOR, "--with_prior_preservation .*--class_data_dir"),
+        ({"dataset_name": "dogs"} | PRIOR, "--with_prior_preservation .*--class_data_dir"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_by_name(options, words):

@@ -5,15 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth.options.training import TrainingConfig
-from dreambooth.output.identity import FREE, deciding_options
+from dreambooth.output.identity import deciding_options
 from tests.faults.checkpoints import ALONE, make_config
 
 TWO = SimpleNamespace(num_processes=2, mixed_precision="no")
-
-
-def test_what_changes_nothing_is_an_option_that_there_is():
-    assert not FREE - set(TrainingConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
