@@ -30,7 +30,7 @@ from dreambooth.runtime.startup import lean_imports
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(KroneckerOptions, TrainingConfig):
+class Config(TrainingConfig, KroneckerOptions):
     """The options of a training run, and those of the adapter."""
 
 

@@ -32,7 +32,7 @@ from dreambooth.runtime.startup import lean_imports
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(KroneckerOptions, SDXLTrainingConfig):
+class Config(SDXLTrainingConfig, KroneckerOptions):
     """The options of a training run, and those of the adapter."""
 
 

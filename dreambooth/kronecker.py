@@ -14,7 +14,7 @@ from torch import nn
 from dreambooth.drawing.pipelines import Adapter
 from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
-from dreambooth.method import Description, Group, adapter_groups
+from dreambooth.method import Description, Group, adapter_groups, check_state
 from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_adapter import (
@@ -51,8 +51,9 @@ class AttachedKronecker:
         return {name: kronecker_state_dict(model) for name, model in self.models.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        check_state(self.state(), state)
         for name, model in self.models.items():
-            load_kronecker_state_dict(model, state.get(name, {}))
+            load_kronecker_state_dict(model, state[name])
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         save_kronecker(self.models, path, metadata, dtype)

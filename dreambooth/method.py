@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreambooth.family import Family
 from dreambooth.options.kronecker import TextEncoderOptions
@@ -102,6 +102,14 @@ class Method(Protocol):
         What is random depends on config.seed alone, so that all processes begin alike.
         """
         ...
+
+
+def check_state(own: Mapping[str, Mapping[str, Tensor]], given: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise ValueError unless a state, component -> name -> tensor, has exactly the names and shapes of one's own."""
+    for component, tensors in own.items():
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != {name: tensor.shape for name, tensor in given.get(component, {}).items()}:
+            raise ValueError(f"the state does not fit what trains in the {component}")
 
 
 def adapter_groups(

@@ -22,7 +22,7 @@ from dreambooth.options.training import TrainingConfig
 from dreambooth.output.checkpoint import check_room, load_checkpoint, save_checkpoint, save_result
 from dreambooth.output.folder import find_start, hold_folder, prepare_output
 from dreambooth.output.identity import identify_run
-from dreambooth.report.card import example_prompt, push_to_hub, save_card
+from dreambooth.report.card import push_to_hub, save_card
 from dreambooth.report.metrics import save_curves
 from dreambooth.report.progress import Progress
 from dreambooth.report.samples import validate
@@ -105,8 +105,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         path = save_result(accelerator, state, method.weights_name, total_steps, config)
         if accelerator.is_main_process:
             save_curves(config)
-            description = attached.describe(path, config.pretrained_model_name_or_path, example_prompt(config))
-            save_card(description, attached.groups, family, total_steps, config)
+            save_card(path, attached, family, total_steps, config)
             progress.say_closing_line(attached.groups, path)
         progress.close()
         if accelerator.is_main_process:

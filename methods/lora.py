@@ -23,7 +23,7 @@ from dreambooth.drawing.pipelines import Adapter
 from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
-from dreambooth.method import Description, Group, adapter_groups
+from dreambooth.method import Description, Group, adapter_groups, check_state
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_formats.names import components, find_layers
 from kron_formats.reading import AdapterFile
@@ -56,10 +56,7 @@ class AttachedLora:
         return {name: _state_dict(model) for name, model in self.models.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        for name, model in self.models.items():
-            own, given = _state_dict(model), state.get(name, {})
-            if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in given.items()}:
-                raise ValueError(f"the state does not fit the LoRA of the {self.family.component_titles[name]}")
+        check_state(self.state(), state)
         for name, model in self.models.items():
             set_peft_model_state_dict(model, state[name], ADAPTER)
 

@@ -66,7 +66,7 @@ def main() -> None:
                 f"{kind} is {given}; choose from {', '.join(table)}: methods/train.py METHOD FAMILY [options]"
             )
     method, family, *rest = words
-    config = parse_options(config_class(METHODS[method].options, FAMILIES[family].options), __doc__ or "", rest)
+    config = parse_options(config_class(FAMILIES[family].options, METHODS[method].options), __doc__ or "", rest)
     with lean_imports():
         from dreambooth.train import train
 

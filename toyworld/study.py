@@ -79,7 +79,7 @@ METHODS = {
 
 def personalise(row: Row, options: argparse.Namespace, **given) -> tuple[Path, int]:
     """Train a method as the scripts do; return its result and the number of parameters that it saved."""
-    config = config_class(row.method.options, TrainingConfig)(**configure(options), **row.options, **given)
+    config = config_class(TrainingConfig, row.method.options)(**configure(options), **row.options, **given)
     train(FAMILIES[options.family], row.method, config)
     path = Path(config.output_dir) / row.method.weights_name
     with safe_open(path, "pt") as file:

@@ -45,5 +45,5 @@ class SDXLTrainingConfig(TrainingConfig):
 
 
 def config_class(*groups: type) -> type:
-    """Return a class of options that is made of groups, those of a method and TrainingConfig or one below it."""
+    """Return a class of options made of groups: TrainingConfig, or one below it, and a method's."""
     return make_dataclass("Config", [], bases=groups, frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dreambooth.errors import UserError
 from dreambooth.data.files import read_text
+from dreambooth.errors import UserError
 from dreambooth.options.field import public_options
 from dreambooth.options.foreign import explain_unknown
 

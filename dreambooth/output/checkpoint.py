@@ -63,6 +63,8 @@ def verify_checkpoint(path: Path) -> None:
         manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         if missing := set(NEEDED) - set(manifest):
             raise ValueError(f"it does not list {', '.join(sorted(missing))}")
+        if elsewhere := [name for name in manifest if Path(name).name != name]:
+            raise ValueError(f"it lists {elsewhere[0]!r}, which is not a file's name")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a complete checkpoint: {MANIFEST_NAME}: {error}") from error
     for name in manifest:
@@ -229,7 +231,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
         saved = _join(load((path / TENSORS_NAME).read_bytes()), json.loads((path / STATE_NAME).read_bytes()))
         state.load_state_dict(saved)
     except Exception as error:
-        raise UserError(f"--resume_from_checkpoint {path} cannot be resumed here: {error}") from error
+        raise UserError(
+            f"--resume_from_checkpoint {path} cannot be resumed here: {type(error).__name__}: {error}"
+        ) from error
     logger.info("Resuming from %s", path)
     return saved["step"]
 

@@ -15,21 +15,23 @@ from dreambooth.errors import warn_only
 from dreambooth.family import Family
 from dreambooth.layout import CARD_NAME, CONFIG_NAME, CURVES_NAME, SAMPLES_NAME, list_sheets
 from dreambooth.markdown import code
-from dreambooth.method import Description, Group
+from dreambooth.method import Attached, Description, Group
 from dreambooth.options.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 
-def save_card(
-    description: Description, groups: Sequence[Group], family: Family, steps: int, config: TrainingConfig
-) -> None:
-    """Write OUTPUT_DIR/README.md, which says what the result is. Never raises: a failure is a warning."""
+def save_card(path: Path, attached: Attached, family: Family, steps: int, config: TrainingConfig) -> None:
+    """Write OUTPUT_DIR/README.md, which says what the result in `path` is. Never raises: a failure is a warning."""
     output = Path(config.output_dir)
+    prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
     with warn_only(f"{output / CARD_NAME} was not written"):
+        description = attached.describe(path, config.pretrained_model_name_or_path, prompt)
         sheets = list_sheets(output)
         sheet = sheets[-1].relative_to(output).as_posix() if sheets else None
-        text = _front_matter(description, family, sheet, config) + _body(description, groups, sheet, steps, config)
+        text = _front_matter(description, family, sheet, config) + _body(
+            description, attached.groups, sheet, steps, config
+        )
         (output / CARD_NAME).write_text(text, encoding="utf-8")
 
 
@@ -75,11 +77,6 @@ def _body(
     if (Path(config.output_dir) / CURVES_NAME).exists():
         parts.append(f"![Loss, learning rate and gradient norm]({CURVES_NAME})")
     return "\n\n".join(parts) + "\n"
-
-
-def example_prompt(config: TrainingConfig) -> str:
-    """Return the prompt with which the card shows the result's use."""
-    return config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
 
 
 def _settings(groups: Sequence[Group], steps: int, config: TrainingConfig) -> str:

@@ -228,7 +228,7 @@ def test_the_sheet_shows_photos_and_for_each_prompt_the_models_side_by_side(run_
         ({"clip_model": "empty"}, "--clip_model empty is no CLIP model: "),
         ({"dino_model": "nowhere"}, "--dino_model nowhere is no DINO model: "),
         ({"adapter": "none.txt"}, "none.txt"),
-        ({"pretrained_model_name_or_path": "nowhere"}, "nowhere is no base model"),
+        ({"pretrained_model_name_or_path": "nowhere"}, "nowhere is not a base model"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_base_model_loads(run_main, options, tmp_path, monkeypatch, change, words):

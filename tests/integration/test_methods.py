@@ -43,7 +43,7 @@ def pipeline(base):
 
 def configure(method, name, base, **options):
     defaults = {"pretrained_model_name_or_path": str(base), "instance_prompt": PROMPT, "train_text_encoder": True}
-    return config_class(method.options, FAMILIES[name][1])(**{**defaults, **options})
+    return config_class(FAMILIES[name][1], method.options)(**{**defaults, **options})
 
 
 def attach(method, name, pipeline, base, **options):

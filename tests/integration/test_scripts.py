@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(script, run_main, 
         weights = tiny_sd / "unet" / "diffusion_pytorch_model.safetensors"
         with pytest.raises(ValueError, match="is not a Kronecker adapter: it holds a UNet's own weights"):
             run_main(script, **options, pretrained_model_name_or_path=tiny_sd, adapter=weights)
-        with pytest.raises(ValueError, match="nowhere is no base model"):
+        with pytest.raises(ValueError, match="nowhere is not a base model"):
             run_main(script, **options, pretrained_model_name_or_path="nowhere", adapter=adapter)
     assert not (tmp_path / "out").exists()
 
@@ -88,4 +88,6 @@ def test_errors_of_the_command_line_are_one_line(script, tmp_path, adapter):
     command += ["--adapter", str(adapter), "--output_dir", "x", *(["--prompt", "sks"] if script == "generate" else [])]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: --pretrained_model_name_or_path nowhere is no base model")
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: --pretrained_model_name_or_path nowhere is not a base model"
+    )

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.base_model.cache import load_tensors
+from dreambooth.base_model.loading import BaseModel
 from tests.conftest import ROOT, assert_same, factors, flags
 
 PARTS = {
@@ -107,8 +108,8 @@ def test_a_damaged_embedding_is_made_anew(options, run_main, read, tmp_path):
 def test_a_prompt_s_embedding_does_not_depend_on_the_others(tiny_sd, options, run_main, monkeypatch):
     """What the cache holds of a prompt is used in runs with other prompts."""
     seen = []
-    encode_prompts = sd.encode_prompts
-    monkeypatch.setattr(sd, "encode_prompts", lambda pipeline, p: (seen.append(p), encode_prompts(pipeline, p))[1])
+    encode_prompts = BaseModel.encode_prompts
+    monkeypatch.setattr(BaseModel, "encode_prompts", lambda base, p: (seen.append(p), encode_prompts(base, p))[1])
     run_main(sd, **options)
     assert seen == [["a photo of sks dog"], [""]]
 

@@ -219,12 +219,15 @@ def test_nothing_that_holds_a_result_is_overwritten_by_mistake(options, run_main
         ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere: there is no such folder"),
         ({"kron_a2": 48}, r"to_q maps 64 to 64 features: a2 = 48 does not divide d_in = 64 \(nearest .* 32 and 64\)"),
         ({"kron_targets": ["to_q", "to_w"]}, "no linear layer of UNet2DConditionModel ends in to_w; there are: .*to_v"),
-        ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere is no base model"),
+        (
+            {"pretrained_model_name_or_path": "./nowhere"},
+            "--pretrained_model_name_or_path ./nowhere is not a base model",
+        ),
         ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7: there is no such checkpoint; .* holds: none"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(change, words, options, run_main, monkeypatch):
-    monkeypatch.setattr(sd, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("dreambooth.train.BaseModel", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=words):
         run_main(sd, **{**options, **change})
     assert not options["output_dir"].exists()

@@ -5,10 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth.output.identity import deciding_options
+from dreambooth.kronecker import KRONECKER
+from dreambooth.output import identity
 from tests.faults.checkpoints import ALONE, make_config
 
 TWO = SimpleNamespace(num_processes=2, mixed_precision="no")
+
+
+def deciding_options(config, accelerator):
+    return identity.deciding_options(KRONECKER, config, accelerator)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,12 @@ def test_the_global_batch_counts_and_with_buckets_its_rows_too(tmp_path):
 def test_the_length_counts_where_the_schedule_looks_at_it(tmp_path):
     cosine = [make_config(tmp_path, lr_scheduler="cosine", max_train_steps=steps) for steps in (5, 6)]
     assert deciding_options(cosine[0], ALONE) != deciding_options(cosine[1], ALONE)
+
+
+def test_another_method_is_another_run(tmp_path):
+    config = make_config(tmp_path)
+    ours, theirs = (identity.deciding_options(SimpleNamespace(name=name), config, ALONE) for name in ("a", "b"))
+    assert ours != theirs
 
 
 def test_tokens_are_in_no_description(tmp_path):
