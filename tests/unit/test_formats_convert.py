@@ -322,11 +322,11 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
             (path, "--to", "native", *out, "--pretrained_model_name_or_path", tiny_sdxl),
             "an adapter for Stable Diffusion 1",
         ),
-        ((path, "--to", "native", *out), "fits none of SD 1.5, SD 2.1, SDXL: name its base with"),
+        ((path, "--to", "native", *out), "fits none of SD 1.5, SD 2.1, SDXL: .*--pretrained_model"),
         ((tmp_path / "lora.safetensors", "--to", "diffusers", *out, *base), "--to diffusers: .* is a LoRA"),
         (
             (path, "--to", "native", *out, *base, "--kron_a1", 4, "--kron_a2", 64),
-            "--kron_a1, --kron_a2: .* is not a LoRA",
+            "--kron_a1, .* is not a LoRA",
         ),
         ((tiny_sd, "--to", "native", *out), "there is no adapter in the folder"),
     ):
@@ -347,7 +347,7 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
         (["a", "--to", "lora", "--output", "b", "--rank", "x"], "argument --rank: invalid"),
         (["a", "--to", "native", "--output", "b", "--kron_a1", "-4", "--kron_a2", "4"], "argument --kron_a1: -4 is"),
         (["a", "--to", "lora", "--output", "b", "--kron_a1", "4", "--kron_a2", "4"], "--kron_a1 is for --to native"),
-        (["a", "--to", "peft", "--output", "b", "--sdxl_names", "sgm"], "--sdxl_names is for --to native and --to lora"),
+        (["a", "--to", "peft", "--output", "b", "--sdxl_names", "sgm"], "--sdxl_names is for --to native"),
         (["a", "--to", "native", "--output", "."], "--output . exists already"),
         (["a", "--inspect", "b"], "--inspect FILE stands alone, but is given with INPUT"),
         (["--inspect", "b", "--rank", "4"], "--inspect FILE stands alone, but is given with --rank"),
