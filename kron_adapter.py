@@ -11,9 +11,11 @@
     load_kronecker(pipeline, "style.safetensors", name="style")
     set_kronecker_scale(pipeline, {"dog": 0.8, "style": 0.5})
 
-Where a function takes `models`, that is one model, {"unet": ..., "text_encoder": ...} or a diffusers pipeline.
+Where a function takes `models`, that is one model, {"unet": ..., "text_encoder": ...} or a diffusers pipeline. Any
+model can be adapted; files have names only for the UNet and text encoders of SD 1.x, SD 2.x and SDXL.
 
-Source: DiffuseKronA (arXiv 2402.17412), eq. 3 to 5.  Needs torch and safetensors only.
+Source: DiffuseKronA (arXiv 2402.17412), eq. 3 to 5. Needs torch and safetensors only. It installs together with
+kron_formats, which holds the file formats: `pip install .`
 """
 
 import json
@@ -28,24 +30,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kron_formats.attach import attach_to_diffusers
-from kron_formats.matching import differences, match_layers
+from kron_formats.errors import KroneckerError
+from kron_formats.families import ATTENTION_TARGETS
+from kron_formats.matching import MatchedAdapter, differences, match_layers
 from kron_formats.names import (
-    KroneckerError,
     Models,
     components,
     ending,
     family,
     find_layers,
+    given_modules,
     linear_modules,
     match_target,
     matrix_size,
 )
-from kron_formats.reading import AdapterFile, Factors, read_adapter
+from kron_formats.reading import Factors, read_kronecker
 from kron_formats.writing import write_native
 
 __all__ = [
+    "ATTENTION_TARGETS",
     "KroneckerError",
     "KroneckerLinear",
+    "add_kronecker",
     "attach_to_diffusers",
     "disable_kronecker",
     "inject_kronecker",
@@ -64,7 +70,6 @@ __all__ = [
     "unmerge_kronecker",
 ]
 
-ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # diffusers' attention projections
 Init = Literal["invariant", "reference"]
 
 
@@ -136,7 +141,7 @@ class _FrozenLinearPlusKronecker(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride] one output has one gradient
         X, inner, weight, A, B = ctx.saved_tensors
         needs_dx, _, _, needs_dA, needs_dB, _ = ctx.needs_input_grad
         G = dy.contiguous().view(-1, A.shape[0], B.shape[0])  # attention hands over transposed gradients
@@ -178,7 +183,7 @@ class KroneckerLinear(nn.Module):
 
     The base may be any `nn.Linear`, also a quantised one, or a KroneckerLinear: several adapters are layers around
     layers. It may be a convolution, which other tools' files adapt too: A ⊗ B is then its kernel (d_out, d_in) =
-    (c_out, c_in·k·k). Raises KroneckerError where a1, a2 do not divide its sizes.
+    (c_out, c_in·k·k). Raises KroneckerError if a1, a2 do not divide its sizes.
     """
 
     def __init__(
@@ -300,9 +305,9 @@ class KroneckerLinear(nn.Module):
 
         The unmerged weight is kept, for `unmerge`.
         """
-        layers = [self]
-        while isinstance(layers[-1].base, KroneckerLinear):
-            layers.append(layers[-1].base)
+        layers: list[KroneckerLinear] = [self]
+        while isinstance(base := layers[-1].base, KroneckerLinear):
+            layers.append(base)
         base = self._innermost
         if any(layer.merged for layer in layers):
             raise KroneckerError("the adapter is merged already; unmerge it first")
@@ -331,7 +336,7 @@ class KroneckerLinear(nn.Module):
         return f"{self.adapter}, a1={self.A.shape[0]}, a2={self.A.shape[1]}, scale={self.scale}, merged={self.merged}"
 
 
-def _divide(base: nn.Module, a1: int, a2: int, name: str) -> tuple[int, int]:
+def _divide(base: nn.Linear | nn.Conv2d | KroneckerLinear, a1: int, a2: int, name: str) -> tuple[int, int]:
     """Return (b1, b2) = (d_out / a1, d_in / a2). Raises KroneckerError, naming the values that would divide."""
     d_out, d_in = matrix_size(base)
     problems = []
@@ -367,24 +372,24 @@ def inject_kronecker(
     A target is the end of a module's dotted path: "to_q", "attn2.to_k", "to_out.0", or the whole path.
     `factors` gives some targets an (a1, a2) of their own: {"to_k": (8, 64)}.
 
-    Raises KroneckerError, with no layer replaced, where a target names no linear layer, where a layer is adapted
-    already, and where factors do not divide a layer's sizes.
+    Raises KroneckerError, with no layer replaced, if a target names no linear layer, if the model has adapters already
+    and if factors do not divide a layer's sizes.
     """
     factors = dict(factors or {})
-    if strangers := [name for name in factors if name not in targets]:
-        raise KroneckerError(f"factors are given for {', '.join(strangers)}, but the targets are {', '.join(targets)}")
+    if unknown := [name for name in factors if name not in targets]:
+        raise KroneckerError(f"factors are given for {', '.join(unknown)}, but the targets are {', '.join(targets)}")
     if kronecker_layers(model):
         raise KroneckerError("the model has Kronecker adapters already; call remove_kronecker first")
     linears = linear_modules(model)
-    found = {name: (path, match_target(name, targets)) for path, name, _ in linears if match_target(name, targets)}
+    found = {name: (path, target) for path, name, _ in linears if (target := match_target(name, targets))}
     if missing := [target for target in targets if target not in {selected for _, selected in found.values()}]:
         endings = sorted({ending(name) for _, name, _ in linears})
         raise KroneckerError(
             f"no linear layer of {type(model).__name__} ends in {', '.join(missing)}; there are: {', '.join(endings)}"
         )
-    layers = {}
+    layers, linear_at = {}, {path: linear for path, _, linear in linears}
     for name, (path, target) in found.items():
-        layers[name] = KroneckerLinear(model.get_submodule(path), *factors.get(target, (a1, a2)), init, name)
+        layers[name] = KroneckerLinear(linear_at[path], *factors.get(target, (a1, a2)), init, name)
         layers[name].target = target
     model.requires_grad_(False)
     for name, layer in layers.items():
@@ -395,7 +400,7 @@ def inject_kronecker(
 def kronecker_layers(model: nn.Module, adapter: str | None = None) -> dict[str, KroneckerLinear]:
     """Return path -> layer for every adapted layer, or for those of one adapter, in the model's order.
 
-    Where a layer has several adapters, the paths of the inner ones go on with ".base".
+    If a layer has several adapters, the paths of the inner ones go on with ".base".
     """
     return {
         path: module
@@ -411,22 +416,22 @@ def kronecker_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def kronecker_adapters(models: Models) -> list[str]:
     """Return the names of the adapters, in the order in which they were added."""
-    found = [list(kronecker_layers(model).values()) for model in components(models).values()]
+    found = [list(kronecker_layers(model).values()) for model in given_modules(models).values()]
     return list(dict.fromkeys(layer.adapter for layers in found for layer in reversed(layers)))
 
 
 def set_kronecker_scale(models: Models, scale: float | Mapping[str, float]) -> None:
     """Set the adapters' strength: 0 is the base model, 1 as trained.
 
-    {"dog": 0.8, "style": 0.5} gives each adapter its own and switches those off that it does not name.
+    {"dog": 0.8, "style": 0.5} gives each adapter its own strength and switches off those that it does not name.
     """
     layers = _adapted(models)
     names = kronecker_adapters(models)
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them before changing their scale")
     scales = scale if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
-    if strangers := [name for name in scales if name not in names]:
-        raise KroneckerError(f"there is no adapter named {', '.join(strangers)}; there are: {', '.join(names)}")
+    if unknown := [name for name in scales if name not in names]:
+        raise KroneckerError(f"there is no adapter named {', '.join(unknown)}; there are: {', '.join(names)}")
     for layer in layers:
         layer.scale = float(scales.get(layer.adapter, 0))
 
@@ -460,19 +465,19 @@ def unmerge_kronecker(models: Models) -> None:
 
 
 def remove_kronecker(models: Models, adapter: str | None = None) -> None:
-    """Take all adapters away, or one of several; merged deltas stay in the weights."""
+    """Remove all adapters, or one of several; merged deltas stay in the weights."""
     layers = _adapted(models) if adapter else []
     if adapter and adapter not in kronecker_adapters(models):
         raise KroneckerError(f"there is no adapter named {adapter}; there are: {', '.join(kronecker_adapters(models))}")
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them before one is removed")
-    for model in components(models).values():
+    for model in given_modules(models).values():
         for path, layer in reversed(kronecker_layers(model, adapter).items()):  # inner ones first
             model.set_submodule(path, layer.base)
 
 
 def _layers(models: Models) -> list[KroneckerLinear]:
-    return [layer for model in components(models).values() for layer in kronecker_layers(model).values()]
+    return [layer for model in given_modules(models).values() for layer in kronecker_layers(model).values()]
 
 
 def _adapted(models: Models) -> list[KroneckerLinear]:
@@ -526,20 +531,35 @@ def save_kronecker(
     dtype: torch.dtype = torch.float32,
     name: str = "default",
 ) -> None:
-    """Write an adapter of a UNet, a mapping of models or a pipeline: what kron_formats/writing.py describes.
+    """Write an adapter of a UNet, a mapping of models or a pipeline, in the layout of kron_formats/writing.py.
 
-    An earlier file stays until the new one is whole.
+    The file is written whole or not at all, and an earlier one stays until then. `metadata` is kept with our prefix.
+
+    Raises KroneckerError, with nothing written, if there is no adapter of that name, if files have no names for one of
+    the models (see `kron_formats.names.components`), and if a factor is not finite in `dtype`.
     """
-    parts = components(models)
-    names = kronecker_adapters(parts)
+    names = kronecker_adapters(models)
     if names and name not in names:
         raise KroneckerError(f"there is no adapter named {name} to save; there are: {', '.join(names)}")
+    parts = components(models)
     adapters = {
         layer: adapter
         for layer in find_layers(parts)
         for adapter in _around(parts[layer.component], layer.path).values()
         if adapter.adapter == name
     }
+    saved = {id(adapter) for adapter in adapters.values()}
+    left_out = [
+        f"{part}.{path}"
+        for part, model in given_modules(models).items()
+        for path, adapter in kronecker_layers(model, name).items()
+        if id(adapter) not in saved
+    ]
+    if left_out:
+        raise KroneckerError(
+            f"adapter files have no name for {len(left_out)} adapted layers, for example {left_out[0]}; nothing was "
+            "written"
+        )
     targets = json.dumps(sorted({adapter.target for adapter in adapters.values()}))
     layers = {layer: adapter.factors for layer, adapter in adapters.items()}
     write_native(path, layers, family(parts), {**(metadata or {}), "targets": targets}, dtype)
@@ -550,47 +570,55 @@ def load_kronecker(
 ) -> dict[str, str]:
     """Add the adapter in a file to a UNet, a mapping of models or a pipeline, beside those it has; return its metadata.
 
-    Raises KroneckerError, with the models untouched, where the file is not a whole Kronecker adapter for them.
+    Raises KroneckerError, with the models untouched, if the file is not a whole Kronecker adapter for them.
     """
-    file, parts = read_kronecker(path), components(models)
-    if name in kronecker_adapters(parts):
+    adapter = match_layers(read_kronecker(path), models)
+    add_kronecker(models, adapter, scale, name)
+    return adapter.file.own_metadata
+
+
+def add_kronecker(models: Models, adapter: MatchedAdapter, scale: float = 1.0, name: str = "default") -> None:
+    """Add an adapter that `match_layers` returned to a UNet, a mapping of models or a pipeline, beside those it has.
+
+    It may have been matched with other models of the same architecture, for example without weights; layers are found
+    by component and name, wherever wrappers have moved them since.
+
+    Raises KroneckerError, with the models untouched, if the adapter is a LoRA, if the models lack one of its layers or
+    have it in another size, if the name is taken and if other adapters are merged.
+    """
+    parts, path = components(models), adapter.file.path
+    if name in kronecker_adapters(models):
         raise KroneckerError(
             f'the model has an adapter named "{name}" already: load {path} under another name, or call '
             "remove_kronecker first"
         )
-    if any(layer.merged for layer in _layers(parts)):
+    if any(layer.merged for layer in _layers(models)):
         raise KroneckerError("the model's adapters are merged; unmerge them before another one is added")
-    for layer, factors in match_layers(file, parts).items():
-        model = parts[layer.component]
-        position = next(iter(_around(model, layer.path)), layer.path)
-        adapter = KroneckerLinear(model.get_submodule(position), *factors.A.shape, init=None, adapter=name)
-        adapter.A.data.copy_(factors.A)
-        adapter.B.data.copy_(factors.B)
-        adapter.transposed_rows = factors.transposed_rows
-        adapter.scale, adapter.target = float(scale), match_target(layer.name, file.layout.targets) or layer.name
-        model.set_submodule(position, adapter)
-    return file.own_metadata
+    layers = {layer: layer for layer in find_layers(parts)}  # equal to those of the adapter, but with a module of ours
+    misfits = [layer.dotted for layer in adapter.factors if layer not in layers or layers[layer].size != layer.size]
+    if misfits:
+        raise KroneckerError(
+            f"{path} was matched with another model: {len(misfits)} of its layers are missing here or have another "
+            f"size ({', '.join(misfits[:3])}{', ...' if len(misfits) > 3 else ''})"
+        )
+    for matched, factors in adapter.factors.items():
+        layer = layers[matched]
+        model, around = parts[layer.component], _around(parts[layer.component], layer.path)
+        position, base = next(iter(around.items()), (layer.path, layer.module))
+        added = KroneckerLinear(base, *factors.A.shape, init=None, adapter=name)
+        added.A.data.copy_(factors.A)
+        added.B.data.copy_(factors.B)
+        added.transposed_rows = factors.transposed_rows
+        added.scale, added.target = float(scale), adapter.target(layer)
+        model.set_submodule(position, added)
 
 
 def _around(model: nn.Module, path: str) -> dict[str, KroneckerLinear]:
-    """Return path -> adapter of those around the linear layer at `path`, the outermost first."""
+    """Return path -> adapter for those around the layer at `path`, the outermost first."""
     found = {}
     while path.endswith(".base"):
         path = path.removesuffix(".base")
-        if isinstance(model.get_submodule(path), KroneckerLinear):
-            found[path] = model.get_submodule(path)
+        module = model.get_submodule(path)
+        if isinstance(module, KroneckerLinear):
+            found[path] = module
     return dict(reversed(found.items()))
-
-
-def read_kronecker(path: str | os.PathLike) -> AdapterFile:
-    """Return the factors in an adapter file of any layout, by the file's own layer names, and its metadata.
-
-    Raises KroneckerError, saying what the file is instead, where it is not a Kronecker adapter.
-    """
-    file = read_adapter(path)
-    if file.is_lora:
-        raise KroneckerError(
-            f"{path} is not a Kronecker adapter: it is a LoRA file; load it with pipe.load_lora_weights, or make a "
-            "Kronecker adapter of it with scripts/convert.py --to native"
-        )
-    return file

@@ -19,12 +19,12 @@ from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_adapter import (
     KroneckerLinear,
+    add_kronecker,
     disable_kronecker,
     inject_kronecker,
     kronecker_layers,
     kronecker_parameters,
     kronecker_state_dict,
-    load_kronecker,
     load_kronecker_state_dict,
     merge_kronecker,
     remove_kronecker,
@@ -145,7 +145,7 @@ class KroneckerReader:
 
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
-            load_kronecker(pipeline, adapter.file.path, adapter.scale, adapter.name)
+            add_kronecker(pipeline, adapter.matched, adapter.scale, adapter.name)
 
     def merge(self, pipeline: DiffusionPipeline) -> int:
         layers = 0

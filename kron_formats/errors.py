@@ -1,4 +1,4 @@
-"""What goes wrong with adapters and their files. Imports nothing, so that anything may catch it."""
+"""The error of everything that concerns adapters. Importing it imports nothing else."""
 
 
 class KroneckerError(ValueError):

@@ -1,17 +1,18 @@
-"""Adapters in the layouts of diffusers, peft and LoRA tools. The native one is in writing.py."""
+"""Adapters in the layouts of diffusers, peft and LoRA tools. writing.py has the native one."""
 
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
 import torch
-from peft import LoKrConfig
 
+from kron_formats.errors import KroneckerError
+from kron_formats.families import Family
 from kron_formats.lora import kronecker_to_lora
-from kron_formats.names import Family, KroneckerError, Layer
+from kron_formats.names import Layer
 from kron_formats.reading import PEFT_WEIGHTS, Factors
 from kron_formats.strength import PEFT_PREFIX
-from kron_formats.writing import cast, file_metadata, prefixed, shape_metadata, write_file
+from kron_formats.writing import cast, file_metadata, file_names, prefixed, shape_metadata, write_tensors
 
 Layers = Mapping[Layer, Factors]
 
@@ -19,13 +20,13 @@ Layers = Mapping[Layer, Factors]
 def square_factor(layers: Layers) -> int:
     """Return the side a of A (a, a), the same for all layers.
 
-    peft creates LoKr layers from one number, the smaller side of both factorisations d = a·b, so that diffusers and
-    peft can load nothing else. Raises KroneckerError, naming the ways that work, where the factors are others.
+    peft creates LoKr layers from one number, the smaller side of both factorisations d = a·b: diffusers and peft can
+    load nothing else. Raises KroneckerError, which says what works instead, if the factors have other shapes.
     """
     for layer, factors in layers.items():
         (a1, a2), (b1, b2) = factors.A.shape, factors.B.shape
         if factors.transposed_rows:
-            what = "its rows have the order of the paper's code"
+            what = "the rows are in the order of the paper's code"
         elif layer.kernel:
             what = "the layer is a convolution"
         elif len({a for other in layers.values() for a in other.A.shape}) > 1:
@@ -37,8 +38,7 @@ def square_factor(layers: Layers) -> int:
         raise KroneckerError(
             f"diffusers and peft cannot load this adapter as LoKr: in {layer.dotted}, {what}. What works: --to lora, "
             "which pipe.load_lora_weights takes; attach_to_diffusers(pipe, path, name) from kron_adapter; the native "
-            "file in ComfyUI, A1111 and Forge"
-            + (" (not for the order of the paper's code)" if factors.transposed_rows else "")
+            "file in ComfyUI, A1111 and Forge" + (" (not with rows in that order)" if factors.transposed_rows else "")
         )
     return next(iter(layers.values())).A.shape[0]
 
@@ -50,17 +50,19 @@ def write_diffusers(path: Path, layers: Layers, metadata: Mapping[str, str], dty
     for layer, factors in layers.items():
         tensors[f"{layer.dotted}.lokr_w1"], tensors[f"{layer.dotted}.lokr_w2"] = cast(layer, factors, dtype)
     shapes = shape_metadata({layer.dotted: factors for layer, factors in layers.items()})
-    write_file(path, tensors, prefixed({**metadata, **shapes}))
+    write_tensors(path, tensors, prefixed({**metadata, **shapes}))
 
 
 def write_peft(folder: Path, layers: Layers, base_model: str | None, dtype: torch.dtype) -> None:
     """Write folder/<component>/adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
 
-    peft multiplies full factors by alpha / r, and makes low-rank ones where r is below half of B's larger side.
+    peft multiplies full factors by alpha / r, and makes low-rank ones if r is below half of B's larger side.
     """
+    from peft import LoKrConfig
+
     a = square_factor(layers)
     r = max(side for factors in layers.values() for side in factors.B.shape)
-    for component in dict.fromkeys(layer.component for layer in layers):
+    for component in _components(layers):
         part = {layer: factors for layer, factors in layers.items() if layer.component == component}
         tensors = {}
         for layer, factors in part.items():
@@ -74,8 +76,8 @@ def write_peft(folder: Path, layers: Layers, base_model: str | None, dtype: torc
             target_modules=[layer.path for layer in part],
             base_model_name_or_path=base_model,
             inference_mode=True,
-        ).save_pretrained(folder / component)
-        write_file(folder / component / PEFT_WEIGHTS, tensors, {})
+        ).save_pretrained(str(folder / component))
+        write_tensors(folder / component / PEFT_WEIGHTS, tensors, {})
 
 
 def lora_bytes(layers: Layers, rank: int | None, dtype: torch.dtype) -> int:
@@ -95,7 +97,7 @@ def dense_bytes(layers: Layers, dtype: torch.dtype) -> int:
 def write_lora(
     path: Path,
     layers: Layers,
-    made_for: Family | None,
+    family: Family | None,
     metadata: Mapping[str, str],
     dtype: torch.dtype,
     rank: int | None = None,
@@ -103,12 +105,13 @@ def write_lora(
 ) -> dict[Layer, tuple[int, float]]:
     """Write a LoRA under kohya's names; return each layer's rank and relative error.
 
-    Every alpha is 1, with √r in both sides instead: diffusers mis-scales silently where alphas differ by layer.
+    Every alpha is 1, with √r in both sides instead: diffusers mis-scales silently if alphas differ between layers.
     """
     tensors, report = {}, {}
-    for layer, factors in layers.items():
-        lora, error = kronecker_to_lora(factors, rank)
-        key, r = layer.kohya if kohya_names else layer.native, lora.down.shape[0]
+    names = file_names(layers, kohya_names)
+    for key, layer in names.items():
+        lora, error = kronecker_to_lora(layers[layer], rank)
+        r = lora.down.shape[0]
         up, down = ((side * r**0.5).to(dtype).contiguous() for side in (lora.up, lora.down))
         up, down = up[(..., *[None] * len(layer.kernel))], down.unflatten(1, (-1, *layer.kernel))
         if not (up.isfinite().all() and down.isfinite().all()):
@@ -116,10 +119,10 @@ def write_lora(
         tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
         tensors[f"{key}.alpha"] = torch.tensor(1.0, dtype=dtype)
         report[layer] = (r, error)
-    shapes = {layer.kohya if kohya_names else layer.native: factors for layer, factors in layers.items()}
+    shapes = shape_metadata({key: layers[layer] for key, layer in names.items()})
     network = {"ss_network_module": "networks.lora", "ss_network_alpha": "1.0"}
     network["ss_network_dim"] = str(max(r for r, _ in report.values()))
-    write_file(path, tensors, file_metadata({**metadata, **shape_metadata(shapes)}, made_for, network))
+    write_tensors(path, tensors, file_metadata({**metadata, **shapes}, family, network))
     return report
 
 
@@ -128,3 +131,51 @@ def total_error(layers: Layers, report: Mapping[Layer, tuple[int, float]]) -> fl
     sizes = {layer: (factors.A.double().norm() * factors.B.double().norm()).item() for layer, factors in layers.items()}
     total = sum(size**2 for size in sizes.values()) ** 0.5
     return sum((sizes[layer] * error) ** 2 for layer, (_, error) in report.items()) ** 0.5 / (total or 1.0)
+
+
+# ---- how to load what was written ----
+
+TEXT_ENCODER_SNIPPET = """
+    from peft import LoKrConfig
+    from safetensors.torch import load_file
+
+    tensors = load_file("{path}")
+    for name in {encoders}:
+        encoder = getattr(pipe, name)
+        modules = dict(encoder.named_modules())  # transformers 5 has no "text_model" level in CLIPTextModel
+        prefix = f"{{name}}."
+        part = {{key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}}
+        if "text_model" not in modules:
+            part = {{key.removeprefix("text_model."): tensor for key, tensor in part.items()}}
+        targets = sorted({{key.rpartition(".")[0] for key in part}})
+        config = LoKrConfig(r={r}, alpha={r}, decompose_factor={a}, target_modules=targets)
+        encoder.load_adapter(peft_config=config, adapter_state_dict=part)"""
+
+
+def diffusers_snippet(path: Path, layers: Layers) -> str:
+    """Return the code that loads what `write_diffusers` wrote into a pipeline `pipe`."""
+    folder, components, lines = path.absolute().parent, _components(layers), []
+    if "unet" in components:
+        lines.append(f'    pipe.unet.load_lora_adapter("{folder}", weight_name="{path.name}", prefix="unet")')
+    if encoders := [component for component in components if component != "unet"]:
+        a, r = square_factor(layers), max(side for factors in layers.values() for side in factors.B.shape)
+        lines.append(TEXT_ENCODER_SNIPPET.format(path=folder / path.name, encoders=encoders, r=r, a=a))
+    return "\n".join(lines)
+
+
+def peft_snippet(folder: Path, layers: Layers) -> str:
+    """Return the code that loads what `write_peft` wrote into a pipeline `pipe`."""
+    lines = [
+        f'    pipe.{component} = PeftModel.from_pretrained(pipe.{component}, "{folder / component}")'
+        for component in _components(layers)
+    ]
+    return "\n".join(["    from peft import PeftModel", *lines])
+
+
+def lora_snippet(path: Path) -> str:
+    """Return the code that loads what `write_lora` wrote into a pipeline `pipe`."""
+    return f'    pipe.load_lora_weights("{path.absolute().parent}", weight_name="{path.name}")'
+
+
+def _components(layers: Layers) -> list[str]:
+    return list(dict.fromkeys(layer.component for layer in layers))

@@ -1,37 +1,47 @@
-"""What the metadata of our own files says of their layers, so that a file can be held against it."""
+"""What the metadata of our own files says about their layers, for a file to be checked against."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kron_formats.names import KroneckerError
-from kron_formats.strangers import integers, parse_json, positive_integer, printable
+from kron_formats.errors import KroneckerError
+from kron_formats.files import excerpt, integer_pair, parse_json, positive_integer
+
+FORMAT_VERSION = "1"
+LAYOUT_KEYS = ("format_version", "layers", "a1", "a2", "factors", "rows")  # what describes the layers
 
 
 @dataclass(frozen=True)
 class Layout:
-    number: int  # of layers; 0 where nothing is said
+    number: int  # of layers; 0 if unknown
     targets: tuple[str, ...]  # the ends of the names of the layers
     shape: tuple[int, int] | None  # (a1, a2) of all layers
-    shapes: Mapping[str, tuple[int, int]]  # (a1, a2) by layer where they differ
+    shapes: Mapping[str, tuple[int, int]]  # (a1, a2) by layer if they differ
 
     def shape_of(self, name: str) -> tuple[int, int] | None:
-        """Return (a1, a2) of a layer, None where nothing is said."""
+        """Return (a1, a2) of a layer; None if unknown."""
         return self.shapes.get(name, self.shape)
 
 
 def read_layout(own: Mapping[str, str], source: str) -> Layout:
-    """Return the layout in our metadata, its keys without prefix. Raises KroneckerError where it does not read."""
+    """Return the layout in our metadata, its keys without prefix. Raises KroneckerError if it is not one of ours."""
 
     def refuse(key: str) -> KroneckerError:
-        return KroneckerError(f"{source}: the metadata {key} is {printable(own[key])}, which cannot be")
+        return KroneckerError(f"{source}: the metadata {key} is {excerpt(own[key])}, which is not valid")
 
+    if own.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise KroneckerError(
+            f"{source}: the metadata format_version is {excerpt(own['format_version'])}, and this version reads "
+            f"{FORMAT_VERSION} only"
+        )
+    if own.get("rows", "transposed") != "transposed":
+        raise refuse("rows")
     for key in ("layers", "a1", "a2"):
         if key in own and positive_integer(own[key]) is None:
             raise refuse(key)
     shapes = parse_json(own.get("factors", "{}"), f"{source}: the metadata factors")
-    pairs = {name: integers(pair, 2) for name, pair in shapes.items()}
-    if None in pairs.values():
+    pairs = {name: pair for name, values in shapes.items() if (pair := integer_pair(values))}
+    if len(pairs) < len(shapes):
         raise refuse("factors")
     try:
         targets = json.loads(own.get("targets", "[]"))
@@ -39,5 +49,5 @@ def read_layout(own: Mapping[str, str], source: str) -> Layout:
         raise refuse("targets") from error
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise refuse("targets")
-    shape = integers([own.get("a1"), own.get("a2")], 2)
+    shape = integer_pair([own.get("a1"), own.get("a2")])
     return Layout(positive_integer(own.get("layers")) or 0, tuple(targets), shape, pairs)

@@ -10,7 +10,7 @@ pair gives the nearest one for any other matrix (Van Loan and Pitsianis 1993).
 import torch
 from torch import Tensor
 
-from kron_formats.names import KroneckerError
+from kron_formats.errors import KroneckerError
 from kron_formats.reading import Factors, LowRank, transpose_rows
 
 
@@ -42,7 +42,7 @@ def numerical_rank(singular_values: Tensor, factor: Tensor) -> int:
 def lora_to_kronecker(low_rank: LowRank, a1: int, a2: int, transposed_rows: bool = False) -> tuple[Factors, float]:
     """Return the nearest A ⊗ B with A (a1, a2), and its error |ΔW - A ⊗ B| / |ΔW|.
 
-    Raises KroneckerError where (a1, a2) does not divide ΔW's sizes.
+    Raises KroneckerError if (a1, a2) does not divide ΔW's sizes.
     """
     d_out, d_in = low_rank.size
     if d_out % a1 or d_in % a2:

@@ -1,29 +1,47 @@
-"""Which layer of a model each entry of an adapter file belongs to, and what is wrong where it belongs to none."""
+"""Which layer of a model each entry of an adapter file belongs to, and what is wrong if it belongs to none."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
-from kron_formats.names import (
-    FAMILY_NAMES,
-    KroneckerError,
-    Layer,
-    Models,
-    family,
-    find_layers,
-    match_target,
-    spelling_index,
-)
-from kron_formats.reading import AdapterFile, Factors, LowRank
-
-FAMILY_OF_VERSION = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl_base_v1-0": "sdxl"}  # kohya's ss_base_model_version
-FAMILY_OF_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # width of the text embeddings
+from kron_formats.errors import KroneckerError
+from kron_formats.families import Family, family_of_version, family_of_width
+from kron_formats.names import Layer, Models, family, find_layers, match_target, spelling_index
+from kron_formats.reading import AdapterFile, Factors, LowRank, StoredFactors, is_lora_error
 
 
-def match_layers(file: AdapterFile, models: Models) -> dict[Layer, Factors | LowRank]:
-    """Return the model's layer -> its entry in the file.
+@dataclass(frozen=True)
+class MatchedAdapter:
+    """An adapter file that fits a model, with the model's layers for its entries.
+
+    The layers are those of the model that it was matched with, which may have no weights; in another model of the same
+    architecture they are found again by component and name, by which layers are equal.
+    """
+
+    file: AdapterFile
+    family: Family | None  # of the model; None if it is not one of diffusers
+    layers: dict[Layer, Factors | LowRank]
+
+    @cached_property
+    def factors(self) -> dict[Layer, Factors]:
+        """The layers of a Kronecker adapter. Raises KroneckerError if the file is a LoRA."""
+        factors = {layer: entry for layer, entry in self.layers.items() if isinstance(entry, Factors)}
+        if len(factors) < len(self.layers):
+            raise is_lora_error(self.file.path)
+        return factors
+
+    def target(self, layer: Layer) -> str:
+        """Return the target that the file says selected a layer; its name if the file does not say."""
+        return match_target(layer.name, self.file.layout.targets) or layer.name
+
+
+def match_layers(file: AdapterFile, models: Models) -> MatchedAdapter:
+    """Return the file with the model's layer for each of its entries.
 
     Factors that are stored as products are multiplied out, since now their size is known to be a layer's.
 
-    Raises KroneckerError unless every entry has a layer of its size and every target of the file an entry.
+    Raises KroneckerError unless every entry has a layer of its size and every target of the file has an entry, and as
+    `components` does.
     """
     layers = find_layers(models)
     index = spelling_index(layers)
@@ -47,28 +65,31 @@ def match_layers(file: AdapterFile, models: Models) -> dict[Layer, Factors | Low
         raise KroneckerError(
             f"{file.path} does not fit this model: {_wrong_family(file, models)}" + "; ".join(problems[:3]) + more
         )
-    multiplied = {layer: entry.multiplied() for layer, entry in matched.items()}
+    multiplied = {
+        layer: entry.multiplied() if isinstance(entry, StoredFactors) else entry for layer, entry in matched.items()
+    }
     if infinite := [layer.native for layer, entry in multiplied.items() if not entry.isfinite()]:
         raise KroneckerError(f"{file.path}: the factors of {infinite[0]} are not all finite when multiplied out")
-    return multiplied
+    return MatchedAdapter(file, family(models), multiplied)
 
 
-def file_family(file: AdapterFile) -> str | None:
-    """Return which Stable Diffusion a file was made for, by its metadata or by the width of the text it attends to."""
+def file_family(file: AdapterFile) -> Family | None:
+    """Return the family that a file was made for, by its metadata or the width of the text that it attends to."""
+    if by_version := family_of_version(file.metadata.get("ss_base_model_version")):
+        return by_version
     widths = {entry.size[1] for name, entry in file.layers.items() if "attn2" in name and "to_k" in name}
-    by_width = FAMILY_OF_CONTEXT.get(widths.pop()) if len(widths) == 1 else None
-    return FAMILY_OF_VERSION.get(file.metadata.get("ss_base_model_version", ""), by_width)
+    return family_of_width(widths.pop()) if len(widths) == 1 else None
 
 
 def _wrong_family(file: AdapterFile, models: Models) -> str:
     made_for, is_for = file_family(file), family(models)
     if made_for is None or is_for is None or made_for == is_for:
         return ""
-    return f"it is an adapter for {FAMILY_NAMES[made_for]}, the model is {FAMILY_NAMES[is_for]}; "
+    return f"it is an adapter for {made_for.title}, the model is {is_for.title}; "
 
 
 def differences(expected: Iterable[str], given: Iterable[str]) -> list[str]:
-    """Say in words which names are missing and which are not expected; a few of each, and how many."""
+    """Return in words which names are missing and which are unexpected; a few of each, and how many."""
     expected, given = set(expected), set(given)
     problems = []
     for label, names in (("missing", expected - given), ("not in the model", given - expected)):

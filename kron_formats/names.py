@@ -6,22 +6,36 @@
     ComfyUI     diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q       text_encoders.clip_l...
 
 Names are never parsed: every layer of the model at hand is spelled in all ways, and a file's names are looked up.
+Models for which files have no names are refused.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from math import prod
-from typing import Any, Literal
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from kron_formats.errors import KroneckerError as KroneckerError
+from kron_formats.errors import KroneckerError
+from kron_formats.families import (
+    COMPONENT_CLASSES,
+    COMPONENTS,
+    FAMILIES,
+    Family,
+    TextEncoder,
+    family_of_components,
+    family_of_config,
+)
 
-Models = nn.Module | Mapping[str, nn.Module] | Any  # a UNet, {"unet": ..., "text_encoder": ...}, a diffusers pipeline
-Family = Literal["sd1", "sd2", "sdxl"]
-FAMILY_NAMES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+M = TypeVar("M", bound=nn.Module)
+
+Models = nn.Module | Mapping[str, Any] | Any  # a UNet, {"unet": ..., "text_encoder": ...}, a diffusers pipeline
+WITHOUT_NAMES = ("vae", "safety_checker", "image_encoder", "controlnet", "adapter")  # a pipeline's other models
+LIBRARIES = ("diffusers", "transformers")
 WRAPPERS = ("base", "base_layer")  # where KroneckerLinear and peft's layers keep the layer that they wrap
+UNET_PREFIX = "lora_unet"  # what kohya's names of a UNet's layers begin with
+COMFY_UNET_PREFIXES = ("diffusion_model.", "unet.", "")
 SGM_RESNET = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
@@ -37,20 +51,33 @@ SGM_OUTSIDE = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-CLIPS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # ComfyUI's names; clip_h is SD 2's
+
+
+class LinearLike(Protocol):
+    """An `nn.Linear`, or a layer around one."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
+# ---- layers ----
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer or a convolution of a pipeline."""
+    """A linear layer or a convolution of a pipeline. Layers with the same component and name are equal."""
 
     component: str  # "unet", "text_encoder" or "text_encoder_2"
     name: str  # diffusers' path in the component; a text encoder's always begins with "text_model."
-    path: str  # where the module is found now: under wrappers, or without "text_model"
-    module: nn.Linear | nn.Conv2d
-    sgm: str  # its path in the tree of Stability's own code; a text encoder's is its name
-    native: str  # its name in the files that we write
-    kohya: str  # its name under diffusers' block names, dots as underscores
+    path: str = field(compare=False)  # where the module is found now: under wrappers, or without "text_model"
+    module: nn.Linear | nn.Conv2d = field(compare=False)
+    sgm: str = field(compare=False)  # its path in the tree of Stability's own code; a text encoder's is its name
+    native: str = field(compare=False)  # its name in the files that we write
+    kohya: str = field(compare=False)  # its name under diffusers' block names, dots as underscores
+    text_encoder: TextEncoder | None = field(compare=False)  # None in the UNet
 
     @property
     def dotted(self) -> str:
@@ -70,63 +97,161 @@ class Layer:
         """Return every name under which a file may mean this layer."""
         parent, _, projection = self.name.removesuffix(".0").rpartition(".")
         reference = f"{parent}.processor.{projection}_lora"
+        flat = self.name.replace(".", "_")
         return (
             self.native,
             self.kohya,
-            self.kohya.replace("lora_te_", "lora_te1_"),
-            f"lycoris_{self.name.replace('.', '_')}",
+            *self._other_spellings(flat),
+            f"lycoris_{flat}",
             self.dotted,
             f"{self.component}.{self.path}",
             f"{self.component}.{reference}",
             f"{self.dotted}.lora_linear_layer",
             f"{self.dotted}.lora_layer",
-            *self._comfy_spellings(),
             self.name,
             self.path,
         )
 
-    def _comfy_spellings(self) -> list[str]:
+    def _other_spellings(self, flat: str) -> list[str]:
         """Names as ComfyUI has its modules, and as OneTrainer writes them in its formats Comfy, Original and OMI."""
-        if self.component == "unet":
-            prefixes = ("diffusion_model.", "unet.", "")
-            return [f"lora_unet_{self.sgm.replace('.', '_')}", *(f"{prefix}{self.sgm}" for prefix in prefixes)]
-        clips = CLIPS[self.component]
-        return [f"{prefix}.{self.name}" for clip in clips for prefix in (f"text_encoders.{clip}.transformer", clip)]
+        if self.text_encoder is None:
+            prefixed = [f"{prefix}{self.sgm}" for prefix in COMFY_UNET_PREFIXES]
+            return [f"{UNET_PREFIX}_{self.sgm.replace('.', '_')}", *prefixed]
+        return [
+            *(f"{prefix}_{flat}" for prefix in self.text_encoder.other_prefixes),
+            *(f"{prefix}{self.name}" for prefix in _comfy_prefixes(self.text_encoder)),
+        ]
 
 
-def components(models: Models) -> dict[str, nn.Module]:
-    """Return component -> model of what can carry adapters."""
-    if isinstance(models, nn.Module):
-        return {"unet": models}
-    parts = models if isinstance(models, Mapping) else models.components
-    return {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
-
-
-def family(models: Models) -> Family | None:
-    """Return which Stable Diffusion the UNet belongs to, as far as its configuration says; None for other models."""
-    config = getattr(components(models).get("unet"), "config", None) or {}
-    if config.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    if "cross_attention_dim" not in config:
-        return None
-    return "sd2" if config["cross_attention_dim"] == 1024 else "sd1"
+def _comfy_prefixes(text_encoder: TextEncoder) -> tuple[str, str]:
+    return f"text_encoders.{text_encoder.clip}.transformer.", f"{text_encoder.clip}."
 
 
 def find_layers(models: Models) -> list[Layer]:
-    """Return the linear layers and convolutions of a model, a mapping of models or a pipeline, in its order."""
+    """Return the linear layers and convolutions of a model, a mapping of models or a pipeline, in its order.
+
+    Raises KroneckerError as `components` does.
+    """
     parts = components(models)
-    is_sdxl = family(parts) == "sdxl" or "text_encoder_2" in parts
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_sdxl else "lora_te", "text_encoder_2": "lora_te2"}
+    spelled_as = family(parts) or family_of_components(parts)
     layers = []
     for component, model in parts.items():
+        text_encoder = None if component == "unet" else spelled_as.text_encoder(component)
         for path, name, module in modules_of(model, (nn.Linear, nn.Conv2d)):
-            if component != "unet" and name.startswith("encoder."):
+            if text_encoder and name.startswith("encoder."):
                 name = f"text_model.{name}"  # transformers 5 dropped that level from CLIPTextModel; files keep it
-            sgm = sgm_name(name, model) if component == "unet" else name
-            kohya = f"{prefixes[component]}_{name.replace('.', '_')}"
-            native = f"lora_unet_{sgm.replace('.', '_')}" if component == "unet" and is_sdxl else kohya
-            layers.append(Layer(component, name, path, module, sgm, native, kohya))
+            sgm = name if text_encoder else sgm_name(name, model)
+            kohya = f"{text_encoder.prefix if text_encoder else UNET_PREFIX}_{name.replace('.', '_')}"
+            native = kohya
+            if text_encoder is None and spelled_as.sgm_names:
+                native = f"{UNET_PREFIX}_{sgm.replace('.', '_')}"
+            layers.append(Layer(component, name, path, module, sgm, native, kohya, text_encoder))
     return layers
+
+
+def spelling_index(layers: Sequence[Layer]) -> dict[str, Layer]:
+    """Return every spelling -> layer. If two layers share a bare path, the earlier component has it."""
+    index = {}
+    for layer in layers:
+        for spelling in layer.spellings():
+            index.setdefault(spelling, layer)
+    return index
+
+
+def component_of(name: str) -> str | None:
+    """Return the component that a layer's name in a file begins as: a guess without a model; None if it is none."""
+    return next((component for component, starts in _beginnings().items() if name.startswith(starts)), None)
+
+
+def is_kohya(name: str) -> bool:
+    """Whether a layer's name in a file has one of kohya's prefixes."""
+    encoders = (encoder for family in FAMILIES for encoder in family.text_encoders)
+    prefixes = {prefix for encoder in encoders for prefix in (encoder.prefix, *encoder.other_prefixes)}
+    return name.startswith(tuple(f"{prefix}_" for prefix in {UNET_PREFIX, *prefixes}))
+
+
+@cache
+def _beginnings() -> dict[str, tuple[str, ...]]:
+    starts = {component: [f"{component}."] for component in reversed(COMPONENTS)}  # the UNet's are the shortest
+    for text_encoder in (encoder for family in FAMILIES for encoder in family.text_encoders):
+        prefixes = (f"{prefix}_" for prefix in (text_encoder.prefix, *text_encoder.other_prefixes))
+        starts[text_encoder.component] += [*prefixes, *_comfy_prefixes(text_encoder)]
+    starts["text_encoder"] += ["lycoris_text_model_", "text_model.", "encoder.layers."]
+    blocks = ("down_blocks.", "mid_block.", "up_blocks.", "input_blocks.", "middle_block.", "output_blocks.")
+    starts["unet"] += [f"{UNET_PREFIX}_", "lycoris_", "diffusion_model.", *blocks]
+    return {component: tuple(beginnings) for component, beginnings in starts.items()}
+
+
+# ---- models ----
+
+
+def components(models: Models) -> dict[str, nn.Module]:
+    """Return component -> model for all that files have names for: the UNet and the text encoders.
+
+    A bare module counts as the UNet. Modules of classes outside diffusers and transformers are taken as they are.
+
+    Raises KroneckerError if there is anything else among the models that an adapter could be for (a transformer, a
+    third text encoder, a T5): its layers would be left out, or written under names that mean others.
+    """
+    if isinstance(models, nn.Module):
+        _check_class("unet", models)
+        return {"unet": models}
+    given = given_modules(models)
+    if unknown := [name for name in given if name not in (*COMPONENTS, *WITHOUT_NAMES)]:
+        raise _unknown(", ".join(f"{name} ({type(given[name]).__name__})" for name in unknown))
+    parts = {name: given[name] for name in COMPONENTS if name in given}
+    if not parts:
+        raise _unknown(f"a {type(models).__name__} with {', '.join(given) or 'no models'}")
+    for name, model in parts.items():
+        _check_class(name, model)
+    return parts
+
+
+def given_modules(models: Models) -> dict[str, nn.Module]:
+    """Return name -> module for everything in a model, a mapping of models or a pipeline, known to files or not."""
+    if isinstance(models, nn.Module):
+        return {"unet": models}
+    parts = models if isinstance(models, Mapping) else getattr(models, "components", None)
+    if parts is None:
+        raise KroneckerError(f"a {type(models).__name__} is not a model, a mapping of models or a diffusers pipeline")
+    names = dict.fromkeys((*COMPONENTS, *parts))  # those that files know come first
+    return {name: parts[name] for name in names if isinstance(parts.get(name), nn.Module)}
+
+
+def _check_class(component: str, model: nn.Module) -> None:
+    """Raise KroneckerError if a model is one of diffusers or transformers, but not one that files have names for."""
+    classes = type(unwrapped(model)).__mro__
+    of_a_library = any(c.__module__.partition(".")[0] in LIBRARIES for c in classes)
+    if of_a_library and not {c.__name__ for c in classes} & {*COMPONENT_CLASSES[component]}:
+        raise _unknown(f"a {classes[0].__name__} as {component}")
+
+
+def _unknown(what: str) -> KroneckerError:
+    known = "; ".join(f"{component} ({' or '.join(classes)})" for component, classes in COMPONENT_CLASSES.items())
+    return KroneckerError(
+        f"adapter files have no names for the layers of {what}. They have for: {known}. Pass those alone, as in "
+        '{"unet": pipeline.unet}; factors of other models can be kept with kronecker_state_dict'
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile's and peft's wrappers."""
+    while True:
+        inside = model._modules.get("_orig_mod")
+        if inside is None and (tuner := model._modules.get("base_model")) is not None:
+            inside = tuner._modules.get("model")
+        if inside is None:
+            return model
+        model = inside
+
+
+def family(models: Models) -> Family | None:
+    """Return the family of the UNet by its configuration; None without a UNet of diffusers.
+
+    Raises KroneckerError as `components` and `family_of_config` do.
+    """
+    config = getattr(components(models).get("unet"), "config", None)
+    return family_of_config(config) if isinstance(config, Mapping) and "cross_attention_dim" in config else None
 
 
 def linear_modules(model: nn.Module) -> list[tuple[str, str, nn.Linear]]:
@@ -134,7 +259,7 @@ def linear_modules(model: nn.Module) -> list[tuple[str, str, nn.Linear]]:
     return modules_of(model, (nn.Linear,))
 
 
-def modules_of(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[tuple[str, str, nn.Module]]:
+def modules_of(model: nn.Module, types: tuple[type[M], ...]) -> list[tuple[str, str, M]]:
     """Return (path, name, module) of every module of these types: a name is a path without wrappers."""
     found = []
     for path, module in model.named_modules():
@@ -146,11 +271,14 @@ def modules_of(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[tup
     return found
 
 
-def matrix_size(module: nn.Module) -> tuple[int, int]:
+def matrix_size(module: nn.Conv2d | LinearLike) -> tuple[int, int]:
     """Return (d_out, d_in) of a layer's weight as a matrix: a kernel (c_out, c_in, k, k) is (c_out, c_in·k·k)."""
     if isinstance(module, nn.Conv2d):
         return module.out_channels, module.in_channels // module.groups * prod(module.kernel_size)
     return module.out_features, module.in_features
+
+
+# ---- names ----
 
 
 def sgm_name(name: str, unet: nn.Module) -> str:
@@ -163,7 +291,7 @@ def sgm_name(name: str, unet: nn.Module) -> str:
         samplers end the last block of their level
     """
     words = name.split(".")
-    config = getattr(unet, "config", None) or {}
+    config: Any = getattr(unet, "config", None) or {}
     if words[0] == "mid_block" and words[1] in ("resnets", "attentions"):
         (kind, index), rest = words[1:3], words[3:]
         block = f"middle_block.{2 * int(index) if kind == 'resnets' else 1}"
@@ -181,17 +309,8 @@ def sgm_name(name: str, unet: nn.Module) -> str:
     return ".".join([block, first, *rest[1:]])
 
 
-def spelling_index(layers: Sequence[Layer]) -> dict[str, Layer]:
-    """Return every spelling -> layer. Where two layers share a bare path, the earlier component has it."""
-    index = {}
-    for layer in layers:
-        for spelling in layer.spellings():
-            index.setdefault(spelling, layer)
-    return index
-
-
 def match_target(name: str, targets: Sequence[str]) -> str | None:
-    """Return the longest target that is the end of a layer's name, in whole words; None where none is."""
+    """Return the longest target that is the end of a layer's name, in whole words; None if none is."""
     return max((target for target in targets if f".{name}".endswith(f".{target}")), key=len, default=None)
 
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kron_formats.errors import KroneckerError
+from kron_formats.families import COMPONENTS
+from kron_formats.files import excerpt, is_pickle, open_safetensors, read_pickle
 from kron_formats.layout import Layout, read_layout
-from kron_formats.names import COMPONENTS, KroneckerError
-from kron_formats.strangers import is_pickle, open_safetensors, printable, read_pickle
 from kron_formats.strength import PEFT_PREFIX, peft_configs, peft_strength
 
-METADATA_PREFIX = "kronecker."  # of our own metadata keys
+METADATA_PREFIX = "kronecker."  # of the metadata keys that are ours
 PEFT_WEIGHTS = "adapter_model.safetensors"
 ROLES = {
     "lokr_w1": "w1", "lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b",
@@ -65,7 +66,7 @@ class LowRank:
         return self.size
 
     def numel(self) -> int:
-        """Return the numbers that are stored."""
+        """Return how many numbers are stored."""
         return self.up.numel() + self.down.numel()
 
     def isfinite(self) -> Tensor:
@@ -75,18 +76,37 @@ class LowRank:
         """Return the product (d_out, d_in), fp64."""
         return self.up.double() @ self.down.double()
 
-    def multiplied(self) -> "LowRank":
-        return self
-
 
 @dataclass(frozen=True)
 class Factors:
     """ΔW = A ⊗ B; with `transposed_rows`, its rows in the order of the paper's code.
 
     That code reads A X Bᵀ column by column: ΔW[b·a1 + a] = (A ⊗ B)[a·b1 + b], which no Kronecker product equals.
+    """
 
-    A file may hold factors as products, which can be far larger than the file. They are multiplied out where their
-    size is known to be that of a layer: `match_layers` returns tensors alone.
+    A: Tensor  # (a1, a2)
+    B: Tensor  # (b1, b2)
+    transposed_rows: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(d_out, d_in)"""
+        return self.A.shape[0] * self.B.shape[0], self.A.shape[1] * self.B.shape[1]
+
+    def isfinite(self) -> Tensor:
+        return self.A.isfinite().all() & self.B.isfinite().all()
+
+    def dense(self) -> Tensor:
+        """Return ΔW (d_out, d_in), fp64: exact."""
+        product = torch.kron(self.A.double(), self.B.double())
+        return transpose_rows(product, self.A.shape[0]) if self.transposed_rows else product
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """Factors as a file holds them: each whole, or as a product of low rank, which can be far larger than the file.
+
+    They are multiplied out once their size is known to be that of a layer: `match_layers` returns Factors.
     """
 
     A: Tensor | LowRank  # (a1, a2) fp32
@@ -98,24 +118,22 @@ class Factors:
         """(d_out, d_in)"""
         return self.A.shape[0] * self.B.shape[0], self.A.shape[1] * self.B.shape[1]
 
+    def numel(self) -> int:
+        """Return how many numbers are stored."""
+        return self.A.numel() + self.B.numel()
+
     def isfinite(self) -> Tensor:
         return self.A.isfinite().all() & self.B.isfinite().all()
 
-    def multiplied(self) -> "Factors":
-        """Return the same with both factors as tensors."""
+    def multiplied(self) -> Factors:
         A, B = (factor.dense().float() if isinstance(factor, LowRank) else factor for factor in (self.A, self.B))
-        return replace(self, A=A, B=B)
-
-    def dense(self) -> Tensor:
-        """Return ΔW (d_out, d_in), fp64: exact."""
-        product = torch.kron(self.A.double(), self.B.double())
-        return transpose_rows(product, self.A.shape[0]) if self.transposed_rows else product
+        return Factors(A, B, self.transposed_rows)
 
 
 @dataclass(frozen=True)
 class AdapterFile:
     path: Path
-    layers: dict[str, Factors | LowRank]  # by the file's own layer names
+    layers: dict[str, StoredFactors | LowRank]  # by the file's own layer names
     metadata: dict[str, str]
     has_alphas: bool = False  # whether every layer has one
 
@@ -134,7 +152,7 @@ class AdapterFile:
 
     @cached_property
     def layout(self) -> Layout:
-        """What our metadata says of the layers. Raises KroneckerError where it does not read."""
+        """What our metadata says about the layers. Raises KroneckerError if it is not valid."""
         return read_layout(self.own_metadata, str(self.path))
 
 
@@ -148,16 +166,16 @@ def read_adapter(path: str | os.PathLike, allow_pickle: bool = False) -> Adapter
 
     `allow_pickle` reads archives of torch.save too, tensors alone, for the .bin files of the paper's code.
 
-    Raises KroneckerError, saying what the file is instead, where it is neither a Kronecker adapter nor a LoRA.
+    Raises KroneckerError, saying what the file is instead, if it is neither a Kronecker adapter nor a LoRA.
     """
     path = Path(path)
     if os.path.isdir(path):
         return _read_folder(path)
     tensors, metadata = _read_tensors(path, allow_pickle)
+    names_and_roles = _split_keys(path, list(tensors))
     configs = peft_configs(path, tensors, metadata)
     parts = defaultdict(dict)
-    for key, tensor in tensors.items():
-        name, role = _split_key(key)
+    for (name, role), (key, tensor) in zip(names_and_roles, tensors.items()):
         if role in parts[name]:
             raise KroneckerError(f"{path}: {name} is there twice, under different names, for example {key}")
         parts[name][role] = _checked(tensor, role, f"{path}: {key}")
@@ -175,46 +193,64 @@ def read_adapter(path: str | os.PathLike, allow_pickle: bool = False) -> Adapter
     return file
 
 
+def read_kronecker(path: str | os.PathLike) -> AdapterFile:
+    """Return the factors in an adapter file of any layout, by the file's own layer names, and its metadata.
+
+    Raises KroneckerError, saying what the file is instead, if it is not a Kronecker adapter.
+    """
+    file = read_adapter(path)
+    if file.is_lora:
+        raise is_lora_error(file.path)
+    return file
+
+
+def is_lora_error(path: Path) -> KroneckerError:
+    return KroneckerError(
+        f"{path} is not a Kronecker adapter: it is a LoRA file; load it with pipe.load_lora_weights, or make a "
+        "Kronecker adapter of it with scripts/convert.py --to native"
+    )
+
+
 def _read_tensors(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     if allow_pickle and is_pickle(path):
-        tensors = read_pickle(path)
-        _check_keys(path, list(tensors))
-        return tensors, {}
+        return read_pickle(path), {}
     with open_safetensors(path) as file:
         keys = list(file.keys())
-        _check_keys(path, keys)
+        _split_keys(path, keys)  # what is not an adapter is refused before its tensors are read
         return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
 
 
-def _check_keys(path: Path, keys: Sequence[str]) -> None:
-    """Raise KroneckerError where tensors have names that no adapter's have."""
+def _split_keys(path: Path, keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (layer's name, tensor's role in it) for each key. Raises KroneckerError if one is not an adapter's."""
     names = {key: _split_key(key) for key in keys}
-    strangers = [key for key, (_, role) in names.items() if role is None]
-    if strangers or not keys:
-        raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(strangers)}")
-    for name, _ in names.values():
+    unknown = [key for key, split in names.items() if split is None]
+    if unknown or not keys:
+        raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(unknown)}")
+    split_keys = [split for split in names.values() if split is not None]
+    for name, _ in split_keys:
         if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
-            raise KroneckerError(f"{path} is not a Kronecker adapter: no layer is called {printable(name)}")
+            raise KroneckerError(f"{path} is not a Kronecker adapter: no layer is called {excerpt(name)}")
+    return split_keys
 
 
-def _split_key(key: str) -> tuple[str, str | None]:
-    """Return a layer's name and a tensor's role in it, None where the ending is none that adapters have."""
+def _split_key(key: str) -> tuple[str, str] | None:
+    """Return a layer's name and a tensor's role in it; None if no adapter's tensor ends so."""
     for suffix, role in ROLES.items():
         if key.endswith(f".{suffix}"):
             name = key.removesuffix(f".{suffix}").removeprefix(PEFT_PREFIX)
             # OneTrainer's first LoKr files left a dot in kohya's names: ..._attn1.to_q.lokr_w1, ..._attn1_to_q.alpha
             return name.replace(".", "_") if name.startswith("lora_") else name, role
-    return key, None
+    return None
 
 
 def _checked(tensor: Tensor, role: str, where: str) -> Tensor:
-    """Return a tensor as fp32. Raises KroneckerError where its type, sides or values are none of a factor."""
+    """Return a tensor as fp32. Raises KroneckerError if it cannot be part of an adapter."""
     shape = tuple(tensor.shape)
     sides = {0, 1} if role == "alpha" else {2, 4} if role in KERNELS else {2}
     if tensor.dtype not in FLOATS and not (role == "alpha" and tensor.dtype in INTEGERS):
-        raise KroneckerError(f"{where} is of type {str(tensor.dtype).removeprefix('torch.')}, which no factor is")
+        raise KroneckerError(f"{where} is of type {str(tensor.dtype).removeprefix('torch.')}, which no factor has")
     if len(shape) not in sides or 0 in shape or (role == "alpha" and tensor.numel() != 1):
-        raise KroneckerError(f"{where} is of the shape {shape}, which it cannot be")
+        raise KroneckerError(f"{where} is of the shape {shape}, which cannot be right")
     tensor = tensor.float()
     if not tensor.isfinite().all():
         raise KroneckerError(f"{where}: its values are not all finite")
@@ -224,8 +260,13 @@ def _checked(tensor: Tensor, role: str, where: str) -> Tensor:
 def _read_folder(folder: Path) -> AdapterFile:
     if os.path.isfile(folder / PEFT_WEIGHTS):
         return read_adapter(folder / PEFT_WEIGHTS)
-    parts = {name: folder / name / PEFT_WEIGHTS for name in COMPONENTS}
-    parts = {name: path for name, path in parts.items() if os.path.isfile(path)}
+    found = {path.parent.name: path for path in sorted(folder.glob(f"*/{PEFT_WEIGHTS}")) if path.is_file()}
+    if unknown := found.keys() - {*COMPONENTS}:
+        raise KroneckerError(
+            f"{folder} has adapters for {', '.join(map(excerpt, sorted(unknown)))}, which is not among the components "
+            f"that adapters are known for: {', '.join(COMPONENTS)}. Name the folder of one component"
+        )
+    parts = {name: found[name] for name in COMPONENTS if name in found}
     if not parts:
         raise KroneckerError(
             f"there is no adapter in the folder {folder}: name the .safetensors file itself, or a folder with "
@@ -237,20 +278,22 @@ def _read_folder(folder: Path) -> AdapterFile:
     return AdapterFile(folder, layers, metadata)
 
 
-def _layer(parts: dict[str, Tensor], path: Path, name: str, scale: float, reference_is_lora: bool) -> Factors | LowRank:
-    """Return ΔW of one layer from its tensors. Raises KroneckerError where they make none."""
+def _layer(
+    parts: dict[str, Tensor], path: Path, name: str, scale: float, reference_is_lora: bool
+) -> StoredFactors | LowRank:
+    """Return ΔW of one layer from its tensors. Raises KroneckerError if they are not those of one."""
     where, roles = f"{path}: {name}", set(parts) - {"alpha"}
     alpha = parts["alpha"].item() if "alpha" in parts else None
     if roles in LOKR:
         (A, rank_a), (B, rank_b) = _lokr_factor(parts, "w1", where), _lokr_factor(parts, "w2", where)
         rank = rank_b or rank_a
         if rank and alpha is not None:
-            scale *= alpha / rank  # where both factors are full, LyCORIS and ComfyUI ignore alpha
-        layer = Factors(LowRank(A.up * scale, A.down) if isinstance(A, LowRank) else A * scale, B)
+            scale *= alpha / rank  # if both factors are whole, LyCORIS and ComfyUI ignore alpha
+        layer = StoredFactors(LowRank(A.up * scale, A.down) if isinstance(A, LowRank) else A * scale, B)
     elif roles == {"kron_a", "kron_b"}:
-        layer = Factors(parts["kron_a"], parts["kron_b"].flatten(1), transposed_rows=True)
+        layer = StoredFactors(parts["kron_a"], parts["kron_b"].flatten(1), transposed_rows=True)
     elif roles == {"reference_down", "reference_up"} and not reference_is_lora:
-        layer = Factors(parts["reference_down"].t(), parts["reference_up"], transposed_rows=True)
+        layer = StoredFactors(parts["reference_down"].t(), parts["reference_up"], transposed_rows=True)
     elif roles in ({"lora_down", "lora_up"}, {"reference_down", "reference_up"}):
         down, up = (parts[role].flatten(1) for role in sorted(roles))
         layer = _product(up * (scale if alpha is None else scale * alpha / down.shape[0]), down, where)
@@ -262,14 +305,14 @@ def _layer(parts: dict[str, Tensor], path: Path, name: str, scale: float, refere
         held = ", ".join(f"{role} {tuple(parts[role].shape)}" for role in sorted(roles)) or "an alpha alone"
         raise KroneckerError(f"{where} does not hold two full factors lokr_w1 and lokr_w2, but {held}")
     if prod(layer.size) > LARGEST_LAYER:
-        raise KroneckerError(f"{where} maps {layer.size[1]} to {layer.size[0]} features: no layer is as large")
+        raise KroneckerError(f"{where} maps {layer.size[1]} to {layer.size[0]} features: no layer is that large")
     if not layer.isfinite():
         raise KroneckerError(f"{where}: its factors are not all finite at the strength of {scale:.3g}")
     return layer
 
 
 def _lokr_factor(parts: dict[str, Tensor], role: str, where: str) -> tuple[Tensor | LowRank, int | None]:
-    """Return a factor, and the rank where it is stored as a product."""
+    """Return a factor, and its rank if it is stored as a product."""
     if role in parts:
         return parts[role].flatten(1), None
     product = _product(parts[f"{role}_a"], parts[f"{role}_b"], where)
@@ -278,15 +321,15 @@ def _lokr_factor(parts: dict[str, Tensor], role: str, where: str) -> tuple[Tenso
 
 def _product(up: Tensor, down: Tensor, where: str) -> LowRank:
     if up.shape[1] != down.shape[0]:
-        raise KroneckerError(f"{where}: {tuple(up.shape)} times {tuple(down.shape)} is no product")
+        raise KroneckerError(f"{where}: {tuple(up.shape)} times {tuple(down.shape)} is not a product")
     return LowRank(up, down)
 
 
 def _check_factors(file: AdapterFile) -> None:
-    """Raise KroneckerError where the shapes of A are not what the metadata says: swapped or transposed factors."""
+    """Raise KroneckerError if the shapes of A are not what the metadata says: swapped or transposed factors."""
     for name, layer in file.layers.items():
         expected = file.layout.shape_of(name)
-        if isinstance(layer, Factors) and expected and tuple(layer.A.shape) != expected:
+        if isinstance(layer, StoredFactors) and expected and tuple(layer.A.shape) != expected:
             (a1, a2), (b1, b2) = layer.A.shape, layer.B.shape
             swapped = "; A and B seem to be swapped" if (b1, b2) == expected else ""
             transposed = "; A seems to be transposed" if (a2, a1) == expected else ""
@@ -297,12 +340,12 @@ def _check_factors(file: AdapterFile) -> None:
 
 
 def describe(keys: Sequence[str]) -> str:
-    """Say in words what a safetensors file with these keys seems to be."""
+    """Return in words what a safetensors file with these keys seems to be."""
     signs = (
         (("hada_w1",), "it is a LoHa file"),
         (("lokr_t2",), "it is a LoKr file with Tucker-decomposed factors of convolutions, which are not supported"),
         (("dora_scale", "lora_magnitude_vector"), "it is a DoRA file"),
-        (("bundle_emb.",), "it has embeddings in it (bundle_emb); save the adapter without them"),
+        (("bundle_emb.",), "it holds embeddings too (bundle_emb); save the adapter without them"),
         (("model.diffusion_model.", "first_stage_model."), "it is a whole Stable Diffusion checkpoint"),
         (("down_blocks.", "up_blocks."), "it holds a UNet's own weights"),
         (("encoder.layers.",), "it holds a text encoder's own weights"),
@@ -310,5 +353,5 @@ def describe(keys: Sequence[str]) -> str:
     for parts, words in signs:
         if any(part in key for key in keys for part in parts):
             return words
-    examples = ", ".join(map(printable, keys[:3]))
+    examples = ", ".join(map(excerpt, keys[:3]))
     return f"its {len(keys)} tensors have other names, for example {examples}" if keys else "it is empty"

@@ -1,6 +1,6 @@
-"""The strength by which peft multiplies an adapter: alpha / r, which is not in the tensors but in what it keeps beside.
+"""The strength by which peft multiplies an adapter: alpha / r, which is not in its tensors but beside them.
 
-peft has it in adapter_config.json, diffusers in the metadata of a file, for each component under its name.
+peft keeps it in adapter_config.json, diffusers in the metadata of the file, for each component under its name.
 """
 
 import re
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kron_formats.names import KroneckerError
-from kron_formats.strangers import parse_json, printable, read_json
+from kron_formats.errors import KroneckerError
+from kron_formats.files import excerpt, parse_json, read_json
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
@@ -18,16 +18,16 @@ DIFFUSERS_CONFIG = "lora_adapter_metadata"  # the metadata key under which diffu
 
 
 def peft_configs(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return beginning of layers' names -> what peft keeps beside their tensors, in a file or in diffusers' metadata.
+    """Return prefix of layers' names -> peft's configuration of those layers, from its file or diffusers' metadata.
 
-    Raises KroneckerError where the tensors are peft's and their configuration is not there.
+    Raises KroneckerError if the tensors are peft's and there is no configuration beside them.
     """
     if any(key.startswith(PEFT_PREFIX) for key in keys):
         try:
             return {"": read_json(path.parent / PEFT_CONFIG)}
         except KroneckerError as error:
             raise KroneckerError(
-                f"{path} is peft's, but its strength is unknown: {PEFT_CONFIG} beside it: {error}"
+                f"{path} was saved by peft, but its strength is unknown: {PEFT_CONFIG} beside it: {error}"
             ) from error
     config = parse_json(metadata.get(DIFFUSERS_CONFIG, "{}"), f"{path}: the metadata {DIFFUSERS_CONFIG}")
     if "r" in config:
@@ -40,7 +40,7 @@ def peft_configs(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -
 
 
 def peft_strength(configs: Mapping[str, dict[str, Any]], name: str, path: Path) -> float:
-    """Return alpha / r of a layer, by which peft multiplies full factors too; 1 where the file is not peft's."""
+    """Return alpha / r of a layer, by which peft multiplies full factors too; 1 if the file is not peft's."""
     prefix = next((prefix for prefix in configs if name.startswith(prefix)), None)
     if prefix is None:
         return 1.0
@@ -56,24 +56,24 @@ def peft_strength(configs: Mapping[str, dict[str, Any]], name: str, path: Path) 
 
 
 def _value(config: Mapping[str, Any], patterns_name: str, name: str, layer: str) -> float:
-    """Return a number of the configuration, or a layer's own. Raises ValueError where it is none.
+    """Return an option of the configuration, or a layer's own value of it. Raises ValueError if it is not a number.
 
-    peft takes patterns for regular expressions; a stranger's could run for years. Those that peft and diffusers write
-    are names: ends of paths, or whole ones after "^".
+    peft takes patterns for regular expressions; an untrusted one could run for years. Those that peft and diffusers
+    write are names: ends of paths, or whole paths after "^".
     """
     words = layer.split(".")
     names = {".".join(words[start:]) for start in range(len(words))} | {f"^{layer}"}
     value, patterns = config.get(name), config.get(patterns_name) or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"{patterns_name} {printable(repr(patterns))}, which is no table")
+        raise ValueError(f"{patterns_name} {excerpt(repr(patterns))}, which is not a table")
     for pattern, own in patterns.items():
         if not re.fullmatch(r"\^?[\w.\\-]+", pattern):
-            raise ValueError(f"{patterns_name} {printable(pattern)}, which is no name")
+            raise ValueError(f"{patterns_name} {excerpt(pattern)}, which is not a name")
         if pattern.replace("\\.", ".") in names:
             value = own
             break
     if value is None:
         raise ValueError(f"no '{name}'")
     if type(value) not in (int, float) or not abs(value) < 1e9:
-        raise ValueError(f"'{name}' {printable(repr(value))}, which is no such number")
+        raise ValueError(f"'{name}' {excerpt(repr(value))}, which is not a usable number")
     return float(value)

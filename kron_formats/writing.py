@@ -4,49 +4,50 @@
     <layer>.lokr_w2    B (b1, b2), of a convolution (b1, b2, k, k)
     <layer>.alpha      1.0: LyCORIS fails without one, newer ComfyUI divides by zero at 0, and 1 is safe everywhere
 
-Nothing else is in it: Forge refuses a file for 13 keys that it does not know. Factors in the row order of the paper's
-code are <layer>.kron_a and .kron_b instead, so that tools which would read them wrongly do not read them at all.
+Nothing else is in it: Forge refuses a file with 13 unknown keys. Factors in the row order of the paper's code are
+<layer>.kron_a and .kron_b instead, so that tools which would read them wrongly do not read them at all.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kron_formats.matching import FAMILY_OF_VERSION
-from kron_formats.names import Family, KroneckerError, Layer
-from kron_formats.reading import METADATA_PREFIX, Factors
+from kron_formats.errors import KroneckerError
+from kron_formats.families import Family
+from kron_formats.files import flush as flush  # dreambooth takes it from here
+from kron_formats.files import whole_file
+from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS
+from kron_formats.names import Layer
+from kron_formats.reading import METADATA_PREFIX, AdapterFile, Factors
 
-FORMAT_VERSION = "1"
-LAYOUT_KEYS = ("format_version", "layers", "a1", "a2", "factors", "rows")  # what `shape_metadata` writes
 FOREIGN = ("modelspec.", "ss_")  # what metadata keys of other tools begin with
-ARCHITECTURES = {  # of the Stability model spec
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-512",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
+CARRIED = (  # metadata of other tools that stays true in another layout
+    "modelspec.title", "modelspec.author", "modelspec.license", "modelspec.resolution", "modelspec.thumbnail",
+    "modelspec.trigger_phrase", "ss_tag_frequency",
+)  # fmt: skip
 
 
 def write_native(
     path: str | os.PathLike,
     layers: Mapping[Layer, Factors],
-    made_for: Family | None,
+    family: Family | None,
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
     kohya_names: bool = False,
 ) -> None:
-    """Write factors with their metadata. Entries of `metadata` go under our prefix, but for modelspec.* and ss_*.
+    """Write factors with their metadata. Entries of `metadata` get our prefix, except modelspec.* and ss_*.
 
-    `kohya_names` keeps diffusers' block names for SDXL too. Raises KroneckerError where `dtype` cannot hold a factor.
+    `kohya_names` keeps diffusers' block names for SDXL too. Raises KroneckerError if `dtype` cannot hold a factor.
     """
     if not layers:
         raise KroneckerError("there are no Kronecker adapters to save")
     tensors, by_name = {}, {}
-    for layer, factors in layers.items():
-        key = layer.kohya if kohya_names else layer.native
+    for key, layer in file_names(layers, kohya_names).items():
+        factors = layers[layer]
         A, B = cast(layer, factors, dtype)
         names = ("kron_a", "kron_b") if factors.transposed_rows else ("lokr_w1", "lokr_w2")
         tensors |= {f"{key}.{names[0]}": A, f"{key}.{names[1]}": B}
@@ -59,11 +60,22 @@ def write_native(
         arguments["factor"] = own["a1"]
     network = {"ss_network_module": "lycoris.kohya", "ss_network_alpha": "1.0"}
     network["ss_network_args"] = json.dumps(arguments)
-    write_file(path, tensors, file_metadata({**metadata, **own}, made_for, network))
+    write_tensors(path, tensors, file_metadata({**metadata, **own}, family, network))
+
+
+def file_names(layers: Iterable[Layer], kohya_names: bool = False) -> dict[str, Layer]:
+    """Return name in the file -> layer. Raises KroneckerError if two layers would have the same name."""
+    names = {}
+    for layer in layers:
+        name = layer.kohya if kohya_names else layer.native
+        if name in names:
+            raise KroneckerError(f"{names[name].dotted} and {layer.dotted} would both be {name} in the file")
+        names[name] = layer
+    return names
 
 
 def shape_metadata(layers: Mapping[str, Factors]) -> dict[str, str]:
-    """Return what tells the number of layers, the factors' shapes, once for all if they are the same, and row order."""
+    """Return the metadata about the number of layers, the shapes of A (one if all are the same) and the row order."""
     shapes = {key: tuple(factors.A.shape) for key, factors in layers.items()}
     own = {"format_version": FORMAT_VERSION, "layers": str(len(layers))}
     if len(set(shapes.values())) == 1:
@@ -76,9 +88,9 @@ def shape_metadata(layers: Mapping[str, Factors]) -> dict[str, str]:
 
 
 def cast(layer: Layer, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return A and B as they lie in files, in `dtype`: a convolution's B with the sides of its kernel.
+    """Return A and B as files hold them, in `dtype`: a convolution's B with the sides of its kernel.
 
-    Both are first brought to one RMS where `dtype` loses bits: A·s, B/s is free.
+    If `dtype` loses bits, both are first brought to one RMS: A·s, B/s is the same product.
     """
     A, B = factors.A.detach().cpu(), factors.B.detach().cpu()
     if dtype != torch.float32 and A.any() and B.any():
@@ -90,7 +102,7 @@ def cast(layer: Layer, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Te
     return A, B
 
 
-def file_metadata(metadata: Mapping[str, str], made_for: Family | None, network: Mapping[str, str]) -> dict[str, str]:
+def file_metadata(metadata: Mapping[str, str], family: Family | None, network: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a file: ours under our prefix, and what other tools show or filter by."""
     entries = {
         **network,
@@ -99,12 +111,11 @@ def file_metadata(metadata: Mapping[str, str], made_for: Family | None, network:
         "modelspec.title": metadata.get("title") or metadata.get("instance_prompt") or "Kronecker adapter",
         "modelspec.description": "Kronecker adapter (DiffuseKronA): W + A x B for every adapted layer",
     }
-    if made_for:
-        (version,) = (version for version, name in FAMILY_OF_VERSION.items() if name == made_for)
+    if family:
         entries |= {
-            "ss_base_model_version": version,
-            "ss_v2": str(made_for == "sd2"),
-            "modelspec.architecture": f"{ARCHITECTURES[made_for]}/lora",
+            "ss_base_model_version": family.base_version,
+            "ss_v2": str(family.v2),
+            "modelspec.architecture": f"{family.model_spec}/lora",
         }
     if prompt := metadata.get("instance_prompt"):
         entries |= {
@@ -114,29 +125,26 @@ def file_metadata(metadata: Mapping[str, str], made_for: Family | None, network:
     return entries | prefixed(metadata)
 
 
+def carried_metadata(file: AdapterFile) -> dict[str, str]:
+    """Return what a file says about its training, for a file that is made of it; not what it says about its layers."""
+    own = {key: value for key, value in file.own_metadata.items() if key not in LAYOUT_KEYS}
+    return own | {key: file.metadata[key] for key in CARRIED if key in file.metadata}
+
+
 def prefixed(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries under our prefix, but for those that have a tool's own."""
+    """Return the entries under our prefix, except those that have another tool's."""
     return {key if key.startswith(FOREIGN) else METADATA_PREFIX + key: value for key, value in metadata.items()}
 
 
-def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under another name first, so that an earlier one stays until the new one is whole, and
-    on the disk."""
-    unfinished = f"{os.fspath(path)}.tmp"
-    try:
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all, and wait until it is on the disk."""
+    with whole_file(path, durable=True) as unfinished:
         save_file(dict(tensors), unfinished, metadata=dict(metadata))
         _sort_metadata(unfinished)
-        flush(unfinished)
-        os.replace(unfinished, path)
-        flush(os.path.dirname(path) or ".")
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
 
 
-def _sort_metadata(path: str) -> None:
-    """Put a file's metadata, which safetensors writes in an order by chance, in that of their names: the same content
-    makes the same bytes."""
+def _sort_metadata(path: os.PathLike) -> None:
+    """Sort a file's metadata by name, which safetensors writes in random order: equal content gives equal bytes."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -145,12 +153,3 @@ def _sort_metadata(path: str) -> None:
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))
-
-
-def flush(path: str | os.PathLike) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

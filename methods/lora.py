@@ -27,7 +27,7 @@ from dreambooth.method import Description, Group, adapter_groups, check_state
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_formats.names import components, find_layers
 from kron_formats.reading import AdapterFile
-from kron_formats.writing import prefixed, write_file
+from kron_formats.writing import prefixed, write_tensors
 from methods.options import LoraOptions
 
 ADAPTER = "default"  # the name under which peft keeps what trains
@@ -69,7 +69,7 @@ class AttachedLora:
                 for side in ("lora_A", "lora_B"):
                     weight = getattr(model.get_submodule(wrapper), side)[ADAPTER].weight
                     tensors[f"{layer.dotted}.{side}.weight"] = weight.detach().cpu().to(dtype).contiguous()
-        write_file(path, tensors, {"format": "pt", **prefixed(metadata)})
+        write_tensors(path, tensors, {"format": "pt", **prefixed(metadata)})
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         kinds = Counter(
@@ -164,7 +164,7 @@ class LoraReader:
 
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
-            folder, file_name = os.path.split(adapter.file.path)
+            folder, file_name = os.path.split(adapter.matched.file.path)
             pipeline.load_lora_weights(folder, weight_name=file_name, adapter_name=adapter.name)
         pipeline.set_adapters([adapter.name for adapter in adapters], [adapter.scale for adapter in adapters])
 

@@ -4,100 +4,142 @@
     python scripts/convert.py lokr.safetensors --to native --output dog.safetensors
     python scripts/convert.py --inspect dog.safetensors
 
-INPUT is a Kronecker adapter of any tool (kohya, LyCORIS, ai-toolkit, OneTrainer, diffusers, peft, the paper's own code)
-or a LoRA.  FORMAT:
+INPUT is a LoRA or a Kronecker adapter of any tool (kohya, LyCORIS, ai-toolkit, OneTrainer, diffusers, peft, the
+paper's own code). FORMAT:
 
-    native      what training writes: ComfyUI, A1111, Forge, LyCORIS, sd-scripts, this project
-    diffusers   for load_lora_adapter of diffusers 0.42 and later; square factors
-    peft        a folder per component for PeftModel.from_pretrained; square factors
-    lora        every LoRA tool; exact, or with --rank the best of that rank, and then the error is printed
-    fused       a base model with the adapter in its weights; a folder, or one file where the base is one file
+    native      what training writes: for ComfyUI, A1111, Forge, LyCORIS, sd-scripts and this project
+    diffusers   for load_lora_adapter of diffusers 0.42 and later; square factors only
+    peft        a folder per component for PeftModel.from_pretrained; square factors only
+    lora        for every LoRA tool: exact, or with --rank the best of that rank, and then the error is printed
+    fused       a base model with the adapter in its weights: a folder, or one file if the base is one file
 
-Names are looked up in the base model. SD 1.5, SD 2.1 and SDXL are known; another one has to be named.
+Layers are looked up in the base model. SD 1.5, SD 2.1 and SDXL are known; name any other one.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-
-from dreambooth.options.base_model import AdaptedModelOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from diffusers import DiffusionPipeline
-from torch import nn
+import torch
 
 from dreambooth.base_model.loading import DTYPES, empty_models
 from dreambooth.errors import UserError, readable_errors
-from kron_formats.architectures import ARCHITECTURES, load_architecture
+from dreambooth.options.base_model import BaseModelOptions
+from kron_formats.architectures import load_architecture, match_published
 from kron_formats.export import (
     dense_bytes,
+    diffusers_snippet,
     lora_bytes,
-    square_factor,
+    lora_snippet,
+    peft_snippet,
     total_error,
     write_diffusers,
     write_lora,
     write_peft,
 )
+from kron_formats.families import COMPONENTS
 from kron_formats.fused import checkpoint_family, fuse_checkpoint, fuse_pipeline
 from kron_formats.inspection import inspect
 from kron_formats.lora import lora_to_kronecker
-from kron_formats.matching import file_family, match_layers
-from kron_formats.names import FAMILY_NAMES, KroneckerError, Layer, family
-from kron_formats.reading import AdapterFile, Factors, LowRank, read_adapter
-from kron_formats.writing import LAYOUT_KEYS, write_native
+from kron_formats.matching import MatchedAdapter, match_layers
+from kron_formats.names import Layer
+from kron_formats.reading import AdapterFile, LowRank, read_adapter
+from kron_formats.writing import carried_metadata, write_native
 
-Models = dict[str, nn.Module]
-FORMATS = ("native", "diffusers", "peft", "lora", "fused")
-CARRIED = (  # metadata of other tools that stays true in another layout
-    "modelspec.title", "modelspec.author", "modelspec.license", "modelspec.resolution", "modelspec.thumbnail",
-    "modelspec.trigger_phrase", "ss_tag_frequency",
-)  # fmt: skip
-FILES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}  # family -> configs/architectures
+DEFAULT_PRECISION = "fp32"
+FLAG_IS_FOR = {  # flag -> the formats that it has a meaning for
+    "rank": ("lora",),
+    "sdxl_names": ("native", "lora"),
+    "kron_a1": ("native",),
+    "kron_a2": ("native",),
+}
+
+
+# ---- the command line ----
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments. What is wrong with them ends the program before anything is read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("input", nargs="?", type=Path, metavar="INPUT", help="adapter file, or a folder of peft's")
-    parser.add_argument("--inspect", type=Path, metavar="FILE", help="say what a file is and who can load it")
-    parser.add_argument("--to", choices=FORMATS, metavar="FORMAT", help="one of " + ", ".join(FORMATS))
-    parser.add_argument("--output", type=Path, metavar="PATH", help="what to write; must not exist")
-    parser.add_argument(
+    add = parser.add_argument
+    add("input", nargs="?", type=Path, metavar="INPUT", help="adapter file, or a folder that peft wrote")
+    add("--inspect", type=Path, metavar="FILE", help="print what a file is and who can load it, and end")
+    add("--to", choices=tuple(FORMATS), metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
+    add("--output", type=Path, metavar="PATH", help="file or folder to write; must not exist")
+    add(
         "--pretrained_model_name_or_path",
+        metavar="BASE",
         help="base model: a name on the Hub, a folder in diffusers' layout, or for fused a .safetensors checkpoint",
     )
-    parser.add_argument("--rank", type=int, help="lora: largest rank of a layer; default: exact")
-    parser.add_argument(
-        "--sdxl_names",
-        choices=("sgm", "diffusers"),
-        default="sgm",
-        help="SDXL's block names in native and lora files; default: sgm",
-    )
-    parser.add_argument(
+    add("--rank", type=positive, help="lora: largest rank of a layer; default: exact")
+    add("--sdxl_names", choices=("sgm", "diffusers"), help="native, lora: SDXL's block names; default: sgm")
+    add(
         "--save_precision",
         choices=tuple(DTYPES),
-        default="fp32",
-        help="precision of what is written; default: fp32. A checkpoint that is one file keeps its own",
+        help=f"precision of what is written; default: {DEFAULT_PRECISION}. A checkpoint that is one file keeps its own",
     )
-    parser.add_argument(
+    add(
         "--allow_pickle",
         action="store_true",
-        help="read a .bin of the paper's code as well: tensors alone, nothing in it is run",
+        help="also read a .bin of the paper's code: its tensors only, nothing in it is run",
     )
-    parser.add_argument("--kron_a1", type=int, help="rows of A, for a LoRA that this project did not make")
-    parser.add_argument("--kron_a2", type=int, help="columns of A, for a LoRA that this project did not make")
+    add("--kron_a1", type=positive, help="native: rows of A, for a LoRA that this project did not make")
+    add("--kron_a2", type=positive, help="native: columns of A, for a LoRA that this project did not make")
     arguments = parser.parse_args(argv)
-    if arguments.inspect is None and not (arguments.input and arguments.to and arguments.output):
-        parser.error("give INPUT, --to and --output, or --inspect FILE")
-    if arguments.rank is not None and (arguments.to != "lora" or arguments.rank < 1):
-        parser.error("--rank is for --to lora, and at least 1")
-    if (arguments.kron_a1 is None) != (arguments.kron_a2 is None):
-        parser.error("--kron_a1 and --kron_a2 go together")
-    if arguments.to == "fused" and not arguments.pretrained_model_name_or_path:
-        parser.error("--to fused needs --pretrained_model_name_or_path, the base model to fuse into")
+    if problem := inconsistency(arguments):
+        parser.error(problem)
     return arguments
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def inconsistency(arguments: argparse.Namespace) -> str | None:
+    """Return what does not go together, with the flags to change; None if all does."""
+    if arguments.inspect is not None:
+        given = {name: value for name, value in vars(arguments).items() if name not in ("inspect", "allow_pickle")}
+        if extra := [name for name, value in given.items() if value is not None]:
+            flags = ", ".join("INPUT" if name == "input" else f"--{name}" for name in extra)
+            return f"--inspect FILE stands alone, but is given with {flags}"
+        return None
+    if not (arguments.input and arguments.to and arguments.output):
+        return "give INPUT, --to and --output, or --inspect FILE"
+    for flag, formats in FLAG_IS_FOR.items():
+        if getattr(arguments, flag) is not None and arguments.to not in formats:
+            return f"--{flag} is for --to {' and --to '.join(formats)}, not for --to {arguments.to}"
+    if (arguments.kron_a1 is None) != (arguments.kron_a2 is None):
+        return "--kron_a1 and --kron_a2 go together"
+    if arguments.output.exists():
+        return f"--output {arguments.output} exists already; choose another path"
+    if arguments.to == "fused":
+        return fused_inconsistency(arguments)
+    return None
+
+
+def fused_inconsistency(arguments: argparse.Namespace) -> str | None:
+    base = arguments.pretrained_model_name_or_path
+    if not base:
+        return "--to fused needs --pretrained_model_name_or_path, the base model to fuse into"
+    one_file = Path(base).is_file()
+    if one_file and arguments.save_precision:
+        return f"--save_precision: {base} is one file, whose weights keep their own precision"
+    if one_file != (arguments.output.suffix == ".safetensors"):
+        kinds = ("one file", "one .safetensors file") if one_file else ("a folder", "a folder")
+        return f"--output {arguments.output}: a base that is {kinds[0]} is fused into {kinds[1]}"
+    return None
+
+
+# ---- from a file to layers ----
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,169 +147,118 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.inspect is not None:
         print(inspect(read_adapter(arguments.inspect, arguments.allow_pickle)))
         return
-    if arguments.output.exists():
-        raise UserError(f"--output {arguments.output} is there already; choose another path")
-    file = read_adapter(arguments.input, arguments.allow_pickle)
-    base = arguments.pretrained_model_name_or_path
-    models = empty_base(base) if base else recognise(file)
-    matched = match_layers(file, models)
-    layers = matched if arguments.to == "fused" else as_factors(matched, file, arguments)
+    adapter = match(read_adapter(arguments.input, arguments.allow_pickle), arguments.pretrained_model_name_or_path)
+    if arguments.to != "fused":
+        adapter = as_kronecker(adapter, arguments)
     arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    {"native": to_native, "diffusers": to_diffusers, "peft": to_peft, "lora": to_lora, "fused": to_fused}[arguments.to](
-        layers, file, models, arguments
-    )
+    FORMATS[arguments.to](adapter, arguments)
 
 
-def empty_base(name: str) -> Models:
-    """Return the base model without weights. Raises UserError or KroneckerError where it is none."""
-    if Path(name).is_file():
-        return load_architecture(FILES[checkpoint_family(Path(name))])
-    return empty_models(AdaptedModelOptions(pretrained_model_name_or_path=name), DiffusionPipeline)
+def match(file: AdapterFile, base: str | None) -> MatchedAdapter:
+    """Return the file matched with its base model, which is read without weights.
+
+    Raises UserError if `base` is not a base model, KroneckerError if the file does not fit it.
+    """
+    if base is None:
+        return match_published(file)
+    if Path(base).is_file():
+        return match_layers(file, load_architecture(checkpoint_family(Path(base)).architecture))
+    return match_layers(file, empty_models(BaseModelOptions(pretrained_model_name_or_path=base), COMPONENTS))
 
 
-def recognise(file: AdapterFile) -> Models:
-    """Return the known architecture that a file fits. Raises KroneckerError where it fits none."""
-    likely, problems = FILES.get(file_family(file)), []
-    for architecture in sorted(ARCHITECTURES.values(), key=lambda name: name != likely):
-        models = load_architecture(architecture)
-        try:
-            match_layers(file, models)
-            return models
-        except KroneckerError as error:
-            problems.append(str(error))
-    raise KroneckerError(
-        f"{file.path} fits none of {', '.join(ARCHITECTURES)}: name its base with --pretrained_model_name_or_path "
-        f"({problems[0]})"
-    )
-
-
-def as_factors(
-    matched: dict[Layer, Factors | LowRank], file: AdapterFile, arguments: argparse.Namespace
-) -> dict[Layer, Factors]:
-    """Return the entries as Kronecker factors; a LoRA's are the nearest ones, and their error is printed."""
+def as_kronecker(adapter: MatchedAdapter, arguments: argparse.Namespace) -> MatchedAdapter:
+    """Return the adapter with the nearest Kronecker factors for the layers of a LoRA, whose error is printed."""
+    file = adapter.file
     if not file.is_lora:
-        return matched
+        if arguments.kron_a1:
+            raise UserError(f"--kron_a1, --kron_a2: {file.path} is not a LoRA; its factors keep their shape")
+        return adapter
     if arguments.to != "native":
-        raise KroneckerError(f"{file.path} is a LoRA; it can become a Kronecker adapter (--to native) or be fused")
-    worst, layers = 0.0, {}
-    for layer, entry in matched.items():
-        a1, a2 = factor_shape(layer, file, arguments)
+        raise UserError(f"--to {arguments.to}: {file.path} is a LoRA; it can be converted --to native or --to fused")
+    layers, transposed_rows, worst = dict(adapter.layers), file.own_metadata.get("rows") == "transposed", 0.0
+    for layer, entry in layers.items():
         if isinstance(entry, LowRank):
-            entry, error = lora_to_kronecker(entry, a1, a2, file.own_metadata.get("rows") == "transposed")
+            layers[layer], error = lora_to_kronecker(entry, *factor_shape(layer, file, arguments), transposed_rows)
             worst = max(worst, error)
-        layers[layer] = entry
     print(f"Nearest Kronecker product of every layer: largest relative error {worst:.2g}")
-    return layers
+    return replace(adapter, layers=layers)
 
 
 def factor_shape(layer: Layer, file: AdapterFile, arguments: argparse.Namespace) -> tuple[int, int]:
     """Return (a1, a2) from the command line, or from the metadata of a LoRA that was converted from factors."""
-    if arguments.kron_a1 and arguments.kron_a2:
+    if arguments.kron_a1:
         return arguments.kron_a1, arguments.kron_a2
     if shape := file.layout.shape_of(layer.native) or file.layout.shape_of(layer.kohya):
         return shape
-    raise KroneckerError(f"{file.path} is a LoRA: say with --kron_a1 and --kron_a2 which factors to find")
+    raise UserError(f"{file.path} is a LoRA: give the shape (a1, a2) of the factors with --kron_a1 and --kron_a2")
 
 
-# ---- the formats ----
+# ---- the formats: each writes, and prints what the user should know ----
 
 
-def to_native(layers: dict[Layer, Factors], file: AdapterFile, models: Models, arguments: argparse.Namespace) -> None:
-    dtype, kohya_names = DTYPES[arguments.save_precision], arguments.sdxl_names == "diffusers"
-    write_native(arguments.output, layers, family(models), carried_metadata(file), dtype, kohya_names)
-    announce(arguments.output, layers, models)
-    if any(factors.transposed_rows for factors in layers.values()):
-        print(
-            "Its rows have the order of the paper's code: load_kronecker honours that; for other tools use --to lora."
-        )
+def to_native(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    metadata, kohya_names = carried_metadata(adapter.file), arguments.sdxl_names == "diffusers"
+    write_native(arguments.output, adapter.factors, adapter.family, metadata, dtype_of(arguments), kohya_names)
+    announce(adapter, arguments)
+    if any(factors.transposed_rows for factors in adapter.factors.values()):
+        print("Its rows are in the order of the paper's code, which load_kronecker reads; for other tools: --to lora")
 
 
-def to_diffusers(
-    layers: dict[Layer, Factors], file: AdapterFile, models: Models, arguments: argparse.Namespace
-) -> None:
-    write_diffusers(arguments.output, layers, carried_metadata(file), DTYPES[arguments.save_precision])
-    announce(arguments.output, layers, models)
-    folder, name = arguments.output.absolute().parent, arguments.output.name
-    components = list(dict.fromkeys(layer.component for layer in layers))
-    print("\nIn diffusers 0.42 and later:\n")
-    if "unet" in components:
-        print(f'    pipe.unet.load_lora_adapter("{folder}", weight_name="{name}", prefix="unet")')
-    if encoders := [component for component in components if component != "unet"]:
-        r = max(side for factors in layers.values() for side in factors.B.shape)
-        print(TEXT_ENCODER_SNIPPET.format(path=folder / name, encoders=encoders, r=r, a=square_factor(layers)))
+def to_diffusers(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    write_diffusers(arguments.output, adapter.factors, carried_metadata(adapter.file), dtype_of(arguments))
+    announce(adapter, arguments)
+    print(f"\nIn diffusers 0.42 and later:\n\n{diffusers_snippet(arguments.output, adapter.factors)}")
 
 
-TEXT_ENCODER_SNIPPET = """
-    from peft import LoKrConfig
-    from safetensors.torch import load_file
-
-    tensors = load_file("{path}")
-    for name in {encoders}:
-        encoder = getattr(pipe, name)
-        modules = dict(encoder.named_modules())  # transformers 5 has no "text_model" level in CLIPTextModel
-        prefix = f"{{name}}."
-        part = {{key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}}
-        if "text_model" not in modules:
-            part = {{key.removeprefix("text_model."): tensor for key, tensor in part.items()}}
-        targets = sorted({{key.rpartition(".")[0] for key in part}})
-        config = LoKrConfig(r={r}, alpha={r}, decompose_factor={a}, target_modules=targets)
-        encoder.load_adapter(peft_config=config, adapter_state_dict=part)"""
+def to_peft(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    base = arguments.pretrained_model_name_or_path or adapter.file.own_metadata.get("base_model")
+    write_peft(arguments.output, adapter.factors, base, dtype_of(arguments))
+    announce(adapter, arguments)
+    print(f"\nIn peft:\n\n{peft_snippet(arguments.output, adapter.factors)}")
 
 
-def to_peft(layers: dict[Layer, Factors], file: AdapterFile, models: Models, arguments: argparse.Namespace) -> None:
-    base = arguments.pretrained_model_name_or_path or file.own_metadata.get("base_model")
-    write_peft(arguments.output, layers, base, DTYPES[arguments.save_precision])
-    announce(arguments.output, layers, models)
-    print("\nIn peft:\n\n    from peft import PeftModel")
-    for component in dict.fromkeys(layer.component for layer in layers):
-        print(f'    pipe.{component} = PeftModel.from_pretrained(pipe.{component}, "{arguments.output / component}")')
-
-
-def to_lora(layers: dict[Layer, Factors], file: AdapterFile, models: Models, arguments: argparse.Namespace) -> None:
-    dtype, kohya_names = DTYPES[arguments.save_precision], arguments.sdxl_names == "diffusers"
-    size = lora_bytes(layers, arguments.rank, dtype)
-    print(f"The LoRA takes {size / 2**20:,.1f} MiB in {arguments.save_precision}", end="")
-    if size >= (dense := dense_bytes(layers, dtype)):
-        print(f", the weights that it changes {dense / 2**20:,.1f}: it makes no sense without a small --rank", end="")
+def to_lora(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    layers, dtype, rank = adapter.factors, dtype_of(arguments), arguments.rank
+    size, changed = lora_bytes(layers, rank, dtype), dense_bytes(layers, dtype)
+    print(f"The LoRA takes {size / 2**20:,.1f} MiB in {arguments.save_precision or DEFAULT_PRECISION}", end="")
+    if size >= changed:
+        print(f", the weights that it changes {changed / 2**20:,.1f}: use a small --rank, or --to fused", end="")
     print(flush=True)
-    report = write_lora(
-        arguments.output, layers, family(models), carried_metadata(file), dtype, arguments.rank, kohya_names
-    )
-    if arguments.rank:
+    metadata, kohya_names = carried_metadata(adapter.file), arguments.sdxl_names == "diffusers"
+    report = write_lora(arguments.output, layers, adapter.family, metadata, dtype, rank, kohya_names)
+    if rank:
         for layer, (r, error) in report.items():
             print(f"    rank {r:4d}  relative error {error:.2e}  {layer.dotted}")
     print(f"Relative error of all layers together: {total_error(layers, report):.2e}")
-    announce(arguments.output, layers, models)
-    folder = arguments.output.absolute().parent
-    print(f'\nIn diffusers:\n\n    pipe.load_lora_weights("{folder}", weight_name="{arguments.output.name}")')
+    announce(adapter, arguments)
+    print(f"\nIn diffusers:\n\n{lora_snippet(arguments.output)}")
 
 
-def to_fused(
-    layers: dict[Layer, Factors | LowRank], file: AdapterFile, models: Models, arguments: argparse.Namespace
-) -> None:
-    base = arguments.pretrained_model_name_or_path
-    one_file = Path(base).is_file()
-    if one_file != (arguments.output.suffix == ".safetensors"):
-        raise UserError(
-            f"--output {arguments.output}: a base that is {'one file' if one_file else 'a folder'} is fused into "
-            f"{'one .safetensors file' if one_file else 'a folder'}"
-        )
-    if one_file:
-        fuse_checkpoint(Path(base), arguments.output, layers, checkpoint_family(Path(base)))
+def to_fused(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    base, output = arguments.pretrained_model_name_or_path, arguments.output
+    if Path(base).is_file():
+        fuse_checkpoint(Path(base), output, adapter.layers, checkpoint_family(Path(base)))
     else:
-        fuse_pipeline(base, arguments.output, layers, DTYPES[arguments.save_precision])
-    announce(arguments.output, layers, models)
+        fuse_pipeline(base, output, adapter.layers, dtype_of(arguments))
+    announce(adapter, arguments)
 
 
-def carried_metadata(file: AdapterFile) -> dict[str, str]:
-    """Return what a file says about its training, for the file made of it; what its layout says is written anew."""
-    own = {key: value for key, value in file.own_metadata.items() if key not in LAYOUT_KEYS}
-    return own | {key: file.metadata[key] for key in CARRIED if key in file.metadata}
+FORMATS: dict[str, Callable[[MatchedAdapter, argparse.Namespace], None]] = {
+    "native": to_native,
+    "diffusers": to_diffusers,
+    "peft": to_peft,
+    "lora": to_lora,
+    "fused": to_fused,
+}
 
 
-def announce(path: Path, layers: dict, models: Models) -> None:
-    made_for = family(models)
-    print(f"Wrote {len(layers)} layers for {FAMILY_NAMES.get(made_for, 'this model')} to {path}")
+def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
+    return DTYPES[arguments.save_precision or DEFAULT_PRECISION]
+
+
+def announce(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    made_for = adapter.family.title if adapter.family else "this model"
+    print(f"Wrote {len(adapter.layers)} layers for {made_for} to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -6,56 +6,43 @@
     python scripts/count_parameters.py --lora_rank 8
 
 Writes two Markdown tables to the standard output: adapted attention layers and trained parameters, with the size of
-the tensors in fp32; and the largest rank that the delta weight of a layer can have. Where an (a1, a2) does not divide
-the layers of a model, its cell says so. One that fits no model ends in an error and exit code 2.
+the tensors in fp32; and the largest rank that the delta weight of a layer can have. If an (a1, a2) does not divide the
+layers of a model, its cell says so. One that fits no model ends in an error and exit code 2.
 
-Adapters are really injected, into models without weights built from configs/architectures: nothing is downloaded, and
-a CPU does it in seconds.
+Adapters are really injected, into models without weights built from kron_formats/architectures: nothing is downloaded,
+and a CPU does it in seconds.
 """
 
+import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage] exported lazily
 from peft import LoraConfig, LoraModel
 from torch import nn
-from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dreambooth.errors import readable_errors
 from kron_adapter import (
-    ATTENTION_TARGETS,
     KroneckerError,
     KroneckerLinear,
     inject_kronecker,
     kronecker_parameters,
     remove_kronecker,
 )
-from kron_formats.architectures import ARCHITECTURES, TEXT_ENCODER_TARGETS, load_architecture
+from kron_formats.architectures import ARCHITECTURES, load_architecture
+from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 
 DOES_NOT_FIT = "does not fit"
 
 
 @dataclass(frozen=True)
-class Config:
-    kron_a1: list[int] = field(
-        default_factory=lambda: [4, 16, 8, 64],
-        metadata={"help": "Rows of A, which divide a layer's output features; several pair up with --kron_a2."},
-    )
-    kron_a2: list[int] = field(
-        default_factory=lambda: [64, 16, 64, 8],
-        metadata={"help": "Columns of A, which divide a layer's input features; several pair up with --kron_a1."},
-    )
-    lora_rank: int = field(default=4, metadata={"help": "Rank of the LoRA to compare with."})
-
-
-@dataclass(frozen=True)
 class Kronecker:
-    """W + A ⊗ B with A (a1, a2). Its methods raise KroneckerError where (a1, a2) does not divide a layer's sizes."""
+    """W + A ⊗ B with A (a1, a2). Its methods raise KroneckerError if (a1, a2) does not divide a layer's sizes."""
 
     a1: int
     a2: int
@@ -99,24 +86,46 @@ class Lora:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(argv)
-    adapters = [Kronecker(a1, a2) for a1, a2 in zip(config.kron_a1, config.kron_a2)] + [Lora(config.lora_rank)]
+    arguments = parse(argv)
+    pairs = zip(arguments.kron_a1, arguments.kron_a2)
+    adapters = [*(Kronecker(a1, a2) for a1, a2 in pairs), Lora(arguments.lora_rank)]
     models = load_models()
     print(parameter_table(models, adapters))
     print()
     print(rank_table(models, adapters))
 
 
-def parse(argv: Sequence[str] | None) -> Config:
-    parser = HfArgumentParser(Config)
-    (config,) = parser.parse_args_into_dataclasses(argv)
-    if len(config.kron_a1) != len(config.kron_a2):
-        parser.error(
-            f"--kron_a1 and --kron_a2 pair up, but have {len(config.kron_a1)} and {len(config.kron_a2)} values"
-        )
-    if config.lora_rank < 1:
-        parser.error(f"--lora_rank is {config.lora_rank}, but has to be 1 or more")
-    return config
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--kron_a1",
+        type=positive,
+        nargs="+",
+        default=[4, 16, 8, 64],
+        help="rows of A; divide a layer's output features. Several pair up with --kron_a2. Default: 4 16 8 64",
+    )
+    parser.add_argument(
+        "--kron_a2",
+        type=positive,
+        nargs="+",
+        default=[64, 16, 64, 8],
+        help="columns of A; divide a layer's input features. Several pair up with --kron_a1. Default: 64 16 64 8",
+    )
+    parser.add_argument("--lora_rank", type=positive, default=4, help="rank of the LoRA to compare with. Default: 4")
+    arguments = parser.parse_args(argv)
+    rows, columns = len(arguments.kron_a1), len(arguments.kron_a2)
+    if rows != columns:
+        parser.error(f"--kron_a1 and --kron_a2 pair up, but have {rows} and {columns} values")
+    return arguments
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
 
 
 def load_models() -> dict[str, list[nn.Module]]:
@@ -147,7 +156,7 @@ def adapted_layers(models: Iterable[nn.Module]) -> list[nn.Linear]:
 def parameter_table(models: dict[str, list[nn.Module]], adapters: Sequence[Kronecker | Lora]) -> str:
     """Return trained parameters and MiB in fp32, a row for each of `models`.
 
-    Raises KroneckerError where one of the adapters fits none of the models.
+    Raises KroneckerError if one of the adapters fits none of the models.
     """
     columns = [parameter_column(models, adapter) for adapter in adapters]
     layers = [str(len(adapted_layers(parts))) for parts in models.values()]

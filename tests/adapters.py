@@ -6,10 +6,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kron_adapter import inject_kronecker, kronecker_layers
+from kron_formats.families import TEXT_ENCODER_TARGETS
 from kron_formats.names import components, find_layers, linear_modules
 from toyworld.tiny_pipeline import build_pipeline
-
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def adapted_pipeline(kind: str, a1: int, a2: int, text: bool = False, strength: float = 0.05) -> DiffusionPipeline:
@@ -20,7 +19,7 @@ def adapted_pipeline(kind: str, a1: int, a2: int, text: bool = False, strength: 
         if name == "unet":
             perturb(inject_kronecker(model, a1, a2), strength)
         elif text:
-            perturb(inject_kronecker(model, a1, a2, TEXT_TARGETS), strength)
+            perturb(inject_kronecker(model, a1, a2, TEXT_ENCODER_TARGETS), strength)
     return pipeline
 
 

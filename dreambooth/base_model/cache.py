@@ -1,7 +1,6 @@
 """A folder of encodings for later runs: files that are there as a whole or not at all, named after what is in them."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from dreambooth.base_model.loading import hub_arguments
 from dreambooth.family import Family
 from dreambooth.options.base_model import BaseModelOptions, FrozenModelOptions
+from kron_formats.files import whole_file
 
 
 def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -28,9 +28,8 @@ def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str,
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a file that is there as a whole or not at all."""
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_bytes(save(dict(tensors), metadata={"sha256": _checksum(tensors)}))
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(save(dict(tensors), metadata={"sha256": _checksum(tensors)}))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:

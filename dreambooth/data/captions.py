@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth.data.files import printable, read_text
 from dreambooth.errors import UserError
 from dreambooth.options.training import TrainingConfig
+from kron_formats.files import printable, read_text
 
 logger = logging.getLogger(__name__)
 

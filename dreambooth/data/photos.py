@@ -12,10 +12,10 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dreambooth.data.captions import MASK_SUFFIX, METADATA, caption_of, read_captions
-from dreambooth.data.files import check_regular, printable
 from dreambooth.data.sizes import Size, class_size, instance_size
 from dreambooth.errors import UserError
 from dreambooth.options.training import TrainingConfig
+from kron_formats.files import check_regular, printable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

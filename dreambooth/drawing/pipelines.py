@@ -1,6 +1,6 @@
 """Base models with adapters in them, for the scripts that draw and merge. Which method's a file is, the file says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from dreambooth.base_model.loading import DTYPES, empty_models, hub_arguments
 from dreambooth.base_model.process import build_sampler
 from dreambooth.options.base_model import AdaptedModelOptions
-from kron_formats.matching import match_layers
-from kron_formats.names import COMPONENTS, Layer
+from kron_formats.families import COMPONENTS
+from kron_formats.matching import MatchedAdapter, match_layers
 from kron_formats.reading import AdapterFile, read_adapter
 
 
@@ -18,8 +18,7 @@ from kron_formats.reading import AdapterFile, read_adapter
 class Adapter:
     """An adapter that was read and fits the base model."""
 
-    file: AdapterFile
-    layers: Mapping[Layer, Any]  # the base model's layers -> what the file has for each
+    matched: MatchedAdapter
     scale: float
     name: str
 
@@ -64,9 +63,9 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
     for number, entry in enumerate(config.adapter):
         path, scale = split_scale(entry)
         file = read_adapter(path)
-        layers = match_layers(file, models)
+        matched = match_layers(file, models)
         _reader_of(file, readers).check(file)
-        adapters.append(Adapter(file, layers, scale * config.adapter_scale, f"adapter-{number}"))
+        adapters.append(Adapter(matched, scale * config.adapter_scale, f"adapter-{number}"))
     return adapters
 
 
@@ -83,7 +82,7 @@ def load_base_pipeline(config: AdaptedModelOptions) -> Any:
 def add_adapters(pipeline: Any, adapters: Sequence[Adapter], readers: Sequence[Reader]) -> None:
     """Put the adapters into the base model, those of the first reader first."""
     for reader in readers:
-        if own := [adapter for adapter in adapters if _reader_of(adapter.file, readers) is reader]:
+        if own := [adapter for adapter in adapters if _reader_of(adapter.matched.file, readers) is reader]:
             reader.add(pipeline, own)
 
 

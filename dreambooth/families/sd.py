@@ -6,8 +6,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from dreambooth.family import Embeddings, Family
-from kron_adapter import ATTENTION_TARGETS
-from kron_formats.architectures import TEXT_ENCODER_TARGETS
+from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str]) -> Embeddings:

@@ -100,28 +100,33 @@ class OptimizerOptions:
 
     def check(self) -> None:
         name = self.optimizer_name()
-        flag = f"--optimizer {name}"
         if self.use_8bit_adam and name != "AdamW":
-            raise UserError(f"--use_8bit_adam works with --optimizer AdamW only, not with {flag}")
-        if name == "Prodigy":
-            for option in ("learning_rate", "adam_epsilon"):
-                if not getattr(self, option) > 0:
-                    raise UserError(f"{flag} needs --{option} above 0")
-            if self.scale_lr:
-                raise UserError(f"{flag} finds the learning rate itself and does not work with --scale_lr")
-        if name == "Adafactor":
-            for option in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-                if getattr(self, option) != getattr(type(self), option):
-                    raise UserError(
-                        f"--{option} has no effect on {flag}; of Adam's options it uses --adam_weight_decay"
-                    )
-        if name == "ScheduleFreeAdamW":
-            if not self.lr_scheduler.startswith("constant"):
-                raise UserError(
-                    f"{flag} does not work with --lr_scheduler {self.lr_scheduler}; constant_with_warmup does"
-                )
-            if self.adam_beta1 == 0:
-                raise UserError(f"{flag} needs --adam_beta1 above 0")
+            raise UserError(f"--use_8bit_adam works with --optimizer AdamW only, not with --optimizer {name}")
+        rules = {
+            "Prodigy": self._check_prodigy,
+            "Adafactor": self._check_adafactor,
+            "ScheduleFreeAdamW": self._check_schedule_free,
+        }
+        if name in rules:
+            rules[name](f"--optimizer {name}")
+
+    def _check_prodigy(self, flag: str) -> None:
+        for option in ("learning_rate", "adam_epsilon"):
+            if not getattr(self, option) > 0:
+                raise UserError(f"{flag} needs --{option} above 0")
+        if self.scale_lr:
+            raise UserError(f"{flag} finds the learning rate itself and does not work with --scale_lr")
+
+    def _check_adafactor(self, flag: str) -> None:
+        for option in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if getattr(self, option) != getattr(type(self), option):
+                raise UserError(f"--{option} has no effect on {flag}; of Adam's options it uses --adam_weight_decay")
+
+    def _check_schedule_free(self, flag: str) -> None:
+        if not self.lr_scheduler.startswith("constant"):
+            raise UserError(f"{flag} does not work with --lr_scheduler {self.lr_scheduler}; constant_with_warmup does")
+        if self.adam_beta1 == 0:
+            raise UserError(f"{flag} needs --adam_beta1 above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

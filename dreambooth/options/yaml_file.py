@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dreambooth.data.files import read_text
 from dreambooth.errors import UserError
 from dreambooth.options.field import public_options
 from dreambooth.options.foreign import explain_unknown
+from kron_formats.files import read_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

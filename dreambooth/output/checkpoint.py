@@ -36,7 +36,7 @@ from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
 from dreambooth.output.result import write_result
 from dreambooth.runtime.ranks import on_main
-from kron_formats.writing import flush
+from kron_formats.files import flush
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from dreambooth.options.yaml_file import save_config
 from dreambooth.output.checkpoint import latest_checkpoint, tidy_checkpoints, verify_checkpoint
 from dreambooth.output.identity import refuse_other_options
 from dreambooth.runtime.ranks import on_main
+from kron_formats.files import UNFINISHED
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,8 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
             for path in list_checkpoints(output):
                 shutil.rmtree(path)
             (output / method.weights_name).unlink(missing_ok=True)
+        for path in output.glob(UNFINISHED):  # of a run that was killed while it wrote them
+            path.unlink()
         first_step = checkpoint_step(start) if start else 0
         if start is not None and start.parent.resolve() == output.resolve():
             tidy_checkpoints(output, first_step, config)

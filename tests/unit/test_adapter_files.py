@@ -149,7 +149,7 @@ def test_a_failed_save_leaves_the_earlier_file(trained, path, monkeypatch):
     monkeypatch.setattr("kron_formats.writing.save_file", fail)
     with pytest.raises(OSError):
         save_kronecker(trained, path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_there_must_be_something_to_save(tmp_path):

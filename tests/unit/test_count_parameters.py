@@ -134,7 +134,8 @@ def test_a_pair_that_fits_one_model_only_says_so_in_the_others(models):
     "arguments, words",
     [
         (["--kron_a1", "4", "8", "--kron_a2", "64"], "--kron_a1 and --kron_a2 pair up, but have 2 and 1 values"),
-        (["--lora_rank", "0"], "--lora_rank is 0, but has to be 1 or more"),
+        (["--kron_a1", "0", "--kron_a2", "4"], "argument --kron_a1: 0 is not 1 or more"),
+        (["--lora_rank", "0"], "argument --lora_rank: 0 is not 1 or more"),
     ],
 )
 def test_a_command_line_that_makes_no_sense_is_refused(arguments, words, capsys):

@@ -63,7 +63,7 @@ def test_places_of_open_clip_in_a_single_file_are_those_that_diffusers_reads(arc
 
     models = load_architecture(architecture)
     made_for, encoder = family(models), models[component]
-    prefix = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}[made_for]
+    prefix = {"sd21": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}[architecture]
     size = encoder.config.hidden_size
     layers = [layer for layer in find_layers(models) if layer.dotted.startswith(f"{component}.text_model.encoder.")]
     assert len(layers) == 6 * encoder.config.num_hidden_layers

@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 from kron_formats.architectures import load_architecture
+from kron_formats.families import SD1, SD2, SDXL
 from kron_formats.names import family, find_layers, linear_modules, match_target, sgm_name, spelling_index
 
 PROJECTIONS = [f"attn{i}_to_{p}" for i in (1, 2) for p in ("q", "k", "v", "out_0")]
@@ -84,11 +85,11 @@ def test_sdxl_has_diffusers_block_names_too_and_both_mean_the_same_layer():
         assert pairs[f"lora_unet_{ours}_{tail}"] == f"lora_unet_{sgm}_{tail}"
 
 
-@pytest.mark.parametrize("architecture, name", [("sd15", "sd1"), ("sd21", "sd2"), ("sdxl", "sdxl")])
-def test_no_two_layers_share_a_name_and_the_family_is_known(architecture, name):
+@pytest.mark.parametrize("architecture, record", [("sd15", SD1), ("sd21", SD2), ("sdxl", SDXL)])
+def test_no_two_layers_share_a_name_and_the_family_is_known(architecture, record):
     models = load_architecture(architecture)
     layers = find_layers(models)
-    assert family(models) == name
+    assert family(models) is record and record.architecture == architecture
     for spelling in ("native", "kohya", "dotted"):
         assert len({getattr(layer, spelling) for layer in layers}) == len(layers)
     index = spelling_index(layers)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import nn
 
 from kron_adapter import (
     KroneckerError,
+    add_kronecker,
     attach_to_diffusers,
     disable_kronecker,
     inject_kronecker,
@@ -20,7 +22,10 @@ from kron_adapter import (
     set_kronecker_scale,
     unmerge_kronecker,
 )
-from kron_formats.names import linear_modules
+from kron_formats import matching, reading
+from kron_formats.matching import match_layers
+from kron_formats.names import components, find_layers, linear_modules
+from kron_formats.reading import read_adapter
 from tests.adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, worst_error
 
 FACTORS = {"dog": (4, 64), "style": (16, 16), "light": (64, 4)}
@@ -264,3 +269,85 @@ def test_files_load_into_a_quantised_unet_and_leave_it_bit_for_bit(kind, files):
     assert (draw(pipeline) - base).abs().max() > 1e-3
     remove_kronecker(pipeline)
     assert torch.equal(draw(pipeline), base)
+
+
+# ---- matched once, added to other models ----
+
+
+def empty(pipeline):
+    """The pipeline's models without weights, as scripts look at them before they load any."""
+    with torch.device("meta"):
+        return {name: type(model)(model.config) if name != "unet" else type(model).from_config(model.config)
+                for name, model in components(pipeline).items()}  # fmt: skip
+
+
+@pytest.fixture
+def matched(files):
+    models = empty(plain_pipeline("sd"))
+    assert all(weight.is_meta for model in models.values() for weight in model.parameters())
+    return {name: match_layers(read_adapter(path), models) for name, path in files.items()}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_adapter_matched_without_weights_is_added_without_reading_it_again(lora, matched, files, monkeypatch):
+    expected, pipeline = plain_pipeline("sd"), plain_pipeline("sd")
+    for pipe in (expected, pipeline):
+        if lora:  # puts its own layers around those that were matched
+            torch.manual_seed(0)
+            pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "lora")
+    load_kronecker(expected, files["dog"], 0.8, "dog")
+    load_kronecker(expected, files["style"], 0.5, "style")
+    monkeypatch.setattr(reading, "open_safetensors", None)
+    monkeypatch.setattr(matching, "spelling_index", None)
+    for path in files.values():
+        path.rename(path.with_suffix(".away"))
+    try:
+        add_kronecker(pipeline, matched["dog"], 0.8, "dog")
+        add_kronecker(pipeline, matched["style"], 0.5, "style")
+    finally:
+        for path in files.values():
+            path.with_suffix(".away").rename(path)
+    assert kronecker_adapters(pipeline) == ["dog", "style"]
+    assert torch.equal(draw(pipeline), draw(expected))
+    for ours, theirs in zip(components(pipeline).values(), components(expected).values()):
+        layers, others = kronecker_layers(ours), kronecker_layers(theirs)
+        assert layers.keys() == others.keys()
+        assert [layer.target for layer in layers.values()] == [layer.target for layer in others.values()]
+
+
+def test_what_was_matched_is_not_added_to_another_model_and_leaves_it_untouched(matched):
+    narrow = plain_pipeline("sd").unet
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    narrow.set_submodule(path, nn.Linear(32, 128))
+    for models, words in (
+        ({"unet": narrow}, rf"1 of its layers are missing here or have another size \(unet.{path}\)"),
+        ({"text_encoder": plain_pipeline("sd").text_encoder}, "32 of its layers are missing here or have another size"),
+    ):
+        with pytest.raises(KroneckerError, match=words):
+            add_kronecker(models, matched["style"])
+        assert not kronecker_adapters(models)
+
+
+def test_what_was_matched_has_a_name_of_its_own_and_is_no_lora(matched, tmp_path):
+    pipeline = plain_pipeline("sd")
+    add_kronecker(pipeline, matched["dog"], name="dog")
+    with pytest.raises(KroneckerError, match='has an adapter named "dog" already: .* under another name'):
+        add_kronecker(pipeline, matched["style"], name="dog")
+    merge_kronecker(pipeline)
+    with pytest.raises(KroneckerError, match="merged"):
+        add_kronecker(pipeline, matched["style"], name="style")
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{key}.lora_down.weight": torch.ones(2, 128), f"{key}.lora_up.weight": torch.ones(128, 2)},
+              tmp_path / "lora.safetensors")  # fmt: skip
+    pipeline = plain_pipeline("sd")
+    with pytest.raises(KroneckerError, match="it is a LoRA file; load it with pipe.load_lora_weights"):
+        add_kronecker(pipeline, match_layers(read_adapter(tmp_path / "lora.safetensors"), pipeline))
+    assert not kronecker_adapters(pipeline)
+
+
+def test_layers_are_the_same_by_component_and_name():
+    pipeline = plain_pipeline("sd")
+    before = find_layers(pipeline)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "lora")
+    after = set(find_layers(pipeline))
+    assert set(before) <= after and len(after) > len(before) == len(set(before))
