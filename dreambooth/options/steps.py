@@ -111,16 +111,16 @@ class OptimizerOptions:
             rules[name](f"--optimizer {name}")
 
     def _check_prodigy(self, flag: str) -> None:
-        for option in ("learning_rate", "adam_epsilon"):
-            if not getattr(self, option) > 0:
-                raise UserError(f"{flag} needs --{option} above 0")
+        for name in ("learning_rate", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{flag} needs --{name} above 0")
         if self.scale_lr:
             raise UserError(f"{flag} finds the learning rate itself and does not work with --scale_lr")
 
     def _check_adafactor(self, flag: str) -> None:
-        for option in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if getattr(self, option) != getattr(type(self), option):
-                raise UserError(f"--{option} has no effect on {flag}; of Adam's options it uses --adam_weight_decay")
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"--{name} has no effect on {flag}; of Adam's options it uses --adam_weight_decay")
 
     def _check_schedule_free(self, flag: str) -> None:
         if not self.lr_scheduler.startswith("constant"):

@@ -24,7 +24,7 @@ from dreambooth.kronecker import KRONECKER
 from dreambooth.method import adapter_groups
 from dreambooth.options.yaml_file import save_config
 from dreambooth.report import card
-from dreambooth.report.card import example_prompt, push_to_hub, save_card
+from dreambooth.report.card import push_to_hub, save_card
 from kron_adapter import kronecker_parameters, load_kronecker
 from train_dreambooth_kronecker import Config
 
@@ -89,8 +89,7 @@ def written(config, adapter, family=SD) -> tuple[dict, str]:
     path, _, _, attached = adapter
     trained = family.trained_models(attached.models, KRONECKER.trains_text(config))
     groups = adapter_groups(family, {name: kronecker_parameters(model) for name, model in trained.items()}, config)
-    description = attached.describe(path, config.pretrained_model_name_or_path, example_prompt(config))
-    save_card(description, groups, family, 800, config)
+    save_card(path, dataclasses.replace(attached, groups=groups), family, 800, config)
     loaded = ModelCard.load(f"{config.output_dir}/README.md")
     return loaded.data.to_dict(), loaded.text
 
@@ -224,11 +223,14 @@ def test_the_card_does_not_hold_the_token(config, adapter, results, tmp_path):
 
 
 def test_a_card_that_cannot_be_written_is_a_warning(config, adapter, tmp_path, caplog):
+    path, _, _, attached = adapter
+    path.unlink()  # a result that cannot be described
+    save_card(path, attached, SD, 800, config)
+    path.touch()
     (tmp_path / "README.md").mkdir()
-    _, _, _, attached = adapter
-    save_card(attached.describe(adapter[0], BASE, "sks"), attached.groups, SD, 800, config)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "README.md was not written" in caplog.text
+    save_card(path, attached, SD, 800, config)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert caplog.text.count("README.md was not written") == 2
 
 
 # ---- to the Hub ----
