@@ -18,7 +18,6 @@ pytest_plugins = ["tests.faults.runs"]
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "pytorch_kronecker_weights.safetensors"
-DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"
 TINY_TRANSFORMER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -86,20 +85,17 @@ def tiny_dino(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def dog_photos(tmp_path_factory) -> Path:
-    """Five photos of a dog, where the DreamBooth photos lie beside the repository; drawn ones elsewhere."""
-    return subject_photos("dog", 5, tmp_path_factory)
+    """Five photos, wider than high, of different sizes."""
+    return draw_photos(tmp_path_factory.mktemp("dog"), 5)
 
 
 @pytest.fixture(scope="session")
 def clock_photos(tmp_path_factory) -> Path:
-    """Six photos of a clock, or drawn ones."""
-    return subject_photos("clock", 6, tmp_path_factory)
+    """Six photos."""
+    return draw_photos(tmp_path_factory.mktemp("clock"), 6)
 
 
-def subject_photos(subject: str, count: int, tmp_path_factory) -> Path:
-    if (DREAMBENCH / subject).is_dir():
-        return DREAMBENCH / subject
-    folder = tmp_path_factory.mktemp(subject)
+def draw_photos(folder: Path, count: int) -> Path:
     for i in range(count):
         image = Image.new("RGB", (160 + 8 * i, 120), (30 * i, 90, 200 - 30 * i))
         ImageDraw.Draw(image).ellipse((20 + 5 * i, 20, 100 + 5 * i, 100), fill=(220, 160, 40), outline="black")
