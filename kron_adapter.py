@@ -170,20 +170,20 @@ class _FrozenLinearPlusKronecker(torch.autograd.Function):
 class KroneckerLinear(nn.Module):
     """A frozen `nn.Linear` plus scale · gain · (A ⊗ B), with B = 0 at the start: step 0 is exactly the base layer.
 
-    A (a1, a2) and B (b1, b2) are fp32 whatever the base's dtype. `gain` belongs to the parametrisation and is folded
-    into A when saved; `scale` is the user's strength, 1.0 as trained.
+    A (a1, a2) and B (b1, b2) are fp32 whatever the base's dtype. `gain` is part of the parametrisation and is folded
+    into A when saved; `scale` is the strength that the user sets, 1.0 as trained.
 
-    init "invariant":  gain · A ~ N(0, a1/d_in),  gain the power of two next to √a1. With a1 = 1 it is LoRA's beginning;
-                       B's entries serve a1 blocks of the output at once, so that 1/√a1 of a step would suit each. The
-                       gain speeds A up as well, which has to turn towards what is to be learned. So one learning rate
-                       serves all factor shapes, as toyworld/README.md measures. A power of two rounds nothing: a
-                       trained layer and the same layer from its file, where the gain is in A, give the same bits.
-    init "reference":  gain 1,  A ~ N(0, 1/a1²), as in the paper's own code.
-    init None:         gain 1,  A = 0, for factors that come from a file.
+    init "invariant":  gain · A ~ N(0, a1/d_in), with gain the power of two nearest to √a1: one learning rate then suits
+                       every shape of factors, as toyworld/README.md measures. With a1 = 1 it starts as LoRA does. In
+                       general a1 blocks of the output share B, and only about 1/√a1 of a step suits each of them, so A
+                       starts √a1 larger; the gain makes A's own steps larger too. A power of two rounds nothing: a
+                       trained layer, and the same layer from its file with the gain in A, compute the same bits.
+    init "reference":  gain 1, A ~ N(0, 1/a1²), as in the paper's own code.
+    init None:         gain 1, A = 0, for factors that come from a file.
 
-    The base may be any `nn.Linear`, also a quantised one, or a KroneckerLinear: several adapters are layers around
-    layers. It may be a convolution, which other tools' files adapt too: A ⊗ B is then its kernel (d_out, d_in) =
-    (c_out, c_in·k·k). Raises KroneckerError if a1, a2 do not divide its sizes.
+    The base may be any `nn.Linear`, quantised or not, or a KroneckerLinear: several adapters are layers around layers.
+    It may also be a convolution, which other tools' files adapt too: A ⊗ B is then its kernel (d_out, d_in) =
+    (c_out, c_in·k·k). Raises KroneckerError if (a1, a2) does not divide its sizes.
     """
 
     def __init__(
@@ -209,16 +209,16 @@ class KroneckerLinear(nn.Module):
         self.base = base if isinstance(base, KroneckerLinear) else base.requires_grad_(False)
         # Drawn on the CPU: one seed gives the same adapter on every device.
         A = torch.randn(a1, a2, dtype=torch.float32) * std if std else torch.zeros(a1, a2, dtype=torch.float32)
-        # Offloading keeps weights on the meta device between calls; factors that come later wait on the CPU.
+        # Offloading keeps weights on the meta device between calls; factors added to such a layer stay on the CPU.
         beside = base.A if isinstance(base, KroneckerLinear) else base.weight
         device = "cpu" if hasattr(base, "_hf_hook") else beside.device
         self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(b1, b2, dtype=torch.float32, device=device))
         self.scale = 1.0
         self.enabled = True
-        self.adapter = adapter  # the name that tells this adapter from others on the same model
-        self.target = name  # what the layer was selected by
-        self.transposed_rows = False  # the row order of the paper's code, for factors that it trained
+        self.adapter = adapter  # tells this adapter from others on the same model
+        self.target = name  # the target that selected the layer
+        self.transposed_rows = False  # whether the factors have the row order of the paper's code
         self.merged = False
         self._unmerged_weight: Tensor | None = None
 
@@ -240,7 +240,7 @@ class KroneckerLinear(nn.Module):
 
     @property
     def _innermost(self) -> nn.Linear | nn.Conv2d:
-        """The layer under all adapters."""
+        """The layer beneath all adapters."""
         layer = self.base
         while isinstance(layer, KroneckerLinear):
             layer = layer.base
@@ -248,7 +248,7 @@ class KroneckerLinear(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        """gain · A and B, as they are saved."""
+        """gain · A and B, as saved."""
         return Factors(self.A.detach() * self.gain, self.B.detach(), self.transposed_rows)
 
     @property
@@ -274,7 +274,7 @@ class KroneckerLinear(nn.Module):
 
     def _delta(self, x: Tensor) -> Tensor:
         layer = self._innermost
-        if isinstance(layer, nn.Conv2d):  # adapters of files alone, which do not train: the dense kernel will do
+        if isinstance(layer, nn.Conv2d):  # adapters from files, which do not train: the dense kernel is good enough
             kernel = self.delta_weight.to(x.device, x.dtype).view(layer.out_channels, -1, *layer.kernel_size)
             return F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         A, B = (self.A * (self.gain * self.scale)).to(x.device, x.dtype), self.B.to(x.device, x.dtype)
@@ -284,10 +284,10 @@ class KroneckerLinear(nn.Module):
         return delta
 
     def _has_plain_base(self, x: Tensor) -> bool:
-        """Whether the layer is nothing but x Wᵀ + bias + (A ⊗ B) x with a frozen W that lies beside x.
+        """Whether the layer is just x Wᵀ + bias + (A ⊗ B) x with a frozen W on x's device.
 
-        Quantised layers, layers that hooks move, cast or watch (offloading, layerwise casting), layers that train and
-        layers with another adapter must run their own forward.
+        Quantised layers, layers with hooks (offloading, layerwise casting), layers that train and layers with another
+        adapter must run their own forward.
         """
         base = self.base
         hooked = "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks
@@ -301,9 +301,10 @@ class KroneckerLinear(nn.Module):
         )
 
     def merge(self) -> None:
-        """Add the delta, and those of adapters under this one, to the base weight, rounding once.
+        """Add this delta and those of the adapters beneath it to the base weight, rounding once.
 
-        The unmerged weight is kept, for `unmerge`.
+        The unmerged weight is kept for `unmerge`. Raises KroneckerError if the adapter is merged already or the base
+        is offloaded or quantised.
         """
         layers: list[KroneckerLinear] = [self]
         while isinstance(base := layers[-1].base, KroneckerLinear):
@@ -323,7 +324,7 @@ class KroneckerLinear(nn.Module):
             layer.merged = True
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
+        """Restore the base weight, bit for bit."""
         if self._unmerged_weight is None:
             raise KroneckerError("the adapter is not merged")
         self.weight.data = self._unmerged_weight.to(self.weight.device)
@@ -337,7 +338,7 @@ class KroneckerLinear(nn.Module):
 
 
 def _divide(base: nn.Linear | nn.Conv2d | KroneckerLinear, a1: int, a2: int, name: str) -> tuple[int, int]:
-    """Return (b1, b2) = (d_out / a1, d_in / a2). Raises KroneckerError, naming the values that would divide."""
+    """Return (b1, b2) = (d_out / a1, d_in / a2). Raises KroneckerError, naming values that divide, if these do not."""
     d_out, d_in = matrix_size(base)
     problems = []
     for factor, value, side, size in (("a1", a1, "d_out", d_out), ("a2", a2, "d_in", d_in)):
@@ -372,8 +373,8 @@ def inject_kronecker(
     A target is the end of a module's dotted path: "to_q", "attn2.to_k", "to_out.0", or the whole path.
     `factors` gives some targets an (a1, a2) of their own: {"to_k": (8, 64)}.
 
-    Raises KroneckerError, with no layer replaced, if a target names no linear layer, if the model has adapters already
-    and if factors do not divide a layer's sizes.
+    Raises KroneckerError, with no layer replaced, if a target names no linear layer, the model has adapters already, or
+    factors do not divide a layer's sizes.
     """
     factors = dict(factors or {})
     if unknown := [name for name in factors if name not in targets]:
@@ -400,7 +401,7 @@ def inject_kronecker(
 def kronecker_layers(model: nn.Module, adapter: str | None = None) -> dict[str, KroneckerLinear]:
     """Return path -> layer for every adapted layer, or for those of one adapter, in the model's order.
 
-    If a layer has several adapters, the paths of the inner ones go on with ".base".
+    If a layer has several adapters, the paths of the inner ones continue with ".base".
     """
     return {
         path: module
@@ -415,7 +416,7 @@ def kronecker_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def kronecker_adapters(models: Models) -> list[str]:
-    """Return the names of the adapters, in the order in which they were added."""
+    """Return the names of the adapters in the order in which they were added."""
     found = [list(kronecker_layers(model).values()) for model in given_modules(models).values()]
     return list(dict.fromkeys(layer.adapter for layers in found for layer in reversed(layers)))
 
@@ -423,7 +424,7 @@ def kronecker_adapters(models: Models) -> list[str]:
 def set_kronecker_scale(models: Models, scale: float | Mapping[str, float]) -> None:
     """Set the adapters' strength: 0 is the base model, 1 as trained.
 
-    {"dog": 0.8, "style": 0.5} gives each adapter its own strength and switches off those that it does not name.
+    {"dog": 0.8, "style": 0.5} gives each adapter its own strength and turns off those that it does not name.
     """
     layers = _adapted(models)
     names = kronecker_adapters(models)
@@ -459,18 +460,18 @@ def merge_kronecker(models: Models) -> None:
 
 
 def unmerge_kronecker(models: Models) -> None:
-    """Put the base weights back, bit for bit."""
+    """Restore the base weights, bit for bit."""
     for layer in _outermost(_adapted(models)):
         layer.unmerge()
 
 
 def remove_kronecker(models: Models, adapter: str | None = None) -> None:
-    """Remove all adapters, or one of several; merged deltas stay in the weights."""
+    """Remove all adapters, or one by name; merged deltas stay in the weights."""
     layers = _adapted(models) if adapter else []
     if adapter and adapter not in kronecker_adapters(models):
         raise KroneckerError(f"there is no adapter named {adapter}; there are: {', '.join(kronecker_adapters(models))}")
     if any(layer.merged for layer in layers):
-        raise KroneckerError("the adapters are merged; unmerge them before one is removed")
+        raise KroneckerError("the adapters are merged; unmerge them before removing one")
     for model in given_modules(models).values():
         for path, layer in reversed(kronecker_layers(model, adapter).items()):  # inner ones first
             model.set_submodule(path, layer.base)
@@ -493,7 +494,7 @@ def _outermost(layers: Sequence[KroneckerLinear]) -> list[KroneckerLinear]:
 
 
 def kronecker_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return {"<layer>.A": (a1, a2), "<layer>.B": (b1, b2)} as trained, the gain not folded in."""
+    """Return {"<layer>.A": (a1, a2), "<layer>.B": (b1, b2)} as trained, without the gain folded in."""
     return {
         f"{name}.{letter}": getattr(layer, letter).detach()
         for name, layer in kronecker_layers(model).items()

@@ -2,7 +2,7 @@
 
     W + scale · (A ⊗ B) on the attention projections of the UNet; W stays frozen.       DiffuseKronA, arXiv 2402.17412
 
-On a CPU, in minutes, with the small model that the quickstart makes:
+On a CPU, in minutes, with the toy world's small model:
     accelerate launch train_dreambooth_kronecker.py --config configs/quickstart.yaml
 
 On one GPU:
@@ -35,9 +35,7 @@ class Config(TrainingConfig, KroneckerOptions):
 
 
 def main() -> None:
-    config = parse_options(
-        Config, __doc__
-    )  # --help and wrong options are answered before the imports, which take seconds
+    config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
     with lean_imports():
         from dreambooth.families.sd import SD
         from dreambooth.kronecker import KRONECKER

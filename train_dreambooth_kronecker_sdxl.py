@@ -37,9 +37,7 @@ class Config(SDXLTrainingConfig, KroneckerOptions):
 
 
 def main() -> None:
-    config = parse_options(
-        Config, __doc__
-    )  # --help and wrong options are answered before the imports, which take seconds
+    config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
     with lean_imports():
         from dreambooth.families.sdxl import SDXL
         from dreambooth.kronecker import KRONECKER

@@ -4,8 +4,8 @@
     python benchmarks/layer.py --shapes 1280,256 640,1024 --dtype bf16
 
 A shape is FEATURES,ROWS: attention projections of Stable Diffusion and SDXL map 320, 640 or 1280 features to as many,
-and get one row for every latent pixel of their level. The input needs a gradient, as it does in a model that trains. In
-bf16 the base is bf16, all factors are fp32, and the forward pass runs under autocast, as accelerate runs it.
+and get one row for every latent pixel of their level. The input needs a gradient, as it does inside a model. In bf16
+the base is bf16, all factors are fp32, and the forward pass runs under autocast, as accelerate runs it.
 
 Prints a table of time / time of the frozen layer, as median (first to third quartile) of the rounds' own ratios, and
 writes layer-DTYPE.md and layer-DTYPE.json, which has all times in milliseconds, to --output_dir.

@@ -1,12 +1,12 @@
-"""Time an optimizer step over the Kronecker factors of SDXL's UNet, for several ways of doing AdamW.
+"""Time an optimizer step over the Kronecker factors of SDXL's UNet, for several implementations of AdamW.
 
-    python benchmarks/optimizer_step.py                      # on the GPU, where there is one
+    python benchmarks/optimizer_step.py                      # on the GPU if there is one
     python benchmarks/optimizer_step.py --device cpu --rounds 20
 
-One round is one step of every way, in a new order. Prints a table: medians in milliseconds of the accumulation of
-gradients in the backward pass, of their clipping, the step and `zero_grad`; and how many times faster than the single
-loop over all tensors the step is, and clipping, step and `zero_grad` together, as median (first to third quartile) of
-the rounds' own ratios. Writes it, and all times, to optimizer_step.md and .json in --output_dir.
+One round is one step of each, in a new order. Prints a table of medians in milliseconds: accumulation of gradients in
+the backward pass, clipping, step and `zero_grad`. Two more columns tell how many times faster than the plain loop over
+all tensors the step is, and clipping, step and `zero_grad` together, as median (first to third quartile) of the rounds'
+own ratios. Writes the table, and all times, to optimizer_step.md and .json in --output_dir.
 """
 
 import argparse
@@ -18,14 +18,13 @@ from statistics import median
 import torch
 from torch import nn
 
-from dreambooth.options.training import TrainingConfig
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Group
+from dreambooth.options.training import TrainingConfig
 from kron_adapter import inject_kronecker, kronecker_parameters
 from kron_formats.architectures import load_architecture
 

@@ -1,4 +1,4 @@
-"""Adapters of several makes around the attention projections of a model, for benchmarks to compare."""
+"""Adapters of several libraries on the attention projections of a model, for benchmarks to compare."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from kron_adapter import ATTENTION_TARGETS, inject_kronecker
 
+Adapt = Callable[[nn.Module], object]  # puts adapters into a model
+
 FACTORS = ((4, 64), (8, 64), (64, 8), (16, 16))
 FROZEN = "frozen"
 SQUARE = 16  # the LoKrs' factor: A is (16, 16) where 16² divides the layer's sizes, as in our (16, 16)
-FULL = 100_000  # a rank that no layer reaches: both LoKrs then train full factors, as we do
+FULL = 100_000  # a rank that no layer reaches: the LoKrs then train full factors, as we do
 
 
 class ReferenceFormula(nn.Module):
-    """base(x) + B (Xᵀ A), as the paper's own code computes it: A first for every shape, operand by operand.
+    """base(x) + B (Xᵀ A), as the paper's own code computes it: A first for every shape, operand for operand.
 
     X (a2, b2) is x read row-major, A is kept as (a2, a1). Source: IBM/DiffuseKronA, diffusekrona/krona.py.
     """
@@ -34,7 +36,7 @@ class ReferenceFormula(nn.Module):
 
 
 class Shifted(nn.Module):
-    """base(x) + s: the least that makes gradients flow as far back as an adapter of this layer does."""
+    """base(x) + s: the least that makes gradients flow back as far as an adapter of this layer does."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -49,14 +51,16 @@ class Shifted(nn.Module):
 def _replace(model: nn.Module, wrap: Callable[[nn.Linear], nn.Module], count: int | None = None) -> None:
     """Put `wrap(layer)` in the place of every attention projection, or of the first `count`."""
     for path in _projections(model)[:count]:
-        model.set_submodule(path, wrap(model.get_submodule(path)))
+        layer = model.get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(path, wrap(layer))
 
 
 def _projections(model: nn.Module) -> list[str]:
     return [path for path, _ in model.named_modules() if path.endswith(ATTENTION_TARGETS)]
 
 
-def _lycoris(bypass: bool) -> Callable[[nn.Module], None]:
+def _lycoris(bypass: bool) -> Adapt:
     def adapt(model: nn.Module) -> None:
         from lycoris.modules.lokr import LokrModule
 
@@ -69,20 +73,19 @@ def _lycoris(bypass: bool) -> Callable[[nn.Module], None]:
     return adapt
 
 
-def _peft(config: LoraConfig | LoKrConfig) -> Callable[[nn.Module], None]:
+def _peft(config: LoraConfig | LoKrConfig) -> Adapt:
     return lambda model: inject_adapter_in_model(config, model)
 
 
-def _ours(a1: int, a2: int) -> Callable[[nn.Module], None]:
+def _ours(a1: int, a2: int) -> Adapt:
     return lambda model: inject_kronecker(model, a1, a2, _projections(model))
 
 
-def _reference(a1: int, a2: int) -> Callable[[nn.Module], None]:
+def _reference(a1: int, a2: int) -> Adapt:
     return lambda model: _replace(model, lambda base: ReferenceFormula(base, a1, a2))
 
 
-# Name -> function that puts adapters into a model
-PEERS: dict[str, Callable[[nn.Module], None]] = {
+PEERS: dict[str, Adapt] = {
     FROZEN: lambda model: _replace(model, Shifted, count=1),
     **{f"Kronecker {factors}": _ours(*factors) for factors in FACTORS},
     "PEFT LoRA r=4": _peft(LoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION_TARGETS))),
@@ -94,7 +97,7 @@ PEERS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def choose_peers(wanted: Sequence[str]) -> list[str]:
-    """Return FROZEN and those of `wanted`, less those whose package is not installed, and say so."""
+    """Return FROZEN and those of `wanted` whose package is installed; print which are left out."""
     if not importlib.util.find_spec("lycoris"):
         print("LyCORIS is not installed and is left out: tests/requirements.txt names its version")
         wanted = [name for name in wanted if not name.startswith("LyCORIS")]

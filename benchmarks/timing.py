@@ -1,6 +1,6 @@
-"""Timing several ways of doing one thing fairly, and writing down what was found.
+"""Time several ways of doing one thing fairly, and write down the results.
 
-The ways take turns, each once in a round and in a new order, so that what slows the machine for a while slows all of
+The ways take turns, each once per round and in a new order, so that what slows the machine for a while slows all of
 them. They are compared round by round: a ratio is the median of the rounds' own ratios, with its quartiles.
 """
 
@@ -22,15 +22,15 @@ Measurement = TypeVar("Measurement")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def parser(description: str, rounds: int) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks have."""
+def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"Rounds that are timed (default: {rounds}).")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"Timed rounds (default: {rounds}).")
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
         default="wall",
-        help="cpu: the process's own time on the processor, for a CPU that other programs use too (default: wall).",
+        help="cpu: the process's own processor time, for a CPU that other programs use too (default: wall).",
     )
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="Folder for the JSON and Markdown files."
@@ -41,7 +41,7 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
 def interleave(
     ways: Mapping[str, Callable[[], Measurement]], rounds: int, warm_up: int
 ) -> dict[str, list[Measurement]]:
-    """Return what each way returned in each of `rounds` rounds, which come after `warm_up` rounds that do not count."""
+    """Return what each way returned in each of `rounds` rounds, after `warm_up` rounds that do not count."""
     found = {name: [] for name in ways}
     for number in range(warm_up + rounds):
         for name in random.sample(list(ways), len(ways)):
@@ -75,7 +75,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Return what ran, in words: processor, threads or GPU, and PyTorch."""
+    """Return in words what it ran on: the GPU, or processor and threads, and the version of PyTorch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
     return f"{_processor()}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}"

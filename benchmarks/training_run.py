@@ -1,13 +1,13 @@
-"""Time whole training runs, start to file: this project's script and diffusers' own, turn by turn.
+"""Time whole training runs, from start to saved file: this project's script and diffusers' own take turns.
 
     python benchmarks/training_run.py --diffusers_script diffusers/examples/dreambooth/train_dreambooth_lora.py
     python benchmarks/training_run.py --kind sdxl --diffusers_script .../train_dreambooth_lora_sdxl.py
 
-diffusers' script is not part of this project: its repository has it, and it needs torchvision. Both get the same base
-model, photos, class images, steps, batch, precision and seed, with prior preservation, and the same adapted layers;
+diffusers' script is not part of this project: it is in diffusers' repository, and needs torchvision. Both get the same
+base model, photos, class images, steps, batch, precision and seed, with prior preservation, and adapt the same layers:
 ours with its default factors (4, 64), theirs with rank 4. Without --pretrained_model_name_or_path the base model is
-small, with random weights: what counts is then what the scripts do around the model. The class images are drawn
-before, by a run of ours that is not timed; with --draw_class_images each run draws its own, as its script does.
+small, with random weights: most of the time is then what the scripts do around the model. The class images are drawn
+beforehand, by a run of ours that is not timed; with --draw_class_images each run draws its own.
 
 Prints a table of wall time, processor time and peak resident memory of the training process, as median (first to third
 quartile), and theirs / ours of each round. Writes it, and all measurements, to training_run-KIND.md and .json in
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[], tuple[float, float, float]]]:
-    """Return two functions that make a run, into folders of their own, and return its MEASURES."""
+    """Return name -> function that makes a run, in a folder of its own, and returns its MEASURES."""
     base_model = arguments.pretrained_model_name_or_path
     if base_model is None:
         base_model = folder / "base-model"
@@ -115,7 +115,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[
 
 
 def measure(command: list[str], log: Path) -> tuple[float, float, float]:
-    """Run a command and return its MEASURES. Ends the program, with the command's last words, where it fails."""
+    """Run a command and return its MEASURES. If it fails, end the program with the end of its log."""
     start = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
@@ -124,7 +124,7 @@ def measure(command: list[str], log: Path) -> tuple[float, float, float]:
     wall = time.perf_counter() - start
     if status:
         sys.exit(f"error: {' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, KiB elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB elsewhere
     return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
 

@@ -5,8 +5,8 @@
     python benchmarks/unet_step.py --peers "Kronecker (4, 64)" "PEFT LoRA r=4" --rounds 5
 
 A step is the forward pass, the loss, the backward pass, clipping and AdamW. The UNet has the real configuration and
-random weights; all contenders share them. "frozen" is the bound: no adapter, but one trained number in the first
-attention layer, so that gradients flow as far back. In bf16 the base is bf16, all factors are fp32, and the forward
+random weights; all peers share them. "frozen" is the bound: no adapter, but one trained number in the first attention
+layer, so that gradients flow back as far. In bf16 the base is bf16, all factors are fp32, and the forward
 pass runs under autocast, as accelerate runs it.
 
 Prints a table of time / time of the bound, as median (first to third quartile) of the rounds' own ratios; of the bytes
@@ -24,12 +24,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from dreambooth.options.training import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,6 +39,7 @@ from benchmarks.timing import interleave, machine, milliseconds, parser, ratios,
 from dreambooth.base_model.loading import DTYPES
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Group
+from dreambooth.options.training import TrainingConfig
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 
 OPTIONS = TrainingConfig(pretrained_model_name_or_path="", instance_prompt="")
@@ -79,7 +80,9 @@ def parse() -> argparse.Namespace:
     options.add_argument("--architecture", choices=list(ARCHITECTURES.values()), default="sd15")
     options.add_argument("--device", default="cuda" if gpu else "cpu")
     options.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32", help="Of the base.")
-    options.add_argument("--latents", type=int, help="Side of the latents, latent pixels (default: as trained; 16).")
+    options.add_argument(
+        "--latents", type=int, help="Side of the latents, latent pixels (default: as trained on a GPU, else 16)."
+    )
     options.add_argument("--batch", type=int, default=1, help="Images.")
     options.add_argument("--gradient_checkpointing", action="store_true")
     options.add_argument("--compile", action="store_true", help="Compile the UNet's repeated blocks.")
@@ -91,35 +94,37 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def random_unet(architecture: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def random_unet(architecture: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """Return a UNet of the real configuration with random weights."""
-    unet = load_architecture(architecture)["unet"].to(dtype).to_empty(device=device).train()
+    unet: Any = load_architecture(architecture)["unet"].to(dtype).to_empty(device=device).train()
     for parameter in unet.parameters():
         fan_in = parameter.numel() / len(parameter)
         nn.init.normal_(parameter, std=fan_in**-0.5 if parameter.dim() > 1 else 0.1)
     return unet
 
 
-def random_inputs(unet: nn.Module, arguments: argparse.Namespace) -> dict:
+def random_inputs(unet: UNet2DConditionModel, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the UNet's keyword arguments, and the target as "target"."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(arguments.batch, *shape, device=arguments.device, dtype=unet.dtype)
 
     side, config = arguments.latents, unet.config
-    inputs = {
+    inputs: dict[str, Any] = {
         "sample": draw(4, side, side),
         "target": draw(4, side, side),
         "timestep": torch.randint(1000, (arguments.batch,), device=arguments.device),
-        "encoder_hidden_states": draw(77, config.cross_attention_dim),
+        "encoder_hidden_states": draw(77, config["cross_attention_dim"]),
     }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    if config["addition_embed_type"] == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         inputs["added_cond_kwargs"] = {"text_embeds": draw(pooled), "time_ids": draw(6)}
     return inputs
 
 
-def stepper(peer: str, unet: nn.Module, inputs: dict, arguments: argparse.Namespace) -> Callable[[], None]:
+def stepper(
+    peer: str, unet: UNet2DConditionModel, inputs: dict[str, Any], arguments: argparse.Namespace
+) -> Callable[[], None]:
     """Return a function that makes one training step of a UNet that shares its frozen weights with `unet`."""
     model = copy.deepcopy(unet, {id(parameter): parameter for parameter in unet.parameters()})
     parameters = adapt(model, peer)
@@ -168,14 +173,14 @@ def saved_bytes(step: Callable[[], None], unet: nn.Module) -> int:
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> float:
-    """Return the peak of memory in the step beyond what was in use before it; NaN where that cannot be told."""
+    """Return the peak memory of the step beyond what was in use before it; NaN if it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # hands back what earlier steps freed, or it would count as in use
+        ctypes.CDLL(None).malloc_trim(0)  # returns what earlier steps freed, or it would count as in use
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident_bytes("VmRSS")
         step()

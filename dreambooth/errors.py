@@ -35,7 +35,7 @@ def readable_errors() -> Iterator[None]:
 
 @contextmanager
 def warn_only(consequence: str) -> Iterator[None]:
-    """Turn an error into one warning that begins with its consequence: training matters more than what is inside."""
+    """Turn any error in this context into a warning that begins with `consequence`, for what must not end training."""
     try:
         yield
     except Exception as error:

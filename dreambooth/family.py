@@ -1,7 +1,7 @@
-"""The seam Family: in what base models differ, as data and functions.
+"""The seam Family: how kinds of base models differ, as data and functions.
 
-A new family is one record, in a module of its own in dreambooth/families/, beside its record in
-kron_formats/families.py, which says how its layers are called in files.
+A new family is one record in a new module in dreambooth/families/, and one in kron_formats/families.py, which says
+what its layers are called in files.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-Embeddings = dict[str, Tensor]  # by the names of the pipeline's arguments, one row for each prompt
+Embeddings = dict[str, Tensor]  # by the names of the pipeline's arguments, one row per prompt
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,25 @@ class Family:
     pipeline_class: type[DiffusionPipeline]
     denoiser: str  # the component that predicts
     text_encoders: tuple[str, ...]  # components
-    targets: Mapping[str, tuple[str, ...]]  # component -> the ends of the paths of its attention projections
-    component_titles: Mapping[str, str]  # component -> what people call it
+    targets: Mapping[str, tuple[str, ...]]  # component -> its attention projections, by the ends of their paths
+    component_titles: Mapping[str, str]  # component -> its name in messages and on the model card
 
-    # Called with prompts, on any component dtype; returns one row for each prompt, in their order.
+    # (pipeline, prompts) -> their embeddings, in order. The text encoders may have any dtype.
     encode_prompts: Callable[[DiffusionPipeline, list[str]], Embeddings]
 
-    # Called with embeddings and sizes at every step: sizes (rows, 6) are original height and width, crop top and left,
-    # target height and width, px. Returns the denoiser's keyword arguments.
+    # (embeddings, sizes) -> the denoiser's keyword arguments, at every step. Sizes (rows, 6), px: original height,
+    # width, crop top, left, target height, width.
     condition: Callable[[Embeddings, Tensor], dict[str, Any]]
 
-    # Further arguments of pipeline_class.from_pretrained
+    # Additional arguments of pipeline_class.from_pretrained
     loading: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
+        """The components that tokenize for the text encoders, in the same order."""
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
     def trained_models(self, components: Mapping[str, Any], with_text: bool) -> dict[str, nn.Module]:
-        """Return the components a method may train: the denoiser first, then the text encoders `with_text`."""
+        """Return the components that a method may train: the denoiser, then, if `with_text`, the text encoders."""
         encoders = [name for name in self.text_encoders if with_text and components.get(name)]
         return {name: components[name] for name in [self.denoiser, *encoders]}

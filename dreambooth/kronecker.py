@@ -1,4 +1,4 @@
-"""The method of this project: Kronecker factors beside the attention projections (DiffuseKronA, arXiv 2402.17412)."""
+"""This project's own method: Kronecker factors on the attention projections (DiffuseKronA, arXiv 2402.17412)."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ class AttachedKronecker:
         return disable_kronecker(self.models)
 
     def state(self) -> dict[str, Any]:
-        """Return the factors of every model as they are trained, the gain not folded in."""
+        """Return the factors of every model as trained, the gain not folded in: component -> name -> tensor."""
         return {name: kronecker_state_dict(model) for name, model in self.models.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -75,24 +75,26 @@ class AttachedKronecker:
         )
 
     def _kinds(self) -> Iterator[tuple[str, str, int, int, int, int]]:
-        """Yield for every layer: the component's title, what it was selected by, and the sides of A and B."""
+        """Yield for each layer its component's title, the target that selected it, and the shapes of A and B."""
         for component, layers in self.layers.items():
             for layer in layers.values():
-                yield self.family.component_titles[component], layer.target, *layer.A.shape, *layer.B.shape
+                (a1, a2), (b1, b2) = layer.A.shape, layer.B.shape
+                yield self.family.component_titles[component], layer.target, a1, a2, b1, b2
 
 
 def _usage(file: str, base_model: str, prompt: str) -> str:
     return f"""```python
+import torch
 from diffusers import DiffusionPipeline
 from kron_adapter import load_kronecker  # pip install . in a checkout of the training suite
 
-pipeline = DiffusionPipeline.from_pretrained({python_string(base_model)}).to("cuda")
+pipeline = DiffusionPipeline.from_pretrained({python_string(base_model)}, torch_dtype=torch.float16).to("cuda")
 load_kronecker(pipeline, {python_string(file)}, scale=1.0)  # 0 is the base model, 1 as trained
 image = pipeline({python_string(prompt)}).images[0]
 ```
 
-The file is a LoKr with full factors under kohya's names, which ComfyUI, AUTOMATIC1111 and Forge load like any LoRA: put
-it into their folder of LoRAs."""
+The file is a LoKr with full factors under kohya's names. ComfyUI, AUTOMATIC1111 and Forge load it like any LoRA: put it
+into their LoRA folder."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,11 @@ class Kronecker:
         return config.train_text_encoder
 
     def check(self, family: Family, models: Mapping[str, nn.Module], config: KroneckerOptions) -> None:
-        """Raise KroneckerError if targets name no layer, or factors do not divide a layer's sizes."""
+        """Raise KroneckerError if a target matches no layer, or factors do not divide a layer's sizes."""
         self.attach(family, models, config)
 
     def attach(self, family: Family, models: Mapping[str, nn.Module], config: KroneckerOptions) -> AttachedKronecker:
-        layers = {}
+        layers: dict[str, dict[str, KroneckerLinear]] = {}
         for number, (name, model) in enumerate(models.items()):
             with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):
                 layers[name] = self._inject(family, name, model, config)

@@ -1,9 +1,9 @@
-"""Every name in the output folder: what a run writes, and where.
+"""Every name in the output folder.
 
 OUTPUT_DIR/<method.weights_name>                    the result, for other tools
 OUTPUT_DIR/checkpoint-N/                            after N optimizer steps: training_state.*, run.json, the result
 OUTPUT_DIR/samples/step-NNNNNN.png                  sheets of samples
-OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses and learning rates
+OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses, learning rate, gradient norm
 OUTPUT_DIR/README.md, config.yaml                   the model card; all options
 """
 

@@ -1,7 +1,7 @@
-"""The seam Method: what trains. Training, the loop, checkpoints and the optimizer never ask which method it is.
+"""Method: what trains. Training, the loop, checkpoints and the optimizer never ask which method it is.
 
-A method is a value without state. `attach` puts it into a loaded base model and returns what trains. CONTRIBUTING.md
-says when each of these is called; tests/integration/test_methods.py holds every method to it.
+A method is a value without state. `attach` puts it into a loaded base model and returns what trains.
+tests/integration/test_methods.py tests every method against what these docstrings promise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,36 +29,36 @@ class Group:
 
 @dataclass(frozen=True)
 class Description:
-    """What the model card says of a result, in Markdown."""
+    """What the model card says about a result, in Markdown."""
 
     noun: str  # what it is called: "Kronecker adapter"
-    summary: str  # "`W + A ⊗ B` on ...": completes the sentence "A NOUN (DreamBooth) for BASE: SUMMARY"
+    summary: str  # "`W + A ⊗ B` on ...": completes "A NOUN (DreamBooth) for BASE: SUMMARY."
     usage: str  # how to load it
-    contents: tuple[str, ...]  # paragraphs: its size in words, a table
+    contents: tuple[str, ...]  # paragraphs: its size, a table of its layers
     tags: tuple[str, ...]  # on the Hub
 
 
 class Attached(Protocol):
-    """A method in a base model: what trains, and how to leave it out, keep it and save it."""
+    """A method in a base model: what trains, and how to disable, checkpoint and save it."""
 
     @property
     def groups(self) -> Sequence[Group]:
-        """What trains. Lasts: the same parameters every time."""
+        """What trains: always the same parameters, the denoiser's group first."""
         ...
 
     def without(self) -> AbstractContextManager[None]:
         """Inside this context the models are the base models, bit for bit.
 
-        Raises UserError if the method cannot do that.
+        Raises UserError if the method cannot restore them.
         """
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return nested dicts of tensors from which `load_state` restores the training exactly."""
+        """Return what trains as nested dicts of tensors, from which `load_state` restores it exactly."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned. Raises ValueError, with nothing changed, if it does not fit."""
+        """Restore what `state` returned. Raises ValueError, with nothing changed, if names or shapes differ."""
         ...
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
@@ -66,16 +66,16 @@ class Attached(Protocol):
         ...
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
-        """Return what the model card says of the saved result. `prompt` is an example for the base model's pipeline."""
+        """Return what the model card says about the result saved in `path`. `prompt` is an example to draw."""
         ...
 
 
 class Method(Protocol):
-    """A way to personalise a base model. `config` is always an instance of `options` and of TrainingConfig."""
+    """A way to personalise a base model. `config` is always an instance of both `options` and TrainingConfig."""
 
     @property
     def name(self) -> str:
-        """The word for it on the command line and in checkpoints."""
+        """Its name on the command line and in checkpoints."""
         ...
 
     @property
@@ -85,37 +85,37 @@ class Method(Protocol):
 
     @property
     def weights_name(self) -> str:
-        """The result's name in the output folder."""
+        """The name of the result in the output folder."""
         ...
 
     def trains_text(self, config: Any) -> bool:
-        """Whether prompts mean something else after every step, so that they are encoded anew at each."""
+        """Whether embeddings of prompts change in training, and so must be computed at every step."""
         ...
 
     def check(self, family: Family, models: Mapping[str, nn.Module], config: Any) -> None:
-        """Raise UserError or KroneckerError if the method cannot train these models, which have no weights yet."""
+        """Raise UserError or KroneckerError if the method cannot train these models. They have no weights yet."""
         ...
 
     def attach(self, family: Family, models: Mapping[str, nn.Module], config: Any) -> Attached:
-        """Freeze the models, component -> model, the denoiser first, and put into them what trains.
+        """Freeze the models, component -> model with the denoiser first, and add what trains.
 
-        What is random depends on config.seed alone, so that all processes begin alike.
+        All randomness comes from config.seed, so all processes start with the same parameters.
         """
         ...
 
 
 def check_state(own: Mapping[str, Mapping[str, Tensor]], given: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise ValueError unless a state, component -> name -> tensor, has exactly the names and shapes of one's own."""
+    """Raise ValueError unless both states, component -> name -> tensor, have the same names and shapes."""
     for component, tensors in own.items():
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in given.get(component, {}).items()}:
-            raise ValueError(f"the state does not fit what trains in the {component}")
+            raise ValueError(f"the state does not fit what trains in {component}")
 
 
 def adapter_groups(
     family: Family, parameters: Mapping[str, list[nn.Parameter]], config: TextEncoderOptions
 ) -> list[Group]:
-    """Return the groups of a method that adds parameters to each model: the denoiser's, then all text encoders'."""
+    """Return the groups of a method that adds parameters to every model: the denoiser's, then the text encoders'."""
     parameters = dict(parameters)
     own = parameters.pop(family.denoiser)
     groups = [Group(family.component_titles[family.denoiser], own, config.learning_rate, config.adam_weight_decay)]

@@ -1,4 +1,4 @@
-"""Random streams: every random number of a run is a function of the seed, its purpose and an index."""
+"""Random streams: every random number in a run is a function of the seed, its purpose and an index."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """What a random number is for. Each gets a stream of its own, so that one more draw here moves nothing there."""
+    """What a random number is for. Streams are independent: another draw from one changes nothing in the others."""
 
     INSTANCE_ORDER = 0
     CLASS_ORDER = 1
@@ -27,17 +27,18 @@ class Stream(IntEnum):
 
 
 def seed_of(seed: int, stream: Stream, index: int) -> int:
-    """Return the 64-bit seed of draw `index` in a stream of a run."""
+    """Return the 64-bit seed of draw `index` from a stream of the run with this seed."""
     return int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0])
 
 
 def generator_of(seed: int, stream: Stream, index: int) -> np.random.Generator:
+    """Return a generator for draw `index` from a stream of the run with this seed."""
     return np.random.default_rng(seed_of(seed, stream, index))
 
 
 @contextmanager
 def torch_seed(seed: int) -> Iterator[None]:
-    """Inside this context torch's CPU generator begins at `seed`; afterwards it continues as if nothing was drawn."""
+    """Inside this context torch's CPU generator starts at `seed`; afterwards it continues as if nothing was drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

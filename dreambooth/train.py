@@ -1,4 +1,4 @@
-"""Training, from options to the result: the table of contents of every run, whatever the base model and the method."""
+"""Training, from options to the result: the steps of every run, whatever its base model and method."""
 
 import functools
 
@@ -36,8 +36,8 @@ from dreambooth.runtime.stopping import Stop
 def train(family: Family, method: Method, config: TrainingConfig) -> None:
     """Train `method` on a base model of `family`. `config` is an instance of `method.options` too.
 
-    Writes what dreambooth/layout.py lists. Raises UserError or KroneckerError for what the user can mend; ends the
-    program with exit code 75 if it was told to stop and has saved a checkpoint.
+    Writes the files listed in dreambooth/layout.py. Raises UserError or KroneckerError for what the user can fix. Ends
+    the program with exit code 75 if it was told to stop and has saved a checkpoint.
     """
     accelerator = start_accelerator(config)
     with (
@@ -45,7 +45,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         hold_folder(config, accelerator),
         explain_out_of_memory(config, accelerator),
     ):
-        # What can be refused is refused before any weights are read
+        # Everything that can be refused is refused before any weights are read
         start = find_start(method, config, accelerator)
         check_optimizer(config)
         photos = read_instance_photos(config)
@@ -54,7 +54,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         empty = empty_models(config, (family.denoiser, *family.text_encoders))
         method.check(family, family.trained_models(empty, text_trains), config)
 
-        # The frozen model: class images, latents, every distinct prompt once; what of it has nothing to do is not read
+        # The frozen model: class images, latents, distinct prompts. Components that are not needed are not read
         base = BaseModel(family, config, accelerator)
         pipeline, process = base.pipeline, noise_process(base.pipeline.scheduler, config)
         pipeline.scheduler = build_sampler(pipeline.scheduler)
@@ -91,7 +91,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         progress = Progress(accelerator, dataset, config, first_step, total_steps)
         show = functools.partial(validate, progress, pipeline, encode, prompts, optimizer, samples, config)
         save = functools.partial(save_checkpoint, accelerator, state, method.weights_name, run, config)
-        show(step=first_step)  # a resumed run may have been cut off while it drew them
+        show(step=first_step)  # also if it resumes: it may have been interrupted while drawing them
         stop.only_between_steps()
         for step in progress.steps(reports):
             stopping = stop.asked()
@@ -109,4 +109,4 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
             progress.say_closing_line(attached.groups, path)
         progress.close()
         if accelerator.is_main_process:
-            push_to_hub(path, config)  # last, so that no other process waits for it
+            push_to_hub(path, config)  # last: the other processes do not wait for it

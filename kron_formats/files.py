@@ -1,6 +1,6 @@
 """The one way to open files that others made, and the one way to write a file: whole, or not at all.
 
-Untrusted files: safetensors, JSON, text, the paper's pickles. What cannot be right is refused before its content is
+Untrusted files are safetensors, JSON, text and the paper's pickles. Invalid ones are refused before their content is
 used; no code in a file is ever run, and no file takes more memory than its own size justifies.
 
 Two layers, told apart by what they raise:
@@ -53,10 +53,10 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
             save_file(tensors, unfinished)
 
     An earlier file stays in place until the new one is whole. After an error the temporary file is removed and the
-    error goes on. The temporary name begins with a dot, ends in ".tmp" (UNFINISHED) and is unique, so that several
+    error raised again. The temporary name begins with a dot, ends in ".tmp" (UNFINISHED) and is unique, so that several
     processes and machines may write the same file: the last one wins.
 
-    `durable` also waits until content and name are on the disk, so that the file outlives a power failure.
+    `durable` also waits until content and name are on the disk, so that the file survives a power failure.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
@@ -106,7 +106,7 @@ def read_text(path: str | os.PathLike, largest: int) -> str:
 def printable(text: str, longest: int | None = None) -> str:
     """Return untrusted text as it can be shown: on one line, without anything that steers a terminal.
 
-    Text beyond `longest` characters is cut, and its length told.
+    Text beyond `longest` characters is cut off, and its length given.
     """
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:longest])
     return shown if longest is None or len(text) <= longest else f"{shown}... ({len(text)} characters)"
@@ -235,7 +235,7 @@ def positive_integer(value: Any) -> int | None:
 
 
 def integer_pair(values: Any) -> tuple[int, int] | None:
-    """Return a list from JSON as two positive integers; None if it is not two."""
+    """Return a list from JSON as two positive integers; None if it is anything else."""
     if not isinstance(values, Collection) or len(values) != 2:
         return None
     first, second = (positive_integer(value) for value in values)

@@ -61,7 +61,7 @@ def fuse_checkpoint(base: Path, output: Path, layers: Mapping[Layer, Factors | L
 
 def fuse_pipeline(base: str, output: Path, layers: Mapping[Layer, Factors | LowRank], dtype: torch.dtype) -> None:
     """Write a pipeline folder with every delta added to its weight and rounded once."""
-    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage] exported lazily
+    from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(base)
     for layer, entry in layers.items():

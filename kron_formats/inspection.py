@@ -16,7 +16,7 @@ PARTS = {"unet": "the UNet", "text_encoder": "the text encoder", "text_encoder_2
 
 
 def inspect(file: AdapterFile) -> str:
-    """Return what a file is, for which model, its layers, factors, ranks, norms, metadata, and who can load it."""
+    """Return what a file is, for which model, its layers, factors, ranks, norms, metadata, and what can load it."""
     factors = {name: entry for name, entry in file.layers.items() if isinstance(entry, StoredFactors)}
     loras = {name: entry for name, entry in file.layers.items() if isinstance(entry, LowRank)}
     multiplied = {name: entry.multiplied() for name, entry in factors.items()}
@@ -117,5 +117,5 @@ def _a1111_hides(file: AdapterFile) -> str:
         notes.append(f"A1111 hides {family.title} files without ss_base_model_version, which scripts/convert.py writes")
     second = {name.rpartition("_self_attn_")[2] for name in file.layers if _in_second(name)}
     if second and second != {*TEXT_ENCODER_TARGETS}:
-        notes.append("A1111 skips the second text encoder, for it needs q, k, v and out together")
+        notes.append("A1111 skips the second text encoder, since it needs q, k, v and out together")
     return f" ({'; '.join(notes)})" if notes else ""

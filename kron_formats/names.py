@@ -159,7 +159,7 @@ def spelling_index(layers: Sequence[Layer]) -> dict[str, Layer]:
 
 
 def component_of(name: str) -> str | None:
-    """Return the component that a layer's name in a file begins as: a guess without a model; None if it is none."""
+    """Return the component that a layer's name in a file suggests by its beginning; None if it suggests none."""
     return next((component for component, starts in _beginnings().items() if name.startswith(starts)), None)
 
 

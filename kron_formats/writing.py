@@ -4,8 +4,8 @@
     <layer>.lokr_w2    B (b1, b2), of a convolution (b1, b2, k, k)
     <layer>.alpha      1.0: LyCORIS fails without one, newer ComfyUI divides by zero at 0, and 1 is safe everywhere
 
-Nothing else is in it: Forge refuses a file with 13 unknown keys. Factors in the row order of the paper's code are
-<layer>.kron_a and .kron_b instead, so that tools which would read them wrongly do not read them at all.
+It holds nothing else: Forge refuses a file with 13 unknown keys. Factors in the row order of the paper's code are
+<layer>.kron_a and .kron_b instead, so that tools that would misread them do not read them at all.
 """
 
 import json
@@ -126,7 +126,7 @@ def file_metadata(metadata: Mapping[str, str], family: Family | None, network: M
 
 
 def carried_metadata(file: AdapterFile) -> dict[str, str]:
-    """Return what a file says about its training, for a file that is made of it; not what it says about its layers."""
+    """Return what a file says about its training, for a file made from it; not what it says about its layers."""
     own = {key: value for key, value in file.own_metadata.items() if key not in LAYOUT_KEYS}
     return own | {key: file.metadata[key] for key in CARRIED if key in file.metadata}
 

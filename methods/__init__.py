@@ -1,1 +1,1 @@
-"""The methods that this project compares its own with, each behind the seam in dreambooth/method.py."""
+"""The methods that this project compares its own with. Each implements dreambooth/method.py."""

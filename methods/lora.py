@@ -1,6 +1,6 @@
 """LoRA-DreamBooth: W + B A of rank r on the attention projections (Hu et al., arXiv 2106.09685).
 
-As the paper of DiffuseKronA compares with it, and diffusers' examples train it: peft's layers, A ~ N(0, 1/r²), B = 0,
+As diffusers' examples train it, and DiffuseKronA's paper compares with it: peft's layers, A ~ N(0, 1/r²), B = 0,
 alpha = r.
 """
 
@@ -61,7 +61,7 @@ class AttachedLora:
             set_peft_model_state_dict(model, state[name], ADAPTER)
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-        """Write what `pipeline.load_lora_weights` reads: <component>.<layer>.lora_A.weight and .lora_B.weight."""
+        """Write a file for `pipeline.load_lora_weights`: <component>.<layer>.lora_A.weight and .lora_B.weight."""
         tensors = {}
         for layer in find_layers(self.models):
             model, wrapper = self.models[layer.component], layer.path.removesuffix(".base_layer")
@@ -94,14 +94,15 @@ class AttachedLora:
 
 def _usage(file: str, base_model: str, prompt: str) -> str:
     return f"""```python
+import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({python_string(base_model)}).to("cuda")
+pipeline = DiffusionPipeline.from_pretrained({python_string(base_model)}, torch_dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights(".", weight_name={python_string(file)})
 image = pipeline({python_string(prompt)}).images[0]
 ```
 
-ComfyUI, AUTOMATIC1111 and Forge read the file too: put it into their folder of LoRAs."""
+ComfyUI, AUTOMATIC1111 and Forge load the file too: put it into their LoRA folder."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ class Lora:
         return config.train_text_encoder
 
     def check(self, family: Family, models: Mapping[str, nn.Module], config: LoraOptions) -> None:
-        """Every rank goes with every layer."""
+        """Do nothing: every rank fits every layer."""
 
     def attach(self, family: Family, models: Mapping[str, nn.Module], config: LoraOptions) -> AttachedLora:
-        parameters = {}
+        parameters: dict[str, list[nn.Parameter]] = {}
         for number, (name, model) in enumerate(models.items()):
             model.requires_grad_(False)
             lora = LoraConfig(
@@ -141,7 +142,7 @@ def _lora_layers(model: nn.Module) -> list[LoraLinear]:
 
 
 def _state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the LoRA of a model by peft's names."""
+    """Return a model's LoRA weights under peft's names."""
     return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
@@ -150,7 +151,7 @@ LORA = Lora()
 
 @dataclass(frozen=True)
 class LoraReader:
-    """LoRAs in files, of any tool whose files diffusers reads. See dreambooth/drawing/pipelines.py."""
+    """LoRA files, of every tool that diffusers supports. See dreambooth/drawing/pipelines.py."""
 
     def takes(self, file: AdapterFile) -> bool:
         return file.is_lora
@@ -158,7 +159,7 @@ class LoraReader:
     def check(self, file: AdapterFile) -> None:
         if file.from_peft:
             raise UserError(
-                f"{file.path} is a LoRA in peft's layout, which pipelines do not load: fuse it with scripts/convert.py "
+                f"{file.path} is a LoRA in peft's layout, which pipelines cannot load: fuse it with scripts/convert.py "
                 "--to fused, or save it with the pipeline's save_lora_weights"
             )
 

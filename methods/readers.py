@@ -1,8 +1,8 @@
-"""The readers of all methods' files, for the scripts that draw and merge."""
+"""The readers of all methods' files, for scripts that draw or merge."""
 
 from dreambooth.drawing.pipelines import Reader
 from dreambooth.kronecker import KroneckerReader
 from methods.lora import LoraReader
 
-# LoRAs first: peft's layers go around plain ones, and Kronecker layers into peft's
+# LoRA first: peft's layers wrap plain ones only, and Kronecker layers fit inside peft's
 READERS: tuple[Reader, ...] = (LoraReader(), KroneckerReader())

@@ -1,4 +1,4 @@
-"""Train one of the compared methods on a few photos of a subject: the same training as the Kronecker scripts'.
+"""Train one of the compared methods on a few photos of a subject, exactly as the Kronecker scripts train theirs.
 
     accelerate launch methods/train.py METHOD FAMILY [options]
 
@@ -6,8 +6,10 @@
     FAMILY    sd       Stable Diffusion 1.x or 2.x
               sdxl     SDXL
 
-On a CPU, in minutes, with the small model that the project ships:
-    accelerate launch methods/train.py lora sd --config configs/quickstart.yaml ...
+On a CPU, in minutes, with the toy world's small model:
+    accelerate launch methods/train.py lora sd --pretrained_model_name_or_path toyworld/models/sd \\
+        --instance_data_dir toyworld/photos/dog --instance_prompt "a photo of sks dog" --resolution 64 \\
+        --max_train_steps 400 --output_dir outputs/quickstart/lora
 
 On one GPU:
     accelerate launch --mixed_precision bf16 methods/train.py lora sd \\
@@ -17,14 +19,19 @@ On one GPU:
 
 On several GPUs: accelerate launch --multi_gpu --num_processes 4 methods/train.py ...
 
-The options of METHOD FAMILY:  methods/train.py METHOD FAMILY --help. Writes what the Kronecker scripts write; the
-result's name is the method's own, pytorch_lora_weights.safetensors for lora.
+All options:  methods/train.py METHOD FAMILY --help
+
+The steps of a run are listed in dreambooth/train.py.
+
+Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), checkpoint-*/, samples/*.png, metrics.jsonl, training.png,
+README.md (the model card), config.yaml and logs/.
 """
 
 import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,13 +44,13 @@ from methods.options import LoraOptions
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the tables below: the options, and where the value itself is, which takes seconds to import."""
+    """A row of the tables below: the options, and the module and name of the value, which takes seconds to import."""
 
     options: type
     module: str
     value: str
 
-    def load(self):
+    def load(self) -> Any:
         return getattr(importlib.import_module(self.module), self.value)
 
 
@@ -65,12 +72,12 @@ def main() -> None:
             raise UserError(
                 f"{kind} is {given}; choose from {', '.join(table)}: methods/train.py METHOD FAMILY [options]"
             )
-    method, family, *rest = words
-    config = parse_options(config_class(FAMILIES[family].options, METHODS[method].options), __doc__ or "", rest)
+    method, family = METHODS[words[0]], FAMILIES[words[1]]
+    config = parse_options(config_class(family.options, method.options), __doc__, words[2:])
     with lean_imports():
         from dreambooth.train import train
 
-        method, family = METHODS[method].load(), FAMILIES[family].load()
+        family, method = family.load(), method.load()
     train(family, method, config)
 
 

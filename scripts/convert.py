@@ -63,13 +63,13 @@ FLAG_IS_FOR = {  # flag -> the formats that it has a meaning for
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the arguments. What is wrong with them ends the program before anything is read."""
+    """Return the arguments. Wrong ones end the program before anything is read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("input", nargs="?", type=Path, metavar="INPUT", help="adapter file, or a folder that peft wrote")
-    add("--inspect", type=Path, metavar="FILE", help="print what a file is and who can load it, and end")
+    add("--inspect", type=Path, metavar="FILE", help="print what a file is and what can load it, and exit")
     add("--to", choices=tuple(FORMATS), metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     add("--output", type=Path, metavar="PATH", help="file or folder to write; must not exist")
     add(
@@ -87,7 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--allow_pickle",
         action="store_true",
-        help="also read a .bin of the paper's code: its tensors only, nothing in it is run",
+        help="also read a .bin of the paper's code: only its tensors; no code in it is run",
     )
     add("--kron_a1", type=positive, help="native: rows of A, for a LoRA that this project did not make")
     add("--kron_a2", type=positive, help="native: columns of A, for a LoRA that this project did not make")
@@ -105,7 +105,7 @@ def positive(text: str) -> int:
 
 
 def inconsistency(arguments: argparse.Namespace) -> str | None:
-    """Return what does not go together, with the flags to change; None if all does."""
+    """Return what is wrong with the arguments, naming the flags to change; None if nothing is."""
     if arguments.inspect is not None:
         given = {name: value for name, value in vars(arguments).items() if name not in ("inspect", "allow_pickle")}
         if extra := [name for name, value in given.items() if value is not None]:
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def match(file: AdapterFile, base: str | None) -> MatchedAdapter:
-    """Return the file matched with its base model, which is read without weights.
+    """Return the file matched with its base model, of which no weights are read.
 
     Raises UserError if `base` is not a base model, KroneckerError if the file does not fit it.
     """

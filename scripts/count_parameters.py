@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage] exported lazily
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, LoraModel
 from torch import nn
 

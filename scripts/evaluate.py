@@ -1,25 +1,25 @@
-"""Score an adapter beside its base model: fidelity to subject and prompts, diversity, and what becomes of the class.
+"""Score an adapter beside its base model: fidelity to subject and prompts, diversity, and drift of the class.
 
     python scripts/evaluate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --adapter outputs/dog/pytorch_kronecker_weights.safetensors --dtype fp16 \\
         --instance_data_dir photos/dog --instance_token sks --class_noun dog \\
         --prompts configs/prompts/live_subjects.txt --output_dir outputs/dog/evaluation
 
-Images are drawn for the prompts, {} read as "sks dog", and for the class prompt; image i of every prompt from seed + i,
-without and with the adapter. CLIP-T reads {} as "dog".
+Images are drawn for the prompts, with "sks dog" for {}, and for the class prompt, without and with the adapter; image i
+of every prompt is drawn from seed + i. CLIP-T is computed with "dog" for {}.
 
-    CLIP-I, DINO   likeness to the subject: mean cosine of images and photos in CLIP's and in DINO's embeddings
-    CLIP-T         truth to the prompt: mean cosine of images and their prompts in CLIP's embeddings
-    diversity      mean DINO distance, 1 - cosine, of two images of a prompt, which --num_images 1 lacks
-    prior          of class images: mean DINO cosine to the photos (where it rises, "dog" comes to mean this dog) and
+    CLIP-I, DINO   fidelity to the subject: mean cosine of images and photos in CLIP's and in DINO's embeddings
+    CLIP-T         fidelity to the prompt: mean cosine of images and their prompts in CLIP's embeddings
+    diversity      mean DINO distance, 1 - cosine, of two images of a prompt; needs --num_images of at least 2
+    prior          of class images: mean DINO cosine to the photos (if it rises, "dog" comes to mean this dog) and
                    diversity, without and with the adapter; mean DINO distance of the two images of a seed
 
-These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), but that its diversity is of LPIPS distances.
+These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), whose diversity uses LPIPS distances instead.
 By default DINO is the paper's ViT-S/16, and CLIP is ViT-B/32. The row "photos" compares the photos with each other:
-what a perfect adapter would reach. Several --adapter add up, as in scripts/generate.py; without any, the base model
+what a perfect adapter would score. Several --adapter add up, as in scripts/generate.py; without any, the base model
 alone is scored.
 
-Writes scores.json (settings, means, every prompt), scores.csv (a row for each model and prompt), the images as
+Writes scores.json (settings, means, every prompt), scores.csv (one row per model and prompt), the images as
 images/MODEL/PROMPT-SEED.png, and sheet.png: the photos, and the models' images of the same seeds side by side.
 """
 
@@ -29,26 +29,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from dreambooth.drawing.draw import draw_images
-from dreambooth.drawing.pipelines import add_adapters, load_base_pipeline, prepare_drawing, read_adapters
 from dreambooth.drawing.sheet import draw_sheet
 from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
-from dreambooth.scoring.embeddings import load_evaluators
-from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores, score_images, score_photos, score_prior
 from dreambooth.scoring.subject import PLACEHOLDER, name_subject, read_prompts, read_subject_photos
-from methods.readers import READERS
+
+if TYPE_CHECKING:
+    from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores
 
 BASE, ADAPTED = "base", "adapted"
 SCORES = ("clip_i", "dino", "clip_t", "diversity")
@@ -59,17 +56,17 @@ GAP = (16, 192)  # px, between the models
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AdaptedModelOptions, DrawingOptions):
-    """What is scored, on which prompts, and by what."""
+    """What to score, on which prompts, and with which models."""
 
-    instance_data_dir: str = option("Folder with the photos of the subject that images are compared with.")
+    instance_data_dir: str = option("Folder with the photos of the subject to compare images with.")
     instance_token: str = option("Rare token that the adapter was trained with.", "sks")
     class_noun: str = option('Class of the subject, for example dog; {} in prompts then stands for "sks dog".')
     prompts: str | None = option("File with one prompt per line, for example configs/prompts/objects.txt.", None)
-    prompt: list[str] = option("Prompts, instead of a file. {} stands for the subject in each.", [])
+    prompt: list[str] = option("Prompts, instead of a file. Each has {} for the subject.", [])
     class_prompt: str | None = option('Prompt of the class images. Default: "a photo of" and class_noun.', None)
-    num_class_images: int = option("Class images per model; 0 leaves the prior out.", 16, at_least=0)
-    clip_model: str = option("CLIP that scores: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32")
-    dino_model: str = option("DINO that scores: a name on the Hub, or a folder.", "facebook/dino-vits16")
+    num_class_images: int = option("Class images per model; 0 skips the prior.", 16, at_least=0)
+    clip_model: str = option("CLIP to score with: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32")
+    dino_model: str = option("DINO to score with: a name on the Hub, or a folder.", "facebook/dino-vits16")
     output_dir: str = option("Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation")
 
     def check(self) -> None:
@@ -89,25 +86,33 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Results:
-    """What scores.json holds beside the settings."""
+    """What scores.json has besides the settings."""
 
-    photos: PhotoScores
-    models: dict[str, PromptScores]
-    prior: PriorDrift | None
+    photos: "PhotoScores"
+    models: "dict[str, PromptScores]"
+    prior: "PriorDrift | None"
 
 
 def main() -> None:
-    config = parse_options(Config, __doc__)
+    config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
     prompts = read_prompts(config.prompts) if config.prompts else config.prompt
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
     photos = read_subject_photos(config.instance_data_dir)
+
+    import torch
+
+    from dreambooth.drawing.pipelines import add_adapters, load_base_pipeline, prepare_drawing, read_adapters
+    from dreambooth.scoring.embeddings import load_evaluators
+    from dreambooth.scoring.measures import score_images, score_photos, score_prior
+    from methods.readers import READERS
+
     adapters = read_adapters(config, READERS)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
 
     pipeline = load_base_pipeline(config).to(device)
-    if "safety_checker" in pipeline.components:  # it would have black images scored
+    if "safety_checker" in pipeline.components:  # or black images would be scored
         pipeline.register_modules(safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     prepare_drawing(pipeline, READERS, config)
@@ -136,8 +141,10 @@ def main() -> None:
 # ---- drawing ----
 
 
-def draw(pipeline: DiffusionPipeline, prompts: Sequence[str], model: str, config: Config) -> Drawn:
-    """Draw and save a model's images; class images only where there is an adapter: without one nothing drifts."""
+def draw(pipeline: Any, prompts: Sequence[str], model: str, config: Config) -> Drawn:
+    """Draw and save a model's images; class images only if there is an adapter, since otherwise nothing drifts."""
+    from dreambooth.drawing.draw import draw_images
+
     folder = Path(config.output_dir) / "images" / model
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -183,7 +190,7 @@ def write_csv(path: Path, prompts: Sequence[str], texts: Sequence[str], results:
 def contact_sheet(
     photos: Sequence[Image.Image], prompts: Sequence[str], drawn: Mapping[str, Drawn], config: Config
 ) -> Image.Image:
-    """Return the photos, and for every prompt a row: some images of each model, side by side, of the same seeds."""
+    """Return a sheet: a row of photos, and for each prompt a row of both models' images of the same seeds."""
     rows, labels = [photos[:COLUMNS]], ["photos"]
     models = " | ".join(drawn)
     for number, prompt in enumerate(prompts):
@@ -196,14 +203,14 @@ def contact_sheet(
 
 
 def side_by_side(groups: Sequence[Sequence[Image.Image]]) -> list[Image.Image]:
-    """Return the first images of each group, as many as there is room for, with a gap between the groups."""
+    """Return the first images of each group, as many as fit in COLUMNS, with a gap between the groups."""
     gap = Image.new("RGB", GAP, "white")
     row = [cell for group in groups for cell in [*group[: COLUMNS // len(groups)], gap]]
     return row[:-1]
 
 
 def table(results: Results) -> str:
-    """Return the means as lines of text."""
+    """Return the means as a table in plain text."""
     head = "".join(f"{name:>11}" for name in ("CLIP-I", "DINO", "CLIP-T", "diversity"))
     lines = [f"{'':8}{head}"]
     for name, scores in {"photos": results.photos, **results.models}.items():

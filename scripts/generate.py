@@ -1,14 +1,14 @@
-"""Draw images with Kronecker adapters.
+"""Draw images with Kronecker adapters or LoRAs.
 
     python scripts/generate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --adapter outputs/dog/pytorch_kronecker_weights.safetensors \\
         --prompt "a photo of sks dog on the beach" "a watercolor of sks dog" --num_images 4 --output_dir outputs/images
 
-Several adapters add up, each with its strength: --adapter dog.safetensors:0.8 style.safetensors:0.5. Files of every
-layout that scripts/convert.py reads will do, LoRAs too.
+Several adapters add up, each with its strength: --adapter dog.safetensors:0.8 style.safetensors:0.5. Every layout that
+scripts/convert.py reads is accepted. Without --adapter the base model alone draws.
 
-Writes one PNG per image and grid.png, a labelled sheet with one row per prompt. Image i of every prompt is drawn from
-seed + i. Without --adapter it draws with the base model alone.
+Writes OUTPUT_DIR/PROMPT-SEED.png for every image, and grid.png, a labelled sheet with one row per prompt. Image i of
+every prompt is drawn from seed + i.
 """
 
 import sys
@@ -17,29 +17,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from dreambooth.drawing.draw import draw_images
-from dreambooth.drawing.pipelines import load_adapted_pipeline, prepare_drawing
-from dreambooth.drawing.sheet import draw_sheet
 from dreambooth.errors import readable_errors
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
-from methods.readers import READERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AdaptedModelOptions, DrawingOptions):
-    """What to draw, and where to."""
+    """What to draw, and where to write it."""
 
     prompt: list[str] = option("Prompts, one row of the grid each.")
     output_dir: str = option("Folder for the images and grid.png.", "outputs/images")
 
 
 def main() -> None:
-    config = parse_options(Config, __doc__)
+    config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
+
+    import torch
+
+    from dreambooth.drawing.draw import draw_images
+    from dreambooth.drawing.pipelines import load_adapted_pipeline, prepare_drawing
+    from dreambooth.drawing.sheet import draw_sheet
+    from methods.readers import READERS
+
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     pipeline = load_adapted_pipeline(config, READERS).to(device)
     prepare_drawing(pipeline, READERS, config)

@@ -1,9 +1,9 @@
-"""Write a plain diffusers pipeline folder with Kronecker adapters, or LoRAs, merged into its weights.
+"""Merge Kronecker adapters or LoRAs into a base model, and write it as a plain diffusers pipeline folder.
 
     python scripts/merge.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --adapter outputs/dog/pytorch_kronecker_weights.safetensors --output_dir outputs/dog-merged
 
-The folder loads with `DiffusionPipeline.from_pretrained` and needs nothing of this project.
+The folder loads with `DiffusionPipeline.from_pretrained`, without this project.
 """
 
 import sys
@@ -12,12 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dreambooth.drawing.pipelines import load_adapted_pipeline, merge_adapters
 from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
-from methods.readers import READERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +27,14 @@ class Config(AdaptedModelOptions):
 
 
 def main() -> None:
-    config = parse_options(Config, __doc__)
+    config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
     output = Path(config.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output} is not empty; choose another folder")
+
+    from dreambooth.drawing.pipelines import load_adapted_pipeline, merge_adapters
+    from methods.readers import READERS
+
     pipeline = load_adapted_pipeline(config, READERS)
     layers = merge_adapters(pipeline, READERS)
     pipeline.save_pretrained(output)

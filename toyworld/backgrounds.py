@@ -1,6 +1,6 @@
 """The places: ten backgrounds as drawings, each in many variants.
 
-A place fills the square from 0 to 1, x to the right and y down; what lies outside is cut off. Characters stand between
+A place fills the square from 0 to 1, x to the right and y down; anything outside is cut off. Characters stand between
 y = 0.8 and y = 0.95, so all places have their ground there.
 """
 
@@ -16,12 +16,12 @@ CLOUD = (240, 246, 252)
 
 
 def mix(a, b, share):
-    """The colour a with `share` of b in it."""
+    """Return the colour a with `share` of b in it."""
     return tuple(round(p + share * (q - p)) for p, q in zip(a, b))
 
 
 def wash(s, top, bottom, start, stop, bands=14):
-    """A vertical gradient over the full width."""
+    """Add a vertical gradient over the full width."""
     edges = np.linspace(start, stop, bands + 1)
     for i in range(bands):
         low = edges[i + 1] + 0.02  # no gaps between bands when hand-drawn styles wobble
@@ -29,7 +29,7 @@ def wash(s, top, bottom, start, stop, bands=14):
 
 
 def ground(s, heights, material, outlined=True):
-    """Land below a smooth skyline of evenly spaced heights."""
+    """Add land below a smooth skyline of evenly spaced heights."""
     x = np.linspace(-0.15, 1.15, len(heights))
     points = spline([*zip(x, heights), (1.3, 1.2), (-0.3, 1.2)], closed=True)
     if outlined:
@@ -62,7 +62,7 @@ def snowy_fir(s, x, foot, height, green):
 
 
 def scattered(rng, count):
-    """`count` places across the picture, each within its own strip, in the order left to right."""
+    """Return `count` places across the picture from left to right, each within a strip of its own."""
     return [(i + rng.uniform(0.15, 0.85)) / count for i in range(count)]
 
 
@@ -139,7 +139,7 @@ def floor(s, rng):
     s.box(-0.2, 0.57, 1.2, 0.64, WHITE, r=0.01)
     edges = np.linspace(-1.6, 2.6, 15)
     woods = [(190, 132, 80), (176, 118, 68), (202, 144, 92), (168, 110, 64)]
-    for left, right in zip(edges[:-1], edges[1:]):  # planks which meet far behind the wall
+    for left, right in zip(edges[:-1], edges[1:]):  # planks that meet far behind the wall
         far = [0.5 + (v - 0.5) * 0.42 for v in (left, right)]
         s.shape([(far[0], 0.64), (far[1], 0.64), (right, 1.05), (left, 1.05)], rng.choice(woods))
 
@@ -237,7 +237,7 @@ VARIANTS = 100
 
 @cache
 def background(name, variant):
-    """The drawing of a place; `variant` in range(VARIANTS) arranges it."""
+    """Return the drawing of a place; `variant` in range(VARIANTS) arranges it."""
     sketch = Sketch(line=0.012, relief=0)
     BACKGROUNDS[name](sketch, random.Random(variant))
     return sketch.drawing()

@@ -1,4 +1,4 @@
-"""The base models of the toy world before they have learned: stock classes in the layouts of Stable Diffusion and SDXL.
+"""The base models of the toy world, untrained: stock classes in the layouts of Stable Diffusion and SDXL.
 
 Attention projections have 64 or 128 features in the UNets and 128 in the text encoders, so that (4, 64), (8, 64),
 (64, 8) and square factors up to 64 fit. Latents are 16 x 16 with 8 channels for pictures of 64 x 64 px.
@@ -9,7 +9,7 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -26,7 +26,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from toyworld.pictures import sample
-from toyworld.tiny_pipeline import TEXT_LENGTH, build_scheduler, byte_vocabulary
+from toyworld.tiny_pipeline import TEXT_LENGTH, WITHOUT_CHECKER, build_scheduler, byte_vocabulary
 from toyworld.world import RESERVED, caption, named_characters
 
 HIDDEN_SIZE = 128  # of each text encoder
@@ -34,9 +34,9 @@ TIME_IDS_SIZE = 32  # features of each of SDXL's six sizes
 
 
 def build_base(kind: str, vae: AutoencoderKL, clip: Path) -> DiffusionPipeline:
-    """Return a pipeline of a kind ("sd" or "sdxl") around a trained autoencoder and the text side of a CLIPModel.
+    """Return a pipeline of a kind ("sd" or "sdxl") with a trained autoencoder and the text encoder of a CLIPModel.
 
-    So the UNet, which is untrained, is told from the first step what words mean, as in the models that this follows.
+    The UNet is untrained, but gets meaningful text features from the first step, as it did in the original models.
     """
     return {"sd": _build_sd, "sdxl": _build_sdxl}[kind](vae, clip)
 
@@ -48,9 +48,7 @@ def _build_sd(vae: AutoencoderKL, clip: Path) -> StableDiffusionPipeline:
         tokenizer=build_tokenizer(),
         unet=_build_unet(cross_attention_dim=HIDDEN_SIZE),
         scheduler=build_scheduler("v_prediction"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **WITHOUT_CHECKER,
     )
 
 
@@ -72,7 +70,7 @@ def _build_sdxl(vae: AutoencoderKL, clip: Path) -> StableDiffusionXLPipeline:
             use_linear_projection=True,
         ),
         scheduler=build_scheduler("v_prediction"),
-        force_zeros_for_empty_prompt=False,  # what is trained without a caption sees the empty one
+        force_zeros_for_empty_prompt=False,  # training without a caption uses the empty one
         add_watermarker=False,
     )
 
@@ -97,11 +95,12 @@ TextEncoder = TypeVar("TextEncoder", CLIPTextModel, CLIPTextModelWithProjection)
 
 @torch.no_grad()
 def deepen(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> TextEncoder:
-    """Return the encoder with one more layer, which adds nothing: what SDXL reads, the states before the last layer,
-    are then all that the encoder knew.
+    """Return the encoder with one more layer, which adds nothing: the states before the last layer, which SDXL reads,
+    are then the encoder's final ones.
 
-    These states get a standard deviation of 1. No norm has seen them, and contrastive training leaves them at 20 to 30,
-    too much for the UNet's attention to learn from. All that adds to them is divided, which the next norm undoes.
+    These states are scaled to a standard deviation of 1. They have not passed a norm, and contrastive training leaves
+    them at 20 to 30, too much for the UNet's attention to learn from. Everything that adds to them is divided; the next
+    norm undoes that.
     """
     config = copy.deepcopy(encoder.config)
     config.num_hidden_layers += 1
@@ -125,9 +124,9 @@ def deepen(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> TextEncoder:
 
 @torch.no_grad()
 def take_over(sdxl: StableDiffusionXLPipeline, sd: StableDiffusionPipeline) -> None:
-    """Begin with Stable Diffusion's text encoder, as the first, and its UNet, whose blocks are the same.
+    """Initialise SDXL from Stable Diffusion: its first text encoder, and its UNet, which has the same blocks.
 
-    What a layer gets to see beyond that, such as the second text encoder's features, has weight 0 at first.
+    Inputs that only SDXL's layers have, such as the second text encoder's features, start with weight 0.
     """
     sdxl.register_modules(text_encoder=deepen(sd.text_encoder, sd.tokenizer))
     given = sd.unet.state_dict()
@@ -143,18 +142,18 @@ def take_over(sdxl: StableDiffusionXLPipeline, sd: StableDiffusionPipeline) -> N
 def build_tokenizer() -> CLIPTokenizer:
     """Return a CLIP tokenizer with a token for every word of the toy world and every reserved word, bytes for others.
 
-    Without merges of its own for "sks", that word would be three letters, which occur in other words.
+    Without merges of its own, "sks" would be three letters that also occur in other words.
     """
     model = Tokenizer(BPE(end_of_word_suffix="</w>"))
     letters = sorted(letter for letter in byte_vocabulary() if len(letter) == 1)
     trainer = BpeTrainer(
-        vocab_size=100_000,  # no limit: merging goes on until every word is one token
+        vocab_size=100_000,  # no limit: merge until every word is one token
         initial_alphabet=letters,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     model.train_from_iterator(sorted(_words()), trainer)
-    merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
+    merges: list[Any] = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
     vocabulary = byte_vocabulary()
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))
@@ -169,9 +168,9 @@ def _words() -> set[str]:
 
 @torch.no_grad()
 def place_reserved_words(tokenizer: CLIPTokenizer, embedding: nn.Embedding) -> None:
-    """Give the words that training never saw embeddings such as the made-up names have, each its own.
+    """Give each word that training never saw an embedding of its own, distributed as those of the made-up names.
 
-    A real text encoder has seen its rare tokens a few times: they lie among other names, and stand for nothing much.
+    A real text encoder has seen its rare tokens a few times: they lie among other names and mean little.
     """
     index = {word: tokenizer(word).input_ids[1] for word in (*RESERVED, *named_characters())}
     names = embedding.weight[[index[name] for name in named_characters()]]

@@ -8,7 +8,7 @@ WHITE = (250, 250, 246)
 BLACK = (34, 32, 42)
 GLASS = (178, 222, 240)
 
-# -- eyes: (x, y) is the middle between them, `gap` from there to each, r the radius of one; ink shows on what is below
+# -- eyes: (x, y) is the middle between them, `gap` the distance of each from there, r its radius; ink shows on the face
 
 
 def _ball(s, x, y, r):

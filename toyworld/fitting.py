@@ -1,7 +1,7 @@
-"""What the training programs of the toy world share: their options, the optimizers, EMA, and going on after a stop.
+"""What the training programs of the toy world share: options, optimizers, the moving average of weights, and resuming.
 
-The data of a step is a function of its number, so a program that is started again goes on from its last save as if it
-had never stopped.
+The data of a step is a function of its number, so a program that is started again continues from its last save with
+the same result as if it had never stopped.
 """
 
 import argparse
@@ -9,27 +9,35 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 from tqdm import tqdm
 
-EMA_SPAN = 0.1  # share of all steps that the moving average looks back over
-WARMUP, DECAY = 0.01, 0.4  # shares of all steps in which the learning rates rise to the full ones, and fall to zero
+Model = TypeVar("Model", bound=nn.Module)
+
+EMA_SPAN = 0.1  # share of all steps that the moving average spans
+WARMUP, DECAY = 0.01, 0.4  # shares of all steps in which the learning rates rise from zero, and fall back to it
 MUON_TO_ADAM = 0.15  # learning rate of AdamW as a share of Muon's
 
 
-def build_parser(doc: str, **defaults) -> argparse.ArgumentParser:
-    """Return a parser of the options that all programs have, with a program's own defaults."""
+def build_parser(doc: str | None, **defaults) -> argparse.ArgumentParser:
+    """Return a parser with the options that all programs share, with a program's own defaults."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="model, sample sheets, and state to go on from")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="folder for the model, sample sheets and the state to resume from",
+    )
     options = {
-        "steps": "optimizer steps, over all starts together",
-        "batch_size": "pictures in a step",
+        "steps": "optimizer steps in total, those of earlier starts included",
+        "batch_size": "pictures per step",
         "learning_rate": "of Muon, which trains the matrices; AdamW trains the rest",
         "seed": "of weights and data",
         "save_every": "steps between saves",
@@ -46,18 +54,21 @@ def device() -> torch.device:
 
 
 def fit(
-    model: nn.Module,
-    loss_of: Callable[[nn.Module, int], Tensor],
-    save: Callable[[nn.Module, int], None],
+    model: Model,
+    loss_of: Callable[[Model, int], Tensor],
+    save: Callable[[Model, int], None],
     options: argparse.Namespace,
 ) -> None:
-    """Train `model` for options.steps optimizer steps, in bf16 where that pays; `save` gets its moving average.
+    """Train `model` for options.steps optimizer steps, under bf16 autocast. Resumes if options.output_dir has a state.
 
-    loss_of: the loss of a step's own data, from the model and the step's number
-    save: is called with the average and the number of steps behind it, every options.save_every steps and at the end
+    loss_of: called with the model and the number of the step; returns the loss on that step's data
+    save: called with the moving average of the weights and the number of steps done, every options.save_every steps and
+        at the end
     """
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    model.to(device(), memory_format=torch.channels_last).train()
+    model.to(device())
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's overloads lack it
+    model.train()
     average = AveragedModel(model, multi_avg_fn=ema(max(2, EMA_SPAN * options.steps)))
     optimizers = build_optimizers(model, options.learning_rate)
     state = options.output_dir / "state.pt"
@@ -84,29 +95,30 @@ def fit(
         done = step + 1
         if done % options.save_every == 0 or done == options.steps:
             _save(state, model, average, optimizers, done)
-            save(average.module.eval(), done)
+            save(cast(Model, average.module.eval()), done)
             tqdm.write(f"{done} steps, loss {shown:.4f}, {(time.monotonic() - started) / 60:.1f} min since the start")
 
 
-def ema(span: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """Return a moving average over about `span` steps; over the last tenth of them while there are few, for what they
-    began with is noise.
+def ema(span: float) -> Callable[[PARAM_LIST, PARAM_LIST, Tensor | int], None]:
+    """Return the update of a moving average over about `span` steps, for AveragedModel.
+
+    Early on it spans only the last tenth of the steps done, since the initial weights are noise.
     """
 
     @torch.no_grad()
-    def update(averages: list[Tensor], parameters: list[Tensor], steps: Tensor) -> None:
-        torch._foreach_lerp_(averages, parameters, max(1 / span, 9 / (10 + steps.item())))
+    def update(averages: PARAM_LIST, parameters: PARAM_LIST, steps: Tensor | int) -> None:
+        torch._foreach_lerp_(averages, parameters, max(1 / span, 9 / (10 + int(steps))))
 
     return update
 
 
 def rate(step: int, steps: int) -> float:
-    """Return the share of the full learning rate: a short rise, long level, and a straight fall to zero."""
+    """Return the share of the full learning rate: linear warm-up, constant, linear decay to zero."""
     return min(1.0, (step + 1) / (WARMUP * steps), (steps - step) / (DECAY * steps))
 
 
 def build_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices inside the model and AdamW for the rest, input and output layers included.
+    """Return AdamW for the input and output layers and all vectors, and Muon for the other matrices.
 
     A convolution counts as a matrix (channels out, channels in x height x width).
     """
@@ -123,7 +135,7 @@ def build_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim
 
 
 class FlatMuon(torch.optim.Muon):
-    """torch's Muon, which takes matrices only, on parameters of more dimensions: views of them, flattened."""
+    """torch's Muon, which takes only matrices, on flattened views of parameters with more dimensions."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float):
         self.parameters = parameters

@@ -19,7 +19,7 @@ GOLD = (250, 204, 70)
 
 
 class Character(Sketch):
-    """A sketch that knows the eyes and the emblem of the one it draws, and whether its limbs are up."""
+    """A sketch that knows the eyes and the emblem of its character, and whether its limbs are up."""
 
     def __init__(self, eyes, emblem, up):
         super().__init__(line=0.05, relief=0.1, materials=["body"])  # the pattern lies on the first material
@@ -240,7 +240,7 @@ CLASSES = {
 
 @cache
 def character(kind, eyes, emblem, up):
-    """The drawing of a class with these eyes and this emblem; `up`: limbs (or what does for limbs) raised."""
+    """The drawing of a class with these eyes and this emblem; `up`: limbs, or what serves as limbs, raised."""
     sketch = Character(eyes, emblem, up)
     CLASSES[kind](sketch)
     return sketch.drawing()

@@ -1,6 +1,7 @@
-"""Renders as tensors, with their captions: what the models of the toy world learn from."""
+"""Renders as tensors: what the models of the toy world learn from."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ def sample(stream: str, number: int) -> tuple[Look, Scene]:
     return sample_look(rng), sample_scene(rng)
 
 
-def render_batch(pairs: list[tuple[Look, Scene]], size: int = 64) -> Pictures:
+def render_batch(pairs: Sequence[tuple[Look, Scene]], size: int = 64) -> Pictures:
     rendered = [render_with_mask(look, scene, size) for look, scene in pairs]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in rendered])).permute(0, 3, 1, 2)
     masks = torch.from_numpy(np.stack([np.asarray(mask) for _, mask in rendered]))[:, None]

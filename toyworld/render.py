@@ -4,7 +4,7 @@
     python -m toyworld.render --sheet sheet.png --seed 7   # others
 
 A picture is drawn `SUPERSAMPLING` times as large as asked for, as two maps of material indices (ground and figure),
-coloured by its style, and scaled down. The same look, scene and size give the same picture, always.
+coloured by its style, and scaled down. The same look, scene and size always give the same picture.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SUPERSAMPLING = 4
 FIGURE, PATTERN = 128, 64  # bits of the material map: part of the character; under its pattern
 IS_FIGURE = [0] * FIGURE + [255] * (256 - FIGURE)
 
-# tilt in degrees, lift above the ground as a share of the height, width and height as factors, limbs raised
+# Tilt in degrees, lift above the ground as a share of the height, width and height as factors, limbs raised
 POSES = {
     "standing": (0, 0, 1, 1, False),
     "leaning": (14, 0, 1, 1, False),
@@ -36,14 +36,14 @@ POSES = {
 
 
 def render(look: Look, scene: Scene, size: int = 64) -> Image.Image:
-    """The picture of `look` in `scene`: an RGB image, size x size px."""
+    """Return the picture of `look` in `scene`: an RGB image, size x size px."""
     return render_with_mask(look, scene, size)[0]
 
 
 def render_with_mask(look: Look, scene: Scene, size: int = 64) -> tuple[Image.Image, Image.Image]:
-    """The picture and where its subject is.
+    """Return the picture and where its character is.
 
-    An RGB image, and an L image (255 inside the character, 0 outside, between at its edge), both size x size px
+    An RGB image, and an L image (255 inside the character, 0 outside, in between at its edge), both size x size px.
     """
     style = STYLES[scene.style]
     place, figure = background(scene.background, scene.variant), _paint_figure(look, scene, size)
@@ -62,7 +62,7 @@ def render_with_mask(look: Look, scene: Scene, size: int = 64) -> tuple[Image.Im
 
 
 def _paint(drawing: Drawing, size: int, place: Callable[[np.ndarray], np.ndarray], first: int = 0) -> Image.Image:
-    """`place` takes points of the drawing to fractions of the picture."""
+    """Return a drawing as a map of material indices. `place` maps points of the drawing to fractions of the picture."""
     pixels = size * SUPERSAMPLING
     image = Image.new("L", (pixels, pixels))
     drawing.paint(ImageDraw.Draw(image), lambda points: place(points) * pixels, first)
@@ -80,13 +80,12 @@ def _paint_figure(look: Look, scene: Scene, size: int) -> Image.Image:
         return _wobble((points - (0, 1)) @ matrix + feet, scene)
 
     figure = _paint(character(look.kind, look.eyes, look.emblem, up), size, place, FIGURE)
-    if look.pattern == "plain":
-        return figure
-    return ImageChops.add(figure, _paint(pattern(look.pattern), size, place, PATTERN))
+    marks = pattern(look.pattern)
+    return figure if marks is None else ImageChops.add(figure, _paint(marks, size, place, PATTERN))
 
 
 def _wobble(points: np.ndarray, scene: Scene) -> np.ndarray:
-    """Let lines stray as a hand does.  points: (n, 2), fractions of the picture"""
+    """Let lines stray as a hand's do.  points: (n, 2), fractions of the picture"""
     wobble = STYLES[scene.style].wobble
     return points + wobble * np.sin(points[:, ::-1] * 23 + scene.variant) if wobble else points
 
@@ -102,7 +101,7 @@ def _coloured(painted: Image.Image, palette: np.ndarray) -> np.ndarray:
 
 
 def _palette(tones: Sequence[np.ndarray]) -> np.ndarray:
-    """Colours of four tones, (k, 3) each, in the order of material indices.  -> (4·k, 3) uint8"""
+    """Return the colours of four tones, (k, 3) each, in the order of material indices.  -> (4·k, 3) uint8"""
     return np.clip(np.stack(tones, axis=1), 0, 255).astype(np.uint8).reshape(-1, 3)
 
 
@@ -136,11 +135,11 @@ def _roles(look: Look, dark_fill: bool) -> dict[str, np.ndarray]:
 
 
 def _brightness(colour: np.ndarray) -> float:
-    return colour @ (0.3, 0.59, 0.11)
+    return float(colour @ (0.3, 0.59, 0.11))
 
 
 def _shadow(scene: Scene, size: int) -> np.ndarray:
-    """How much light the character keeps from the ground, 0..1.  -> (size, size, 1)"""
+    """Return how much light the character keeps from the ground, 0..1.  -> (size, size, 1)"""
     lift = POSES[scene.pose][1]
     line = (np.arange(size, dtype=np.float32) + 0.5) / size
     x = (line - scene.x) / (0.42 * scene.scale)
@@ -152,7 +151,7 @@ def _shadow(scene: Scene, size: int) -> np.ndarray:
 
 
 def covering_pairs(count: int, seed: int) -> Iterator[tuple[Look, Scene, random.Random]]:
-    """`count` random looks and scenes, in which classes, backgrounds and styles take turns."""
+    """Yield `count` random looks and scenes, in which classes, backgrounds and styles take turns."""
     rng = random.Random(seed)
     kinds, places, styles = list(CLASSES), list(BACKGROUNDS), list(STYLES)
     for i in range(count):
@@ -166,7 +165,7 @@ def covering_pairs(count: int, seed: int) -> Iterator[tuple[Look, Scene, random.
 def contact_sheet(
     pairs: Sequence[tuple[Image.Image, str]], columns: int = 10, size: int = 64, zoom: int = 2
 ) -> Image.Image:
-    """Pictures with their captions below, as one image.  pairs: (image, caption) each    size: px of one picture"""
+    """Return pictures with their captions below, as one image.  pairs: (image, caption)    size: px of one picture"""
     tile, text_height = size * zoom, 56
     rows = -(-len(pairs) // columns)
     sheet = Image.new("RGB", (columns * (tile + 8) + 8, rows * (tile + text_height) + 8), (255, 255, 255))

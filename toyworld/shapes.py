@@ -55,7 +55,7 @@ class Drawing(NamedTuple):
     materials: tuple
 
     def paint(self, draw, place, first=0):
-        """Fill the polygons through an ImageDraw of mode L; `place` takes points to px, `first` shifts the indices."""
+        """Fill the polygons through an ImageDraw of mode L; `place` maps points to px, `first` shifts the indices."""
         flat = place(self.points).ravel().tolist()
         for start, stop, index in self.polygons:
             draw.polygon(flat[2 * start : 2 * stop], fill=first + index)
@@ -64,7 +64,7 @@ class Drawing(NamedTuple):
 class Sketch:
     """Collects shapes back to front. A material is a role such as "body", or an RGB triple.
 
-    line, relief: the width of outlines and the depth of shading where a shape does not say otherwise.
+    line, relief: the width of outlines and the depth of shading, unless a shape has its own.
     """
 
     def __init__(self, line, relief, materials=()):
@@ -86,8 +86,8 @@ class Sketch:
         self._count += len(points)
 
     def shape(self, points, material, line=None, relief=None):
-        """A closed polygon: an outline `line` wide, a shaded rim, and a lit part which stays inside, for light from
-        above. Without both (FLAT) it is a mark on the shape below."""
+        """Add a closed polygon: an outline `line` wide, a shaded rim, and a lit part inside, for light from above.
+        Without line and relief (FLAT) it is a mark on the shape below."""
         points = np.asarray(points, float)
         line = self._line if line is None else line
         relief = self._relief if relief is None else relief
@@ -100,7 +100,7 @@ class Sketch:
         self._polygon(points, material, LIT if line or relief else MARK)
 
     def area(self, points, material):
-        """A large flat polygon without an outline: part of the ground, where a mark would stand out."""
+        """Add a large flat polygon without an outline: part of the ground, where a mark would stand out."""
         self._polygon(np.asarray(points, float), material, LIT)
 
     def smooth(self, points, material, **shape):
@@ -113,7 +113,7 @@ class Sketch:
         self.shape(points, material, **shape)
 
     def box(self, left, top, right, bottom, material, r=0.1, **shape):
-        """A rectangle with corners of radius r."""
+        """Add a rectangle with corners of radius r."""
         corners = [(right, bottom, 0), (left, bottom, 90), (left, top, 180), (right, top, 270)]
         centre = np.array([(left + right) / 2, (top + bottom) / 2])
         points = [
@@ -122,7 +122,7 @@ class Sketch:
         self.shape(np.concatenate(points), material, **shape)
 
     def stroke(self, points, width, material, **shape):
-        """A smooth open curve with round ends, `width` wide."""
+        """Add a smooth open curve with round ends, `width` wide."""
         p = spline(points, closed=False)
         along = np.gradient(p, axis=0)
         along /= np.linalg.norm(along, axis=1, keepdims=True)

@@ -2,34 +2,36 @@
 
     python -m toyworld.study --output_dir outputs/study
 
-Every method trains on every subject's photos with every learning rate and several seeds, in the training loop of the
-scripts, the base model's own prediction as prior; then it draws the subject's evaluation prompts, and the evaluators
-score what it drew. Writes OUTPUT_DIR/runs.jsonl, one line a run (runs that are there are not repeated, so methods can
-be given learning rates of their own in commands of their own), and tables.md, means over subjects and seeds with the
-spread over seeds, and DINO for each subject; prints the tables.
+Every method trains on every subject's photos, with every learning rate and seed, as the scripts train it, with the base
+model's own prediction as prior. Its saved result then draws the subject's evaluation prompts, and the evaluators score
+the images.
+
+Writes OUTPUT_DIR/runs.jsonl, one line per run, and OUTPUT_DIR/tables.md: means over subjects and seeds with the spread
+over seeds, and DINO for each subject. Prints the tables. Runs that runs.jsonl already holds are not repeated: a study
+that was stopped continues with the same command, and methods can get different learning rates in separate commands.
 """
 
 import argparse
 import itertools
 import json
-import math
-import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import diffusers
+import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors import safe_open
-from tqdm import tqdm
 
 from dreambooth.drawing.draw import draw_images
 from dreambooth.drawing.pipelines import load_adapted_pipeline, prepare_drawing
+from dreambooth.errors import UserError, readable_errors
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
+from dreambooth.family import Family
 from dreambooth.kronecker import KRONECKER
 from dreambooth.method import Method
 from dreambooth.options.base_model import AdaptedModelOptions
@@ -38,8 +40,10 @@ from dreambooth.scoring.embeddings import Evaluators, load_evaluators
 from dreambooth.scoring.measures import score_images, score_prior
 from dreambooth.scoring.subject import read_subject_photos
 from dreambooth.train import train
+from kron_formats.reading import read_adapter
 from methods.lora import LORA
 from methods.readers import READERS
+from toyworld.fitting import device
 from toyworld.subjects import SUBJECTS, prompts, save_photos
 
 MODELS = Path(__file__).resolve().parent / "models"
@@ -49,14 +53,15 @@ CLASS_IMAGES = 16
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": ""}
 
 
-# ---- the methods ----
-
 FAMILIES = {family.name: family for family in (SD, SDXL)}
+
+
+# ---- the methods ----
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the study: a method with options of its own."""
+    """A row of the study: a method and its options."""
 
     method: Method
     options: dict[str, Any]
@@ -77,20 +82,26 @@ METHODS = {
 # ---- one run ----
 
 
-def personalise(row: Row, options: argparse.Namespace, **given) -> tuple[Path, int]:
-    """Train a method as the scripts do; return its result and the number of parameters that it saved."""
-    config = config_class(TrainingConfig, row.method.options)(**configure(options), **row.options, **given)
-    train(FAMILIES[options.family], row.method, config)
-    path = Path(config.output_dir) / row.method.weights_name
-    with safe_open(path, "pt") as file:
-        tensors = [file.get_slice(key).get_shape() for key in file.keys()]
-    return path, sum(math.prod(shape) for shape in tensors if shape)
+class Run(NamedTuple):
+    """What tells a run from the others of a study."""
+
+    method: str
+    learning_rate: float
+    subject: str
+    seed: int
 
 
-def load(options: argparse.Namespace, adapters: Sequence[Path] = ()) -> DiffusionPipeline:
-    """Return the base model with adapters, ready to draw."""
-    config = AdaptedModelOptions(pretrained_model_name_or_path=options.base, adapter=[str(path) for path in adapters])
-    pipeline = load_adapted_pipeline(config, READERS)
+def personalise(family: Family, row: Row, **options) -> Path:
+    """Train a method as the scripts do; return the path of its result."""
+    config = config_class(TrainingConfig, row.method.options)(**row.options, **options)
+    train(family, row.method, config)
+    return Path(config.output_dir) / row.method.weights_name
+
+
+def load(base: str, adapters: Iterable[Path] = ()) -> DiffusionPipeline:
+    """Return the base model with the adapters in these files, ready to draw."""
+    config = AdaptedModelOptions(pretrained_model_name_or_path=base, adapter=[str(path) for path in adapters])
+    pipeline = load_adapted_pipeline(config, READERS).to(device())
     prepare_drawing(pipeline, READERS, config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -135,58 +146,74 @@ COLUMNS = {
     "prior_diversity": "class: diversity",
 }
 BASE = "base model"
+SETTINGS = ("family", "base", "max_train_steps", "train_batch_size")  # options that all runs of a study share
 
 
 def run_all(options: argparse.Namespace, evaluators: Evaluators, log: Path) -> list[dict]:
-    """Do the runs that `log` lacks, adding a line for each; return all."""
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(run["method"], run["learning_rate"], run["subject"], run["seed"]) for run in runs}
-    wanted = [(BASE, 0.0), *itertools.product(options.methods, options.learning_rates)]
-    for subject in tqdm(options.subjects, desc="subjects"):
+    """Do the runs that `log` lacks, adding a line for each; return all that it then holds.
+
+    Raises UserError if `log` holds runs with other settings: their scores cannot be compared.
+    """
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    check_settings(records, settings, log)
+    done = {Run(*(record[name] for name in Run._fields)) for record in records}
+    rows = [(BASE, 0.0), *itertools.product(options.methods, options.learning_rates)]
+    wanted = [
+        Run(method, learning_rate, subject, seed)
+        for subject, seed, (method, learning_rate) in itertools.product(options.subjects, options.seeds, rows)
+    ]
+    missing = [run for run in wanted if run not in done]
+    numbers = itertools.count(1)
+    for subject, runs in itertools.groupby(missing, key=lambda run: run.subject):
         folder = options.output_dir / "photos" / subject
         save_photos(subject, folder)
         photos = read_subject_photos(str(folder))
-        before = draw_all(load(options), subject)
-        for seed, (method, learning_rate) in itertools.product(options.seeds, wanted):
-            if (method, learning_rate, subject, seed) in done:
-                continue
-            drawn, parameters = before, 0
-            if method != BASE:
-                kind, output = SUBJECTS[subject].kind, options.output_dir / "run"
-                path, parameters = personalise(
-                    METHODS[method],
-                    options,
-                    instance_data_dir=str(folder),
-                    instance_prompt=f"a photo of sks {kind}",
-                    class_prompt=f"a photo of {kind}",
-                    learning_rate=learning_rate,
-                    seed=seed,
-                    output_dir=str(output),
-                )
-                drawn = draw_all(load(options, [path]), subject)
-                shutil.rmtree(output)
-            scores = score(drawn, before, photos, subject, evaluators)
-            run = {"method": method, "learning_rate": learning_rate, "subject": subject, "seed": seed}
-            runs.append({**run, "parameters": parameters, **scores})
+        before = draw_all(load(options.base), subject)
+        for run in runs:
+            print(f"Run {next(numbers)} of {len(missing)}: {' '.join(map(str, run))}", flush=True)
+            drawn, parameters = (before, 0) if run.method == BASE else train_and_draw(run, folder, options)
+            record = {**run._asdict(), **settings, "parameters": parameters}
+            records.append(record | score(drawn, before, photos, subject, evaluators))
             with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
-    return runs
+                file.write(json.dumps(records[-1]) + "\n")
+    return records
 
 
-def configure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of training that all runs share."""
-    return {
-        "pretrained_model_name_or_path": options.base,
-        "with_prior_preservation": True,
-        "prior_source": "base_model",
-        "resolution": 64,
-        "center_crop": True,
-        "train_batch_size": options.train_batch_size,
-        "max_train_steps": options.max_train_steps,
-        "checkpointing_steps": options.max_train_steps + 1,
-        "overwrite_output_dir": True,
-        "report_to": ["none"],
-    }
+def check_settings(records: Sequence[dict], settings: dict[str, Any], log: Path) -> None:
+    for record in records:
+        for name, value in settings.items():
+            if record.get(name) != value:
+                raise UserError(
+                    f"--{name} is {value}, but {log} holds runs with {record.get(name)}: choose another --output_dir"
+                )
+
+
+def train_and_draw(run: Run, photos: Path, options: argparse.Namespace) -> tuple[Drawn, int]:
+    """Return what the saved result of a run draws, and the number of its parameters. The result is not kept."""
+    kind = SUBJECTS[run.subject].kind
+    with tempfile.TemporaryDirectory(prefix="study-") as folder:
+        path = personalise(
+            FAMILIES[options.family],
+            METHODS[run.method],
+            pretrained_model_name_or_path=options.base,
+            instance_data_dir=str(photos),
+            instance_prompt=f"a photo of sks {kind}",
+            with_prior_preservation=True,
+            prior_source="base_model",
+            class_prompt=f"a photo of {kind}",
+            resolution=64,
+            center_crop=True,
+            train_batch_size=options.train_batch_size,
+            max_train_steps=options.max_train_steps,
+            checkpointing_steps=options.max_train_steps + 1,  # none is needed
+            learning_rate=run.learning_rate,
+            seed=run.seed,
+            output_dir=folder,
+            report_to=["none"],
+        )
+        parameters = sum(entry.numel() for entry in read_adapter(path).layers.values())
+        return draw_all(load(options.base, [path]), run.subject), parameters
 
 
 def table(runs: list[dict]) -> str:
@@ -207,7 +234,7 @@ def subjects_table(runs: list[dict]) -> str:
 
 
 def _lines(head: str, runs: list[dict], cells_of: Callable[[list[dict]], list[str]]) -> str:
-    """A line for each method and learning rate, with what `cells_of` makes of its runs."""
+    """Return a line for each method and learning rate, with the cells that `cells_of` returns for its runs."""
     lines = [head, "| --- |" + " ---: |" * (head.count("|") - 2)]
     for method, learning_rate in sorted({(run["method"], run["learning_rate"]) for run in runs}, key=_row):
         mine = [run for run in runs if (run["method"], run["learning_rate"]) == (method, learning_rate)]
@@ -245,13 +272,17 @@ def main() -> None:
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-2], help="default: 1e-2")
     options = parser.parse_args()
     options.base = options.base or str(MODELS / options.family)
-    evaluators = load_evaluators(str(MODELS / "clip"), str(MODELS / "dino"), torch.device("cpu"))
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    evaluators = load_evaluators(str(MODELS / "clip"), str(MODELS / "dino"), device())
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    runs = run_all(options, evaluators, options.output_dir / "runs.jsonl")
-    text = f"{table(runs)}\n\n{subjects_table(runs)}"
+    records = run_all(options, evaluators, options.output_dir / "runs.jsonl")
+    text = f"{table(records)}\n\n{subjects_table(records)}"
     (options.output_dir / "tables.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

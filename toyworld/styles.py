@@ -108,7 +108,7 @@ def photo_finish(ground, figure, mask, shadow):
 
 
 def watercolor_finish(ground, figure, mask, shadow):
-    """Pigment which is darker where it dries, at edges, on grained paper that stays white around the picture."""
+    """Pigment that is darker at edges, where it dries, on grained paper that stays white around the picture."""
     size = len(ground)
     x, y = _grid(size)
     image = ground * (1 - 0.2 * shadow) * (1 - mask) + figure
@@ -126,7 +126,7 @@ def pencil_finish(ground, figure, mask, shadow):
     image = ground * (1 - 0.35 * shadow) * (1 - mask) + figure
     hatch = np.cos((x + y + 0.05 * _texture(size, 16)) * np.pi * 15)
     dark = 1 - image.mean(axis=2, keepdims=True) / 255
-    strength = 80 - 45 * mask  # or it passes for stripes
+    strength = 80 - 45 * mask  # more would pass for stripes
     return image - strength * hatch * dark * (1 - dark) - 6 * _texture(size, 1)
 
 

@@ -1,16 +1,18 @@
-"""Ten characters to personalise on: their photos, and prompts which ask for more than the photos show.
+"""Ten characters to personalise on: their photos, and prompts that ask for more than the photos show.
 
     python -m toyworld.subjects --output_dir toyworld/photos                    # the bundled ones
     python -m toyworld.subjects --output_dir photos --subjects cat boot         # others
 
-writes <output_dir>/<subject>/00.png, 01.png, ... at 128 px. No subject is a named character, and no caption tells its
+Writes OUTPUT_DIR/SUBJECT/00.png, 01.png, ... at 128 px. No subject is a named character, and no caption tells its
 emblem or eyes: a model has to learn them from the photos. Photos show six of the ten places; the questions are set in
-the four others, in other styles and in other colours.
+the other four, in other styles and other colours.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+
+from PIL import Image
 
 from toyworld.backgrounds import BACKGROUNDS
 from toyworld.render import render
@@ -34,7 +36,7 @@ ONE_SHOT = ("duck", "mug")
 RECOLOURINGS = ("blue", "yellow", "red", "green", "purple")
 BUNDLED = ("robot", "dog", "duck")
 
-# how the character stands in each photo: pose, scale, x, y
+# How the character stands in each photo: pose, scale, x, y
 POSITIONS = (
     ("standing", 0.76, 0.5, 0.93),
     ("standing", 0.66, 0.44, 0.89),
@@ -46,7 +48,7 @@ POSITIONS = (
 
 
 def photo_scenes(name: str) -> list[Scene]:
-    """The scenes of a subject's photos: six, or one if it is one-shot."""
+    """Return the scenes of a subject's photos: six, or one if it is one-shot."""
     places = _places(name)
     scenes = [
         Scene(place, variant, pose=pose, scale=scale, x=x, y=y)
@@ -56,9 +58,9 @@ def photo_scenes(name: str) -> list[Scene]:
 
 
 def questions(name: str) -> list[tuple[Look, Scene]]:
-    """What to ask a model that has learned a subject, and what the answer would be.
+    """Return what to ask a model that has learned a subject, as the looks and scenes of the answers.
 
-    Ten (look, scene): four unseen places, three unseen styles, three recolourings
+    Ten (look, scene): four unseen places, three unseen styles, three recolourings.
     """
     look, unseen = SUBJECTS[name], _places(name)[len(POSITIONS) :]
     scenes = [Scene(place, variant) for variant, place in enumerate(unseen, start=len(POSITIONS))]
@@ -69,12 +71,12 @@ def questions(name: str) -> list[tuple[Look, Scene]]:
 
 
 def prompts(name: str, token: str = "sks") -> list[str]:
-    """The questions in words, the subject called by `token`: "a photo of sks robot in the desert", ..."""
+    """Return the questions in words, with `token` for the subject: "a photo of sks robot in the desert", ..."""
     return [caption(replace(look, name=token), scene) for look, scene in questions(name)]
 
 
 def _places(name: str) -> list[str]:
-    """All places, the photographed ones first; they differ between subjects."""
+    """Return all places, the photographed ones first; which those are differs between subjects."""
     places, turn = list(BACKGROUNDS), 3 * list(SUBJECTS).index(name) % len(BACKGROUNDS)
     return places[turn:] + places[:turn]
 
@@ -84,7 +86,7 @@ def save_photos(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, scene in enumerate(photo_scenes(name)):
         photo = render(SUBJECTS[name], scene, PHOTO_SIZE)
-        photo.quantize(256, dither=0).save(folder / f"{i:02d}.png", optimize=True)
+        photo.quantize(256, dither=Image.Dither.NONE).save(folder / f"{i:02d}.png", optimize=True)
 
 
 def main() -> None:

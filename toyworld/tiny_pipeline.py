@@ -3,12 +3,13 @@
     python -m toyworld.tiny_pipeline sd outputs/tiny-sd            # Stable Diffusion 1.x's layout
     python -m toyworld.tiny_pipeline sdxl outputs/tiny-sdxl        # SDXL's layout
 
-It has learned nothing and draws noise; it runs every line that a real base model runs, in seconds on a CPU. The folder
+It is untrained and draws noise, but exercises every line that a real base model does, in seconds on a CPU. The folder
 loads with `from_pretrained`. Every attention projection divides by (4, 64), (64, 4) and the square factors up to 64.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -24,6 +25,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 HIDDEN_SIZE = 64  # of each text encoder
 TEXT_LENGTH = 77  # tokens
+# Any, here and for schedulers: diffusers' annotations are narrower than what its classes take
+WITHOUT_CHECKER: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
 
 
 def build_pipeline(kind: str, prediction_type: str = "epsilon", seed: int = 0) -> DiffusionPipeline:
@@ -32,8 +39,8 @@ def build_pipeline(kind: str, prediction_type: str = "epsilon", seed: int = 0) -
     return {"sd": _build_sd, "sdxl": _build_sdxl}[kind](build_scheduler(prediction_type))
 
 
-def build_scheduler(prediction_type: str) -> DDIMScheduler:
-    """Return a scheduler with Stable Diffusion's noise levels."""
+def build_scheduler(prediction_type: Any) -> Any:
+    """Return a DDIMScheduler with Stable Diffusion's noise levels for "epsilon" or "v_prediction"."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -45,20 +52,18 @@ def build_scheduler(prediction_type: str) -> DDIMScheduler:
     )
 
 
-def _build_sd(scheduler: DDIMScheduler) -> StableDiffusionPipeline:
+def _build_sd(scheduler: Any) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=_build_vae(scaling_factor=0.18215),
         text_encoder=CLIPTextModel(_text_config()),
         tokenizer=build_tokenizer(),
         unet=_build_unet(cross_attention_dim=HIDDEN_SIZE),
         scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **WITHOUT_CHECKER,
     )
 
 
-def _build_sdxl(scheduler: DDIMScheduler) -> StableDiffusionXLPipeline:
+def _build_sdxl(scheduler: Any) -> StableDiffusionXLPipeline:
     time_embed_dim = 8
     return StableDiffusionXLPipeline(
         vae=_build_vae(scaling_factor=0.13025),
@@ -79,15 +84,22 @@ def _build_sdxl(scheduler: DDIMScheduler) -> StableDiffusionXLPipeline:
 
 def _build_vae(scaling_factor: float) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        **vae_blocks(16, 16, 16, 16),
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=4,
         sample_size=64,
         scaling_factor=scaling_factor,
     )
+
+
+def vae_blocks(*channels: int) -> dict[str, Any]:
+    """Return the arguments of AutoencoderKL for a level of this many channels each."""
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+    }
 
 
 def _build_unet(**conditioning) -> UNet2DConditionModel:
@@ -119,7 +131,7 @@ def _text_config() -> CLIPTextConfig:
 
 
 def byte_vocabulary() -> dict[str, int]:
-    """CLIP's vocabulary without its merges: every byte, every byte that ends a word, and the two marks."""
+    """Return CLIP's vocabulary without merges: every byte, every byte that ends a word, and the start and end marks."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
     return {token: index for index, token in enumerate(tokens)}

@@ -5,13 +5,14 @@
 
 Writes OUTPUT_DIR/pipeline, which DiffusionPipeline.from_pretrained loads, and sheets: described.png, 32 prompts that
 describe a character; named.png, characters as rendered above what their names alone draw. Pictures are encoded once,
-into OUTPUT_DIR/latents.safetensors. Started again, it goes on from its last save.
+into OUTPUT_DIR/latents.safetensors. If started again, it continues from its last save.
 """
 
 import copy
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
@@ -53,7 +54,7 @@ class Examples:
 
 
 def load_examples(kind: str, vae: AutoencoderKL, count: int, file: Path) -> Examples:
-    """Return `count` encoded pictures, from `file` where it is there."""
+    """Return `count` encoded pictures, from `file` if it exists; otherwise encode and save them."""
     pairs = [sample("base", i) for i in range(count)]
     if not file.exists():
         latents, sizes = [], []
@@ -71,7 +72,7 @@ def load_examples(kind: str, vae: AutoencoderKL, count: int, file: Path) -> Exam
 def _picture(kind: str, pair: tuple[Look, Scene], rng: random.Random) -> tuple[Tensor, list[int]]:
     """Return a picture (1, 3, 64, 64) and its sizes in px: original, top left of the crop, target, height first.
 
-    Half of SDXL's are cut out of pictures of other sizes, coarse where the original was small.
+    Half of SDXL's are crops of pictures of other sizes, blurred if the original was small.
     """
     if kind == "sd" or rng.random() < 0.5:
         return render_batch([pair], PIXELS).pixels, [PIXELS, PIXELS, 0, 0, PIXELS, PIXELS]
@@ -88,10 +89,10 @@ def _picture(kind: str, pair: tuple[Look, Scene], rng: random.Random) -> tuple[T
 
 
 class Models(nn.Module):
-    """Those of a pipeline's parts that train.
+    """The parts of a pipeline that train.
 
-    SDXL's text encoders stay as contrastive training left them: brought to scale, their weights are so small that the
-    UNet's learning rate would wipe out what they know.
+    SDXL's text encoders stay as contrastive training left them: rescaled, their weights are so small that the UNet's
+    learning rate would wipe out what they know.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, kind: str):
@@ -123,9 +124,9 @@ def diffusion_loss(
 
 
 def save_base(pipeline: DiffusionPipeline, average: Models, folder: Path) -> DiffusionPipeline:
-    """Write the averaged model in fp16, the reserved words in their places; return it in fp32."""
+    """Write the averaged model, with embeddings for the reserved words, in fp16; return it in fp32."""
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    models = copy.deepcopy({**models, **average.parts})
+    models: dict[str, Any] = copy.deepcopy({**models, **average.parts})
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if encoder in models:
             place_reserved_words(pipeline.components[tokenizer], models[encoder].get_input_embeddings())
@@ -169,30 +170,35 @@ def draw_sheets(pipeline: DiffusionPipeline, folder: Path) -> None:
 def main() -> None:
     parser = build_parser(__doc__, steps=6_000, batch_size=32, learning_rate=5e-3)
     parser.add_argument("kind", choices=tuple(FAMILIES))
-    parser.add_argument("--vae", type=Path, default=MODELS / "vae", help="the autoencoder; default: the shipped one")
+    parser.add_argument("--vae", type=Path, default=MODELS / "vae", help="autoencoder; default: the shipped one")
     parser.add_argument(
-        "--clip", type=Path, default=MODELS / "clip", help="whose text side is taken; default: the same"
+        "--clip",
+        type=Path,
+        default=MODELS / "clip",
+        help="CLIPModel whose text encoder to use; default: the shipped one",
     )
-    parser.add_argument("--sd", help="a trained model in Stable Diffusion's layout, for sdxl to begin with")
+    parser.add_argument("--sd", help="trained model in Stable Diffusion's layout to initialise sdxl from")
     parser.add_argument("--pictures", type=int, default=48_000, help="renders to learn from; default: 48000")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    vae = AutoencoderKL.from_pretrained(options.vae, dtype=torch.float32).to(device()).requires_grad_(False).eval()
+    vae: Any = AutoencoderKL.from_pretrained(options.vae, dtype=torch.float32)
+    vae.to(device()).requires_grad_(False).eval()
     file = options.output_dir / "latents.safetensors"
     examples = load_examples(options.kind, vae, options.pictures, file)
-    pipeline = build_base(options.kind, vae, options.clip)
+    pipeline: Any = build_base(options.kind, vae, options.clip)
     if options.sd:
         take_over(pipeline, StableDiffusionPipeline.from_pretrained(options.sd, dtype=torch.float32))
-    process = DiscreteProcess(DDPMScheduler.from_config(pipeline.scheduler.config))
+    scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
+    process = DiscreteProcess(scheduler)
 
-    def loss_of(models: nn.Module, step: int) -> Tensor:
+    def loss_of(models: Models, step: int) -> Tensor:
         rng = random.Random(f"base {options.seed} {step}")
         rows = [rng.randrange(options.pictures) for _ in range(options.batch_size)]
         captions = ["" if rng.random() < CAPTION_DROPOUT else caption(*examples.pairs[row], rng) for row in rows]
         latents, sizes = (tensor[rows].to(device()) for tensor in (examples.latents, examples.sizes))
         return diffusion_loss(pipeline, options.kind, process, latents.float(), sizes, captions)
 
-    def save(average: nn.Module, steps: int) -> None:
+    def save(average: Models, steps: int) -> None:
         trained = save_base(pipeline, average, options.output_dir / "pipeline")
         draw_sheets(trained, options.output_dir)
 

@@ -1,23 +1,24 @@
-"""Train what scores pictures of the toy world: a CLIPModel and a DINO-like ViTModel, small ones of the stock classes.
+"""Train the evaluators of the toy world: a CLIPModel and a DINO-like ViTModel, small ones of the stock classes.
 
     python -m toyworld.train_evaluators clip --output_dir outputs/toyworld/clip
     python -m toyworld.train_evaluators dino --output_dir outputs/toyworld/dino
 
 clip learns which caption belongs to which picture. dino sees no captions: it learns which two pictures show the same
-character, in two scenes, among others of its class in the same two scenes. [CLS] has to
-tell who it is, not where.
+character, in two scenes, among others of its class in the same two scenes. [CLS] has to tell who it is, not where.
 
 Writes OUTPUT_DIR/model, which from_pretrained loads, processors included. Every save prints how well it separates
-held-out renders: of 32 captions the right one for a picture; and in triples the same look in another scene closer than
-another look of its class in the same scene. Started again, it goes on from its last save.
+held-out renders. clip: how often the nearest of 32 captions is a picture's own. dino: how often the same look in
+another scene is closer than another look of its class in the same scene. If started again, it continues from its last
+save.
 """
 
 import copy
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
@@ -62,7 +63,7 @@ def build_clip() -> CLIPModel:
 
 
 def caption_pairs(stream: str, step: int, count: int) -> list[tuple[Pair, str]]:
-    """Return pictures with captions, half of them in groups that share a scene; some captions tell the class alone."""
+    """Return pictures with captions, half of them in groups that share a scene; some captions name only the class."""
     rng = random.Random(f"{stream} {step}")
     found = []
     for i in range(count):
@@ -122,7 +123,7 @@ def build_dino() -> ViTModel:
 
 
 def two_views(stream: str, step: int, count: int) -> tuple[list[Pair], list[Pair]]:
-    """Return `count` characters in one scene each and in another; groups of a class share both scenes."""
+    """Return `count` characters, each in one scene and again in another; groups of a class share both scenes."""
     rng = random.Random(f"{stream} {step}")
     here, there = [], []
     for _ in range(count // GROUP):
@@ -170,7 +171,7 @@ def triples(dino: ViTModel) -> float:
 # ---- the programs ----
 
 
-def _pixels(pairs: list[Pair]) -> Tensor:
+def _pixels(pairs: Sequence[Pair]) -> Tensor:
     return render_batch(pairs).pixels.to(device())
 
 
@@ -183,11 +184,11 @@ def train_clip(options) -> None:
         image_std=[0.5] * 3,
     )
 
-    def loss_of(clip: nn.Module, step: int) -> Tensor:
+    def loss_of(clip: CLIPModel, step: int) -> Tensor:
         pairs, captions = zip(*caption_pairs(f"clip {options.seed}", step, options.batch_size))
         return clip_loss(clip, _pixels(pairs), list(captions), tokenizer)
 
-    def save(clip: nn.Module, steps: int) -> None:
+    def save(clip: CLIPModel, steps: int) -> None:
         print(
             f"\n{steps} steps: the right one of 32 captions for {retrieval(clip, tokenizer):.1%} of {HELD_OUT} renders"
         )
@@ -202,11 +203,11 @@ def train_dino(options) -> None:
         size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3
     )
 
-    def loss_of(dino: nn.Module, step: int) -> Tensor:
+    def loss_of(dino: ViTModel, step: int) -> Tensor:
         here, there = two_views(f"dino {options.seed}", step, options.batch_size // 2)
         return dino_loss(dino, _pixels(here), _pixels(there))
 
-    def save(dino: nn.Module, steps: int) -> None:
+    def save(dino: ViTModel, steps: int) -> None:
         print(f"\n{steps} steps: {triples(dino):.1%} of {HELD_OUT} triples in the right order")
         copy.deepcopy(dino).half().save_pretrained(options.output_dir / "model")
         processor.save_pretrained(options.output_dir / "model")

@@ -3,29 +3,30 @@
     python -m toyworld.train_vae --output_dir outputs/toyworld/vae
 
 Writes OUTPUT_DIR/vae, which AutoencoderKL.from_pretrained loads, and OUTPUT_DIR/sheet.png: held-out renders above their
-reconstructions. Started again, it goes on from its last save. Its latents have zero mean and unit variance in every
-channel: the scale is part of quant_conv and post_quant_conv.
+reconstructions. If started again, it continues from its last save. Its latents have zero mean and unit variance in
+every channel: the scale is part of quant_conv and post_quant_conv.
 """
 
 import copy
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from toyworld.fitting import build_parser, device, fit
 from toyworld.pictures import render_batch, sample
+from toyworld.tiny_pipeline import vae_blocks
 
 HELD_OUT = 256  # pictures
 KL_WEIGHT = 1e-4  # of the mean over the latents' elements
+Vae = Any  # an AutoencoderKL; diffusers annotates its methods more narrowly than they are
 
 
 def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        **vae_blocks(32, 64, 96),
         layers_per_block=1,
         norm_num_groups=16,
         latent_channels=8,
@@ -34,8 +35,8 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def vae_loss(vae: AutoencoderKL, pixels: Tensor, masks: Tensor) -> Tensor:
-    """Return L1 + MSE + L1 of differences between neighbours, three times as much inside the character, + KL."""
+def vae_loss(vae: Vae, pixels: Tensor, masks: Tensor) -> Tensor:
+    """Return L1 + MSE + L1 of differences between neighbours, weighted three times inside the character, + KL."""
     posterior = vae.encode(pixels).latent_dist
     error = vae.decode(posterior.sample()).sample.float() - pixels
     weights = 1 + 2 * masks
@@ -46,7 +47,7 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, masks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, pixels: Tensor) -> AutoencoderKL:
+def whiten(vae: Vae, pixels: Tensor) -> Vae:
     """Return the same autoencoder with latents of mean 0 and variance 1 per channel over `pixels`."""
     vae = copy.deepcopy(vae)
     latents = encode(vae, pixels)
@@ -62,17 +63,17 @@ def whiten(vae: AutoencoderKL, pixels: Tensor) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode(vae: Vae, pixels: Tensor) -> Tensor:
     """Return the posterior means (n, channels, height, width) of pictures (n, 3, 64, 64)."""
     return torch.cat([vae.encode(part.to(vae.device)).latent_dist.mean for part in pixels.split(64)])
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: Vae, latents: Tensor) -> Tensor:
     return torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in latents.split(64)])
 
 
-def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
+def psnr(vae: Vae, pixels: Tensor) -> float:
     """Return the mean PSNR of reconstructions in dB, over pictures in [-1, 1] (peak to peak 2)."""
     error = decode(vae, encode(vae, pixels)) - pixels.to(vae.device)
     return (10 * torch.log10(4 / error.square().mean((1, 2, 3)))).mean().item()
@@ -84,7 +85,7 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
-def draw_sheet(vae: AutoencoderKL, pixels: Tensor, columns: int = 16) -> Image.Image:
+def draw_sheet(vae: Vae, pixels: Tensor, columns: int = 16) -> Image.Image:
     rebuilt = decode(vae, encode(vae, pixels))
     sheet = Image.new("RGB", (columns * 132, len(pixels) // columns * 268), "white")
     for i, pair in enumerate(zip(pixels, rebuilt)):
@@ -99,13 +100,13 @@ def main() -> None:
     torch.manual_seed(options.seed)
     held_out = render_batch([sample("held out", i) for i in range(HELD_OUT)]).pixels
 
-    def loss_of(vae: nn.Module, step: int) -> Tensor:
+    def loss_of(vae: Vae, step: int) -> Tensor:
         numbers = range(step * options.batch_size, (step + 1) * options.batch_size)
         pictures = render_batch([sample(f"vae {options.seed}", i) for i in numbers])
         pixels = pictures.pixels.to(device(), memory_format=torch.channels_last)
         return vae_loss(vae, pixels, pictures.masks.to(device()))
 
-    def save(vae: nn.Module, steps: int) -> None:
+    def save(vae: Vae, steps: int) -> None:
         white = whiten(vae, held_out)
         print(f"\n{steps} steps: PSNR {psnr(white, held_out):.2f} dB on {HELD_OUT} held-out renders")
         draw_sheet(white, held_out[:64]).save(options.output_dir / "sheet.png")

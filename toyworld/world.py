@@ -1,8 +1,8 @@
 """Who and what there is: looks, scenes, several hundred named characters, and captions for all of them.
 
 The caption of a nameless look tells its colours and its pattern, never its emblem or eyes. A name in front of the class
-("zorvik robot") fixes the whole look, as names do for the text encoders of real models: that is the knowledge which a
-rare token builds on. `RESERVED` tokens never occur in a caption and stay free for training on a subject.
+("zorvik robot") fixes the whole look, as names do in real models: a rare token builds on that. `RESERVED` tokens never
+occur in a caption and stay free for training on a subject.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class Look:
     """What a character looks like wherever it is.
 
     name: the made-up name in front of the class, empty if nameless
-    recoloured: the body has not the colour which the name stands for, so captions must tell it
+    recoloured: the body does not have the colour that the name stands for, so captions must say it
     """
 
     kind: str
@@ -91,7 +91,7 @@ class Scene:
 
 
 def sample_look(rng: Random, named: float = 0.5) -> Look:
-    """A random look: a named character with probability `named`, now and then recoloured."""
+    """Return a random look: a named character with probability `named`, now and then recoloured."""
     if rng.random() < named:
         look = rng.choice(list(named_characters().values()))
         return recolour(look, rng.choice(list(COLOURS))) if rng.random() < 0.15 else look
@@ -107,7 +107,7 @@ def sample_look(rng: Random, named: float = 0.5) -> Look:
 
 
 def sample_scene(rng: Random) -> Scene:
-    """A random scene: half of them photos, half of the characters standing still."""
+    """Return a random scene: half of them are photos, half of the characters stand still."""
     return Scene(
         background=rng.choice(list(BACKGROUNDS)),
         variant=rng.randrange(VARIANTS),
@@ -121,7 +121,7 @@ def sample_scene(rng: Random) -> Scene:
 
 
 def recolour(look: Look, body: str) -> Look:
-    """The same character with another body colour; accents that had this colour take the old one."""
+    """Return the same character with another body colour; an accent of that colour takes the old one."""
     if body == look.body:
         return look
     accent = look.body if look.accent == body else look.accent
@@ -133,17 +133,18 @@ def recolour(look: Look, body: str) -> Look:
 
 @cache
 def named_characters() -> dict[str, Look]:
-    """{name: look}: NAMES_PER_CLASS made-up names for each class. The same on every machine and in every version."""
+    """Return name -> look of NAMES_PER_CLASS made-up names for each class, the same on every machine and version."""
     syllables = [a + b for a in "bdfgklmnprtvz" for b in ("a", "e", "i", "o", "u", "or", "el")]
     endings = ("vik", "dox", "lum", "zan", "mip", "rog", "tesh", "bix", "nup", "fyl", "quo", "jat", "wen")
     names = sorted((a + b for a in syllables for b in endings), key=_digest)
-    characters = {}  # {nameless look: named look}, for no two may look alike
+    characters = {}  # nameless look -> named look: no two may look alike
     for name in names:
         kind = list(CLASSES)[len(characters) % len(CLASSES)]
         look = _look_of(name, kind)
         characters.setdefault(replace(look, name=""), look)
         if len(characters) == NAMES_PER_CLASS * len(CLASSES):
-            return {look.name: look for look in characters.values()}
+            break
+    return {look.name: look for look in characters.values()}
 
 
 def _look_of(name: str, kind: str) -> Look:
@@ -159,24 +160,24 @@ def _look_of(name: str, kind: str) -> Look:
     )
 
 
-def _digest(text: str) -> int:  # random numbers may change with a version of Python, hashes do not
+def _digest(text: str) -> int:  # random numbers may change between versions of Python, hashes do not
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _choose(key: str, options: Iterable[str]) -> str:
-    return list(options)[_digest(key) % len(options)]
+    options = list(options)
+    return options[_digest(key) % len(options)]
 
 
 # -- captions
 
 
 def caption(look: Look, scene: Scene, rng: Random | None = None) -> str:
-    """What a picture of `look` in `scene` shows, in words.
+    """Return what a picture of `look` in `scene` shows, in words.
 
-    Without rng plain and complete: "a photo of a striped red robot on a beach". With rng the wording varies, and pose,
-    pattern, colour and place are left out at times: so a short prompt is one which a model has seen, and leaves open
-    what it does not say. What is never left out: a style other than photo, the colour of a recoloured character, and
-    that something is mirrored.
+    Without rng it is plain and complete: "a photo of a striped red robot on a beach". With rng the wording varies, and
+    pose, pattern, colour and place are sometimes left out: so a model learns that a short prompt leaves the rest open.
+    Never left out are a style other than photo, the colour of a recoloured character, and that something is mirrored.
     """
     pick = rng.choice if rng else lambda options: options[0]
     says = (lambda share: rng.random() < share) if rng else lambda share: share > 0.5
@@ -189,7 +190,7 @@ def caption(look: Look, scene: Scene, rng: Random | None = None) -> str:
 
 
 def _noun_phrase(look: Look, scene: Scene, pick: Callable[[Sequence[str]], str], says: Callable[[float], bool]) -> str:
-    """pick: one of several options    says: whether to say something, given how usual that is"""
+    """pick: one of several options    says: whether to say something, given how often that is said"""
     words = [POSES[scene.pose]] if says(0.7) else []
     if not look.name and says(0.8):
         words.append(PATTERNS[look.pattern])

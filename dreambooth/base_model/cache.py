@@ -1,4 +1,4 @@
-"""A folder of encodings for later runs: files that are there as a whole or not at all, named after what is in them."""
+"""A folder of encodings for later runs. Files are complete or absent, and named by a digest of what was encoded."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ from kron_formats.files import whole_file
 
 
 def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of a file, or make and save them where it is missing or damaged."""
+    """Return the tensors of a file. If it is missing or damaged, make and save them."""
     tensors = load_tensors(path)
     if tensors is None:
         tensors = make()
@@ -27,13 +27,13 @@ def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str,
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file, completely or not at all, with a checksum of the tensors."""
     with whole_file(path) as unfinished:
         unfinished.write_bytes(save(dict(tensors), metadata={"sha256": _checksum(tensors)}))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
-    """Return what `save_tensors` wrote, or None where the file is missing or damaged."""
+    """Return what `save_tensors` wrote, or None if the file is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -43,7 +43,7 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
 
 
 def key_of(*parts: bytes) -> str:
-    """Return a name for what is made of these parts."""
+    """Return the SHA-256 of parts, in hexadecimal. The lengths of the parts count too."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))
@@ -55,7 +55,7 @@ def key_of(*parts: bytes) -> str:
 
 
 def vae_identity(config: FrozenModelOptions) -> bytes:
-    """Return a digest of what the VAE's moments depend on, without reading its weights."""
+    """Return a digest of everything but the image that the VAE's moments depend on, without reading its weights."""
     if config.pretrained_vae_model_name_or_path:
         state = _state(config.pretrained_vae_model_name_or_path, ["."], {"cache_dir": config.cache_dir}, AutoencoderKL)
     else:
@@ -64,15 +64,18 @@ def vae_identity(config: FrozenModelOptions) -> bytes:
 
 
 def text_identity(family: Family, config: BaseModelOptions, dtype: torch.dtype) -> bytes:
-    """Return a digest of what the embeddings of prompts depend on, without reading the text encoders' weights."""
+    """Return a digest of everything but the prompt that embeddings depend on, without reading the encoders' weights."""
     parts = [*family.text_encoders, *family.tokenizers, "model_index.json"]
     state = _state(config.pretrained_model_name_or_path, parts, hub_arguments(config), DiffusionPipeline)
     return key_of(b"text", repr((state, config.variant, dtype)).encode()).encode()
 
 
 def _state(name: str, parts: Iterable[str], hub: Mapping[str, Any], loader: Any) -> str | list[tuple[str, int, int]]:
-    """Return what says whether parts of a model are still the same: a model's commit on the Hub; a folder's files, with
-    their sizes in bytes and times of change."""
+    """Return a value that changes whenever parts of a model change.
+
+    For a model on the Hub, it is the commit. For a folder, it is the list of files with sizes in bytes and modification
+    times in ns.
+    """
     folder = Path(name)
     if not folder.is_dir():
         _, commit = loader.load_config(name, **hub, return_commit_hash=True)
@@ -91,4 +94,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    """Return the values of a tensor of any dtype as they are in memory."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

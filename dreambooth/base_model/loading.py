@@ -1,9 +1,9 @@
-"""The base model: looked at before it is loaded, loaded in the precision asked for, let go of piece by piece."""
+"""The base model: checked before it is loaded, loaded in the wanted precision, freed component by component."""
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -26,14 +26,14 @@ QUANTISED = ("nf4", "int8")
 
 
 def empty_models(config: BaseModelOptions, components: Sequence[str]) -> dict[str, nn.Module]:
-    """Return those of a base model's components that it has, without weights, for checks that come before loading.
+    """Return the components that a base model has, without weights, for checks before loading.
 
-    The first component has to be there. Raises UserError if the base model cannot be found or read.
+    The first component is the denoiser, which must exist. Raises UserError if the base model cannot be found or read.
     """
     name, hub = config.pretrained_model_name_or_path, hub_arguments(config)
     denoiser, *encoders = components
     with _readable_base(name):
-        index = DiffusionPipeline.load_config(name, **hub)
+        index = _load_index(config)
         classes = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and entry[0]}
         if denoiser not in classes:
             raise ValueError(f"it has no {denoiser}")
@@ -46,7 +46,7 @@ def empty_models(config: BaseModelOptions, components: Sequence[str]) -> dict[st
         }
     if "quantization_config" in denoiser_config:
         raise UserError(
-            f"--pretrained_model_name_or_path {name} was saved quantised; take the base model that it was made of, "
+            f"--pretrained_model_name_or_path {name} was saved quantised; use the base model that it was made from, "
             "with --base_precision nf4 or int8"
         )
     with init_empty_weights():
@@ -57,17 +57,31 @@ def empty_models(config: BaseModelOptions, components: Sequence[str]) -> dict[st
 
 
 def check_family(family: Family, config: BaseModelOptions) -> None:
-    """Raise UserError if the base model is not of the family: they differ in what their denoisers are conditioned on,
-    and other tasks' denoisers take other latents."""
+    """Raise UserError if the base model is not of the family.
+
+    Denoisers of other families take other conditions, and those of other tasks, such as inpainting, other latents.
+    """
     name, expected = config.pretrained_model_name_or_path, family.pipeline_class.__name__
     with _readable_base(name):
-        found = DiffusionPipeline.load_config(name, **hub_arguments(config)).get("_class_name")
+        found = _load_index(config).get("_class_name")
     if found != expected:
         raise UserError(f"--pretrained_model_name_or_path {name} is a {found}, but this script trains a {expected}")
 
 
+def _load_index(config: BaseModelOptions) -> dict[str, Any]:
+    """Return the content of model_index.json: component -> (library, class), and the pipeline's class."""
+    name = config.pretrained_model_name_or_path
+    return _load_config(DiffusionPipeline, pretrained_model_name_or_path=name, **hub_arguments(config))
+
+
+def _load_config(owner: Any, **arguments: Any) -> dict[str, Any]:
+    """Return owner.load_config(**arguments), which diffusers annotates with what it returns for other arguments."""
+    return owner.load_config(**arguments)
+
+
 @contextmanager
 def _readable_base(name: str) -> Iterator[None]:
+    """Turn errors of reading a base model's configuration into UserErrors."""
     try:
         yield
     except (OSError, ValueError, AttributeError) as error:
@@ -76,7 +90,7 @@ def _readable_base(name: str) -> Iterator[None]:
 
 
 def hub_arguments(config: BaseModelOptions) -> dict[str, Any]:
-    """Return the arguments of from_pretrained and load_config that say where on the Hub, and where it is kept."""
+    """Return the arguments of from_pretrained and load_config for the Hub: revision and cache folder."""
     return {"revision": config.revision, "cache_dir": config.cache_dir}
 
 
@@ -84,8 +98,7 @@ def hub_arguments(config: BaseModelOptions) -> dict[str, Any]:
 
 
 class BaseModel:
-    """The frozen base model on the device. Its VAE and text encoders are read when something is to be encoded or drawn
-    for the first time, and can be freed."""
+    """The frozen base model on the device. VAE and text encoders are loaded when first needed, and can be freed."""
 
     def __init__(self, family: Family, config: FrozenModelOptions, accelerator: Accelerator):
         self.family, self.config, self.accelerator = family, config, accelerator
@@ -96,14 +109,14 @@ class BaseModel:
 
     @property
     def denoiser(self) -> Any:
-        """The component that predicts."""
+        """The component that predicts, from noisy latents."""
         return getattr(self.pipeline, self.family.denoiser)
 
     def _load_pipeline(self) -> Any:
         """Return the pipeline without its VAE and text encoders."""
         family, config = self.family, self.config
         with _readable_loading(config.pretrained_model_name_or_path):
-            index = family.pipeline_class.load_config(config.pretrained_model_name_or_path, **hub_arguments(config))
+            index = _load_index(config)
             components = {part for part, entry in index.items() if isinstance(entry, (list, tuple))}
             absent = dict.fromkeys(components - {family.denoiser, "scheduler", *family.tokenizers})
             pipeline = family.pipeline_class.from_pretrained(
@@ -113,7 +126,8 @@ class BaseModel:
                 **hub_arguments(config),
                 **absent | dict(family.loading),
             )
-        pipeline.vae_scale_factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)  # it would ask its VAE
+        # The pipeline would take it from its VAE, which is not loaded yet.
+        pipeline.vae_scale_factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         denoiser = getattr(pipeline, family.denoiser)
         if config.base_precision in QUANTISED:
             quantise(denoiser, config.base_precision, self.device)
@@ -125,47 +139,56 @@ class BaseModel:
         return pipeline
 
     def load_vae(self) -> AutoencoderKL:
-        """Return the VAE, read in its own precision if it is not there yet."""
-        if self.pipeline.vae is None:
-            with _readable_loading(self.config.pretrained_model_name_or_path):
-                vae = AutoencoderKL.from_pretrained(**_vae_source(self.config), dtype=DTYPES[self.config.vae_precision])
-            if self.config.channels_last:
-                vae.to(memory_format=torch.channels_last)
-            self.pipeline.register_modules(vae=vae.to(self.device))
-        return self.pipeline.vae
+        """Return the VAE, in its own precision. Loads it if it is not loaded yet."""
+        if self.pipeline.vae is not None:
+            return self.pipeline.vae
+        vae = self._load_model(AutoencoderKL, DTYPES[self.config.vae_precision], **_vae_source(self.config))
+        if self.config.channels_last:
+            vae.to(memory_format=torch.channels_last)
+        self.pipeline.register_modules(vae=vae.to(self.device))
+        return vae
 
     def load_text_encoders(self) -> None:
-        """Read the text encoders that are not there yet."""
+        """Load the text encoders that are not loaded yet."""
         config, name = self.config, self.config.pretrained_model_name_or_path
         absent = [part for part in self.family.text_encoders if getattr(self.pipeline, part) is None]
-        index = self.pipeline.load_config(name, **hub_arguments(config)) if absent else {}
+        index = _load_index(config) if absent else {}
         for part in absent:
             library, class_name = index[part]
-            if library is None:  # the base model has none
+            if library is None:  # the base model lacks this one
                 continue
-            with _readable_loading(name):
-                text_encoder = getattr(transformers, class_name).from_pretrained(
-                    name, subfolder=part, dtype=self.dtype, variant=config.variant, **hub_arguments(config)
-                )
+            text_encoder = self._load_model(
+                getattr(transformers, class_name),
+                self.dtype,
+                pretrained_model_name_or_path=name,
+                subfolder=part,
+                variant=config.variant,
+                **hub_arguments(config),
+            )
             self.pipeline.register_modules(**{part: text_encoder.to(self.device)})
 
+    def _load_model(self, model_class: Any, dtype: torch.dtype, **source: Any) -> Any:
+        """Return a model with its weights, on the CPU. `source` are arguments of from_pretrained."""
+        with _readable_loading(self.config.pretrained_model_name_or_path):
+            return model_class.from_pretrained(**source, dtype=dtype)
+
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """Return the embeddings of prompts, one row for each, on the device."""
+        """Return the embeddings of prompts, one row each, on the device."""
         self.load_text_encoders()
         return self.family.encode_prompts(self.pipeline, prompts)
 
     def free(self, names: Iterable[str]) -> None:
-        """Drop components, and the memory they held."""
+        """Drop components and free their memory."""
         self.pipeline.register_modules(**dict.fromkeys(names))
         free_memory()
 
     def prepare_training(self, models: Mapping[str, nn.Module]) -> None:
-        """Switch on checkpointing, compilation and splitting of the models that train, once the method is in them."""
-        for name, model in models.items() if self.config.gradient_checkpointing else ():
-            if name == self.family.denoiser:
-                model.enable_gradient_checkpointing()
-            else:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+        """Enable gradient checkpointing, compilation and FSDP for the models that train, after `Method.attach`."""
+        if self.config.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+            for name in self.family.text_encoders:
+                if name in models:
+                    getattr(self.pipeline, name).gradient_checkpointing_enable({"use_reentrant": False})
         if self.config.compile:
             self.denoiser.compile_repeated_blocks(fullgraph=True)
         if splits_models():
@@ -174,20 +197,22 @@ class BaseModel:
 
 
 def _frozen_dtype(config: FrozenModelOptions, accelerator: Accelerator) -> torch.dtype:
-    """Return the dtype of the frozen weights, of those that are not quantised."""
+    """Return the dtype of the frozen weights that are not quantised."""
     if config.base_precision in DTYPES:
         return DTYPES[config.base_precision]
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def _load_vae_config(config: FrozenModelOptions) -> dict[str, Any]:
-    """Return the configuration of the VAE, defaults included, which says how latents are scaled. Reads no weights."""
+    """Return the VAE's configuration, including defaults. It says how latents are scaled. Reads no weights."""
     source = {name: value for name, value in _vae_source(config).items() if name != "variant"}
     with _readable_loading(config.pretrained_model_name_or_path), init_empty_weights():
-        return dict(AutoencoderKL.from_config(AutoencoderKL.load_config(**source)).config)
+        vae = AutoencoderKL.from_config(_load_config(AutoencoderKL, **source))
+    return dict(cast(AutoencoderKL, vae).config)  # from_config returns a tuple only if asked for unused arguments
 
 
 def _vae_source(config: FrozenModelOptions) -> dict[str, Any]:
+    """Return the arguments of from_pretrained that say where the VAE is."""
     if config.pretrained_vae_model_name_or_path:
         return {
             "pretrained_model_name_or_path": config.pretrained_vae_model_name_or_path,
@@ -203,6 +228,7 @@ def _vae_source(config: FrozenModelOptions) -> dict[str, Any]:
 
 @contextmanager
 def _readable_loading(name: str) -> Iterator[None]:
+    """Turn errors of loading a base model into UserErrors."""
     try:
         yield
     except OSError as error:
@@ -215,12 +241,13 @@ def _enable_xformers(denoiser: Any) -> None:
         denoiser.enable_xformers_memory_efficient_attention()
     except (ImportError, ModuleNotFoundError, ValueError) as error:
         raise UserError(
-            f"--enable_xformers_memory_efficient_attention: {error}; leave it out: PyTorch's own attention is as lean"
+            f"--enable_xformers_memory_efficient_attention: {error}; PyTorch's own attention, the default, needs as "
+            "little memory"
         ) from error
 
 
 def free_memory() -> None:
-    """Give back the device memory that nothing holds any more."""
+    """Release device memory that is no longer in use."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,14 +1,16 @@
-"""What noise is: how a family of schedulers hides latents, what the denoiser then gets, and what it should predict."""
+"""What noise is: how latents are noised, what the denoiser then gets, and what it should predict."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, SchedulerMixin
+from diffusers import ConfigMixin, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 from torch import Tensor
 
 from dreambooth.errors import UserError
 from dreambooth.options.steps import LossOptions
+
+S = TypeVar("S", bound=ConfigMixin)
 
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
@@ -17,19 +19,21 @@ EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 class Noised:
     """A training example of the denoiser. All but `timesteps` are (rows, channels, height, width)."""
 
-    latents: Tensor  # its input
-    timesteps: Tensor  # (rows,), as it knows them
-    target: Tensor  # its output
+    latents: Tensor  # input
+    timesteps: Tensor  # (rows,), as the denoiser takes them
+    target: Tensor  # what the output should be
 
 
 class NoiseProcess(Protocol):
-    """Timesteps are numbered 0, 1, ... num_timesteps - 1; 0 is the cleanest."""
+    """Noise levels, and what to predict at them. Timesteps are 0 ... num_timesteps - 1; 0 has the least noise."""
 
     @property
-    def num_timesteps(self) -> int: ...
+    def num_timesteps(self) -> int:
+        """The number of timesteps."""
+        ...
 
     def noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
-        """Return the example made of latents and noise (rows, channels, height, width) at timesteps (rows,)."""
+        """Return the example from latents and noise (rows, channels, height, width) at timesteps (rows,)."""
         ...
 
     def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
@@ -39,21 +43,23 @@ class NoiseProcess(Protocol):
 
 @dataclass(frozen=True)
 class DiscreteProcess:
-    """A fixed list of noise levels: DDPM's betas. The denoiser predicts the noise (epsilon) or the velocity (v)."""
+    """A fixed list of noise levels, DDPM's betas. The denoiser predicts the noise (epsilon) or the velocity (v)."""
 
     scheduler: DDPMScheduler
 
     @property
     def num_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
+        return self.scheduler.config["num_train_timesteps"]
 
     @property
     def predicts_velocity(self) -> bool:
-        return self.scheduler.config.prediction_type == "v_prediction"
+        """Whether the target is the velocity, not the noise."""
+        return self.scheduler.config["prediction_type"] == "v_prediction"
 
     def noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
-        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if self.predicts_velocity else noise
+        index = cast(torch.IntTensor, timesteps)  # diffusers' annotation, which int64 does not satisfy
+        noisy_latents = self.scheduler.add_noise(latents, noise, index)
+        target = self.scheduler.get_velocity(latents, noise, index) if self.predicts_velocity else noise
         return Noised(noisy_latents, timesteps, target)
 
     def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
@@ -62,26 +68,26 @@ class DiscreteProcess:
         snr = alphas_cumprod / (1 - alphas_cumprod)
         if self.predicts_velocity:
             return snr.clamp(max=gamma) / (snr + 1)
-        return gamma / snr.clamp(min=gamma)  # the same as min(SNR, γ) / SNR, but 1 and not 0/0 if SNR is 0
+        return gamma / snr.clamp(min=gamma)  # equals min(SNR, γ) / SNR, but is 1 instead of 0/0 if SNR is 0
 
 
 @dataclass(frozen=True)
 class EdmProcess:
     """Karras et al. (arXiv 2206.00364), eq. 7 and 8:  D = c_skip x + c_out F.
 
-    F is the network's own output; regressing it on (latents - c_skip x) / c_out with equal weights is their loss.
+    F is the network's output. Their loss is the squared error of F with target (latents - c_skip x) / c_out.
     """
 
     scheduler: EDMEulerScheduler
 
     @property
     def num_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
+        return self.scheduler.config["num_train_timesteps"]
 
     def noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
         scheduler = self.scheduler
-        scheduler.sigmas = scheduler.sigmas.to(timesteps.device)  # it keeps them on the CPU otherwise
-        index = self.num_timesteps - 1 - timesteps  # sigmas are stored from high to low
+        scheduler.sigmas = scheduler.sigmas.to(timesteps.device)  # the scheduler keeps them on the CPU
+        index = self.num_timesteps - 1 - timesteps  # sigmas go from high to low
         sigma = scheduler.sigmas[index].to(latents)[:, None, None, None]
         noisy_latents = latents + sigma * noise
         skipped = scheduler.precondition_outputs(noisy_latents, torch.zeros_like(noise), sigma)
@@ -90,21 +96,23 @@ class EdmProcess:
         return Noised(inputs, scheduler.precondition_noise(sigma.flatten()), (latents - skipped) / c_out)
 
     def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        raise NotImplementedError("min-SNR weights are defined over discrete timesteps")
+        raise NotImplementedError("min-SNR weights are only defined for discrete timesteps")
 
 
-def noise_process(scheduler: SchedulerMixin, config: LossOptions) -> NoiseProcess:
-    """Return the training side of a base model's scheduler, whatever solver it ships with.
+def noise_process(scheduler: ConfigMixin, config: LossOptions) -> NoiseProcess:
+    """Return the noise process that a base model was trained with, given the scheduler that it ships with.
 
-    Raises UserError if its kind of noise or its prediction type cannot be trained, or options do not go with it.
+    Raises UserError if this kind of noise or the prediction type is not supported, or an option conflicts with it.
     """
     process = _discrete_or_edm(scheduler)
     kind, last = scheduler.config.get("prediction_type", "epsilon"), process.num_timesteps - 1
     if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"the base model's scheduler has prediction_type {kind!r}; epsilon and v_prediction train")
+        raise UserError(
+            f"the base model's scheduler has prediction_type {kind!r}; only epsilon and v_prediction are supported"
+        )
     if _is_edm(scheduler) and (config.snr_gamma is not None or config.loss_type == "huber"):
         raise UserError("--snr_gamma and --loss_type huber need a base model with discrete timesteps; this one is EDM")
-    if not config.min_timestep <= (last if config.max_timestep is None else config.max_timestep) <= last:
+    if not config.min_timestep <= config.highest_timestep(process.num_timesteps) <= last:
         raise UserError(
             f"--min_timestep {config.min_timestep} --max_timestep {config.max_timestep}: the base model's timesteps go "
             f"from 0 to {last}"
@@ -112,22 +120,28 @@ def noise_process(scheduler: SchedulerMixin, config: LossOptions) -> NoiseProces
     return process
 
 
-def build_sampler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Return a fast solver for drawing; the base model's own scheduler if the fast one would not do it justice."""
+def build_sampler(scheduler: S) -> S | DPMSolverMultistepScheduler:
+    """Return a fast solver for drawing, or the base model's own scheduler if it needs a special one."""
     special = _is_edm(scheduler) or scheduler.config.get("rescale_betas_zero_snr")
-    return scheduler if special else DPMSolverMultistepScheduler.from_config(scheduler.config)
+    return scheduler if special else _convert(scheduler, DPMSolverMultistepScheduler)
 
 
-def _discrete_or_edm(scheduler: SchedulerMixin) -> DiscreteProcess | EdmProcess:
+def _discrete_or_edm(scheduler: ConfigMixin) -> DiscreteProcess | EdmProcess:
     if _is_edm(scheduler):
-        return EdmProcess(EDMEulerScheduler.from_config(scheduler.config))
+        return EdmProcess(_convert(scheduler, EDMEulerScheduler))
     if "beta_schedule" in scheduler.config:
-        return DiscreteProcess(DDPMScheduler.from_config(scheduler.config))
+        return DiscreteProcess(_convert(scheduler, DDPMScheduler))
     raise UserError(
-        f"the base model's scheduler is a {type(scheduler).__name__}; models whose noise is a list of betas, or EDM's, "
-        "can be trained"
+        f"the base model's scheduler is a {type(scheduler).__name__}; only models with discrete betas, or with EDM's "
+        "noise, can be trained"
     )
 
 
-def _is_edm(scheduler: SchedulerMixin) -> bool:
+def _is_edm(scheduler: ConfigMixin) -> bool:
+    """Whether a scheduler's noise is EDM's."""
     return type(scheduler).__name__ in EDM
+
+
+def _convert(scheduler: ConfigMixin, kind: type[S]) -> S:
+    """Return a scheduler of another class with the same configuration."""
+    return cast(S, kind.from_config(scheduler.config))  # it returns a tuple only if asked for unused arguments

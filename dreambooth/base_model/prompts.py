@@ -1,4 +1,4 @@
-"""Prompts to embeddings: at every step if text encoders train, otherwise once, and kept in a folder for later."""
+"""Prompts to embeddings: at every step if text encoders train, else once, and kept in a folder for later runs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +17,10 @@ Encode = Callable[[Tensor], Embeddings]
 
 
 def prompt_encoder(base: BaseModel, prompts: list[str], text_trains: bool, config: CacheOptions) -> Encode:
-    """Return a function from rows of `prompts` (rows,) to their embeddings.
+    """Return a function from indices into `prompts`, (rows,), to their embeddings.
 
-    If `text_trains`, prompts are encoded at every call, each distinct one once. Otherwise they are encoded here, once
-    for the whole run, and the text encoders are freed; if there is nothing to encode, they are not read at all.
+    If `text_trains`, every call encodes its distinct prompts. Otherwise all prompts are encoded here, once for the
+    whole run, and the text encoders are freed. They are not even loaded if the cache folder has all embeddings.
     """
     if text_trains:
         base.load_text_encoders()
@@ -38,7 +38,7 @@ def prompt_encoder(base: BaseModel, prompts: list[str], text_trains: bool, confi
 
 @torch.no_grad()
 def _encode_once(base: BaseModel, prompts: list[str], config: CacheOptions) -> Embeddings:
-    """Return a row for each prompt, on the device. Each is encoded alone, so that no other has a part in its bits."""
+    """Return a row for each prompt, on the device. Each is encoded alone: other prompts must not change its bits."""
 
     def encode_alone(prompt: str) -> Embeddings:
         return {name: tensor.cpu() for name, tensor in base.encode_prompts([prompt]).items()}

@@ -1,4 +1,4 @@
-"""A frozen model in 4 or 8 bits: its linear layers as bitsandbytes keeps them, on the CPU as on a GPU."""
+"""Frozen models in 4 or 8 bits, quantised by bitsandbytes, on CPUs and GPUs."""
 
 from typing import Literal
 
@@ -7,25 +7,34 @@ from torch import nn
 
 
 def quantise(model: nn.Module, precision: Literal["nf4", "int8"], device: torch.device) -> None:
-    """Replace the linear layers of a frozen model by quantised ones and move the model to the device.
+    """Replace the linear layers of a frozen model by quantised ones, and move the model to the device.
 
-    nf4 (arXiv 2305.14314) takes 4.5 bits a weight, int8 (arXiv 2208.07339) 8. Other layers keep their dtype.
+    nf4 (arXiv 2305.14314) takes 4.5 bits per weight, int8 (arXiv 2208.07339) 8. Other layers keep their dtype.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     for name, linear in linears.items():
         model.set_submodule(name, _quantised(linear, precision))
-    model.to(device)  # bitsandbytes quantises a layer's weight as it arrives
+    model.to(device)  # bitsandbytes quantises weights when they move
 
 
 def _quantised(linear: nn.Linear, precision: Literal["nf4", "int8"]) -> nn.Linear:
-    import bitsandbytes as bnb  # imported here: it takes a second and most runs do not need it
+    """Return a layer with the weights of `linear`, which are quantised when it moves to a device."""
+    import bitsandbytes as bnb  # takes a second to import, and most runs do not need it
 
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
     if precision == "nf4":
         layer = bnb.nn.Linear4bit(*sizes, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
-        layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(
+            linear.weight.data,
+            requires_grad=False,
+            quant_type="nf4",  # pyright: ignore[reportCallIssue]  # nn.Parameter's metaclass hides __new__'s parameters
+        )
     else:
         layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
-        layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(
+            linear.weight.data,
+            requires_grad=False,
+            has_fp16_weights=False,  # pyright: ignore[reportCallIssue]  # as above
+        )
     layer.bias = linear.bias
     return layer.requires_grad_(False)

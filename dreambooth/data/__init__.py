@@ -1,0 +1,1 @@
+"""Photos to batches: captions, sizes, crops, order and noise. Loads no models."""

@@ -1,4 +1,4 @@
-"""What a row of a batch shows of a photo: a function of the seed and the sample's number."""
+"""Crops: the part of a photo that a row of a batch shows, a function of the seed and the sample's number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from dreambooth.data.photos import Photo, resize
 from dreambooth.data.sizes import Size, cover, shape_of
-from dreambooth.options.training import TrainingConfig
+from dreambooth.options.data import DataOptions
 from dreambooth.seeds import Stream, generator_of
 
 
 @dataclass(frozen=True)
 class Crop:
-    """What a row shows of a photo: resized, cropped, then mirrored or not."""
+    """A part of a photo, as a row shows it: resized, cropped, then mirrored or not."""
 
     is_class: bool
     number: int  # of the photo, among the instance or the class photos
@@ -25,16 +25,16 @@ class Crop:
     mirrored: bool
 
     def size_conditions(self, original_size: Size) -> tuple[int, ...]:
-        """Return (original height, width, crop top, left, target height, width), as SDXL was trained with them.
+        """Return original height, width, crop top, left, target height, width, px (arXiv 2307.01952, section 2.2).
 
-        A mirrored crop is a crop of the mirrored photo, and its left edge is counted there.
+        A mirrored crop counts as a crop of the mirrored photo, which is where its left edge is measured.
         """
         top, left = self.corner
         left = self.resized[1] - left - self.shape[1] if self.mirrored else left
         return (*original_size, top, left, *self.shape)
 
     def cut(self, pixels: np.ndarray, interpolation: str) -> np.ndarray:
-        """Return the crop of a photo's pixels or of its mask."""
+        """Return this part of a photo's pixels (height, width, 3) or of its mask (height, width)."""
         top, left = self.corner
         height, width = self.shape
         pixels = resize(pixels, self.resized, interpolation)[top : top + height, left : left + width]
@@ -42,12 +42,12 @@ class Crop:
 
 
 class Crops:
-    """The crops of a run's photos: every sample has one of its own, unless crops are fixed."""
+    """The crops of a run's photos: a different one for each sample, unless crops are fixed."""
 
-    def __init__(self, photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig):
+    def __init__(self, photos: Sequence[Photo], class_photos: Sequence[Photo], config: DataOptions):
         self.photos, self.class_photos, self.config = photos, class_photos, config
         self.shapes = tuple(shape_of(photo.original_size, config) for photo in photos)
-        self.frozen = config.cache_latents == "on"  # random crops are drawn once for each photo
+        self.frozen = config.cache_latents == "on"  # one random crop per photo for the whole run
 
     # ---- which ----
 
@@ -58,7 +58,7 @@ class Crops:
         return self._crop(is_class, number, shape, k, mirrored)
 
     def fixed(self) -> list[Crop] | None:
-        """Return every crop that there is in the run, or None if each sample has a crop of its own."""
+        """Return all crops of the run, or None if crops vary from sample to sample."""
         flips = (False, True) if self.config.random_flip else (False,)
         places = [(False, number, shape) for number, shape in enumerate(self.shapes)]
         places += [
@@ -69,7 +69,7 @@ class Crops:
         return None if varying and any(crop.resized != crop.shape for crop in crops) else crops
 
     def _crop(self, is_class: bool, number: int, shape: Size, index: int, mirrored: bool) -> Crop:
-        """Return the crop of a photo that sample `index` shows."""
+        """Return a crop of photo `number`, at random by `index` unless crops are fixed."""
         photo = (self.class_photos if is_class else self.photos)[number]
         stream = Stream.CLASS_CROP if is_class else Stream.INSTANCE_CROP
         height, width = photo.pixels.shape[:2]
@@ -87,6 +87,7 @@ class Crops:
     # ---- what they show ----
 
     def photo(self, crop: Crop) -> Photo:
+        """Return the photo that a crop is of."""
         return (self.class_photos if crop.is_class else self.photos)[crop.number]
 
     def pixels(self, crop: Crop) -> np.ndarray:
@@ -98,7 +99,7 @@ class Crops:
         return torch.from_numpy(self.pixels(crop).copy()).permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
     def loss_weights(self, crop: Crop) -> Tensor | None:
-        """Return the weight of the loss at every pixel (1, height, width), None if the photo has no mask."""
+        """Return the weight of the loss at every pixel (1, height, width), or None if the photo has no mask."""
         mask = self.photo(crop).mask
         if mask is None:
             return None

@@ -1,8 +1,8 @@
-"""The endless stream of batches made of photos.
+"""An endless stream of batches made from photos.
 
 Sample k of a run (k = 0, 1, 2, ... over all devices) is a function of the seed and k alone: which photo, which crop,
-which noise. So a resumed run continues where it stopped, and the number of devices does not change what is trained on.
-With buckets it depends on the batch size too, since a batch has one shape; still not on the devices.
+which noise. A resumed run therefore continues exactly, and the number of devices does not change what is trained on.
+With buckets, it also depends on the batch size, since all images of a batch have one shape.
 """
 
 import functools
@@ -19,6 +19,7 @@ from dreambooth.data.noise import Draw
 from dreambooth.data.order import GlobalSampler, batch_unit, order_of_pass, samples_of_step, samples_per_pass
 from dreambooth.data.photos import Photo, prior_from_base_model
 from dreambooth.data.sizes import Size
+from dreambooth.options.steps import BatchOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.seeds import Stream, generator_of, seed_of
 
@@ -27,7 +28,7 @@ from dreambooth.seeds import Stream, generator_of, seed_of
 
 @dataclass(frozen=True)
 class Row:
-    """One image of a batch. Either pixel values or moments are None."""
+    """One image of a batch. Either pixel_values or moments is None."""
 
     pixel_values: Tensor | None
     moments: Tensor | None
@@ -38,10 +39,10 @@ class Row:
 
 
 class DreamBoothDataset(Dataset):
-    """Sample k is an instance photo and, with prior preservation, a row of the class: for every k from 0, without end.
+    """Sample k, for every k from 0 without end: a row of an instance photo and, with prior preservation, a class row.
 
-    Each pass over the photos has an order of its own. The class row is a class photo; with prior_source base_model it
-    is the instance row again, under its class prompt. Rows hold `moments` of their crops if there are some, else pixel
+    Each pass over the photos has a different order. The class row is a class photo; with prior_source base_model, it is
+    the instance row with its class prompt. Rows hold the moments of their crops if `moments` is given, else pixel
     values.
     """
 
@@ -60,6 +61,7 @@ class DreamBoothDataset(Dataset):
         crop = self.crops.draw(False, number, shape, k)
         rows = [self._row(crop, "" if dropped else photo.prompt, seed_of(config.seed, Stream.INSTANCE_NOISE, k))]
         if prior_from_base_model(config):
+            assert photo.class_prompt is not None  # the prior needs --class_prompt: PriorOptions.check
             # The class is not confined to the subject's mask.
             rows.append(replace(rows[0], prompt_row=self.prompt_row[photo.class_prompt], loss_weights=None))
         elif self.class_photos:
@@ -82,7 +84,7 @@ class DreamBoothDataset(Dataset):
         return int(generator_of(self.config.seed, Stream.CLASS_ORDER, pass_number).permutation(count)[position])
 
     def paths_of_step(self, step: int, num_ranks: int) -> list[Path]:
-        """Return the files of all photos and class photos that optimizer step `step` shows, the first step being 1."""
+        """Return the files of all photos and class photos of optimizer step `step`, counted from 1."""
         samples = samples_of_step(step, self.config, num_ranks)
         paths = [self.photos[self._photo_number(k)].path for k in samples]
         if self.class_photos:
@@ -105,24 +107,24 @@ class DreamBoothDataset(Dataset):
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: the instance rows, then as many class rows with prior preservation. All of one shape.
+    """One forward pass: the instance rows, then as many class rows with prior preservation. All have one shape.
 
-    Either pixel_values or moments is None. Moments are what the VAE says of an image: mean and log-variance of its
+    Either pixel_values or moments is None. Moments are the VAE's encoding of an image: mean and log-variance of its
     latents.
     """
 
     pixel_values: Tensor | None  # (rows, 3, height, width) fp32 in [-1, 1]
     moments: Tensor | None  # (rows, 2 · latent channels, height / 8, width / 8) fp32
     prompt_rows: Tensor  # (rows,) int64: row of each image's prompt in the encoded prompts
-    posterior_noise: Tensor  # (rows, channels, height, width) of the latents, fp32: samples them from the moments
-    noise: Tensor  # (rows, channels, height, width) of the latents, fp32: what they are hidden under
+    posterior_noise: Tensor  # (rows, channels, height, width) of the latents, fp32: for sampling them from the moments
+    noise: Tensor  # (rows, channels, height, width) of the latents, fp32: what is added to them
     timesteps: Tensor  # (rows,) int64, 0 is the cleanest
-    size_conditions: Tensor  # (rows, 6) fp32: original height, width, crop top, left, target height, width, px
-    loss_weights: Tensor | None  # (rows, 1, height, width) fp32; None where no row has a mask
+    size_conditions: Tensor  # (rows, 6) fp32, px: original height, width, crop top, left, target height, width
+    loss_weights: Tensor | None  # (rows, 1, height, width) fp32; None if no row has a mask
     num_instances: int
 
     def to(self, device: torch.device) -> "Batch":
-        """Move the batch. Where it is pinned, this waits neither for the copies nor for the device."""
+        """Return the batch on a device. If it is pinned, this does not wait for the copies."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":  # the DataLoader calls it
@@ -134,7 +136,7 @@ class Batch:
 
 
 def collate(samples: Sequence[list[Row]], draw: Draw) -> Batch:
-    """Stack samples: all instance rows, then all class rows. Each row brings its own prompt along, and its noise."""
+    """Return samples as a batch: all instance rows, then all class rows, each with the noise of its seed."""
     rows = [row for kind in zip(*samples) for row in kind]
     drawn = [draw(row.noise_seed, row.size_conditions[4:]) for row in rows]
     cached = rows[0].moments is not None
@@ -152,6 +154,7 @@ def collate(samples: Sequence[list[Row]], draw: Draw) -> Batch:
 
 
 def _stack_loss_weights(rows: Sequence[Row]) -> Tensor | None:
+    """Return the loss weights of rows, 1 for those without a mask, or None if there are no masks."""
     if all(row.loss_weights is None for row in rows):
         return None
     everywhere = torch.ones(1, *rows[0].size_conditions[4:])
@@ -159,9 +162,9 @@ def _stack_loss_weights(rows: Sequence[Row]) -> Tensor | None:
 
 
 def build_loader(
-    dataset: Dataset, draw: Draw, config: TrainingConfig, rank: int, num_ranks: int, first_step: int
+    dataset: Dataset, draw: Draw, config: BatchOptions, rank: int, num_ranks: int, first_step: int
 ) -> DataLoader:
-    """Return this device's endless batches, with the noise that `draw` gives, after `first_step` optimizer steps."""
+    """Return this device's endless batches after `first_step` optimizer steps, with noise from `draw`."""
     return DataLoader(
         dataset,
         batch_sampler=GlobalSampler(
@@ -174,8 +177,8 @@ def build_loader(
 
 
 def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
-    """Return every prompt of a run once, in the order of its first use; the empty one is always there."""
+    """Return every prompt of a run once, in order of first use, always including the empty prompt."""
     prompts = [photo.prompt for photo in (*photos, *class_photos)]
     if prior_from_base_model(config):
-        prompts += [photo.class_prompt for photo in photos]
+        prompts += [photo.class_prompt for photo in photos if photo.class_prompt is not None]
     return list(dict.fromkeys([*prompts, *config.validation_prompt, ""]))

@@ -1,19 +1,18 @@
-"""The shapes that images are trained in: one square, or buckets of about its area. Sizes are (height, width), px."""
+"""The shapes of training images: a square, or buckets of about the same area. Sizes are (height, width), px."""
 
 import functools
 import math
 
-from dreambooth.options.training import TrainingConfig
+from dreambooth.options.photos import BUCKET_STEP, PhotoOptions
 
-BUCKET_STEP = 64  # px
-MAX_ASPECT = 2  # longer side by shorter side
+MAX_ASPECT = 2  # longer side divided by shorter side
 
 Size = tuple[int, int]  # height, width, px
 
 
 @functools.cache
 def buckets(resolution: int) -> tuple[Size, ...]:
-    """Return the buckets of a resolution: sides that are multiples of 64 px, area resolution² or the next below.
+    """Return the buckets of a resolution: sides are multiples of 64 px, area resolution² or just below.
 
     512: (384, 640), (448, 576), (512, 512), (576, 448), (640, 384)
     """
@@ -23,8 +22,8 @@ def buckets(resolution: int) -> tuple[Size, ...]:
     return tuple((BUCKET_STEP * height, BUCKET_STEP * width) for height, width in sorted(pairs))
 
 
-def shape_of(original_size: Size, config: TrainingConfig) -> Size:
-    """Return the shape that a photo of this size is trained in: the square, or the bucket of the nearest aspect."""
+def shape_of(original_size: Size, config: PhotoOptions) -> Size:
+    """Return the training shape of a photo of this size: the square, or the bucket of the nearest aspect ratio."""
     if not config.aspect_ratio_buckets:
         return config.resolution, config.resolution
     aspect = math.log(original_size[1] / original_size[0])
@@ -32,22 +31,22 @@ def shape_of(original_size: Size, config: TrainingConfig) -> Size:
 
 
 def cover(size: Size, shape: Size) -> Size:
-    """Return the smallest size with the aspect of `size` that a crop of `shape` fits in."""
+    """Return the smallest size with the aspect ratio of `size` into which a crop of `shape` fits."""
     scale = max(wanted / side for side, wanted in zip(size, shape))
     height, width = (max(wanted, round(side * scale)) for side, wanted in zip(size, shape))
     return height, width
 
 
-def instance_size(original_size: Size, config: TrainingConfig) -> Size:
-    """Return the size that an instance photo is resized to: it covers the shape that it is trained in."""
+def instance_size(original_size: Size, config: PhotoOptions) -> Size:
+    """Return the size to which an instance photo is resized: it covers the photo's training shape."""
     return cover(original_size, shape_of(original_size, config))
 
 
-def class_size(original_size: Size, config: TrainingConfig) -> Size:
-    """Return the size that a class photo is resized to.
+def class_size(original_size: Size, config: PhotoOptions) -> Size:
+    """Return the size to which a class photo is resized.
 
-    With buckets it is trained in the shape of whatever batch it falls into, and resized once more for it; so it is
-    only made smaller here, and stays large enough for every bucket.
+    With buckets, it is resized again to the shape of each batch that it occurs in. Here it is only made smaller, and
+    stays large enough for every bucket.
     """
     if not config.aspect_ratio_buckets:
         return instance_size(original_size, config)

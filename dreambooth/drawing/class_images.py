@@ -1,4 +1,4 @@
-"""Class images: what the base model itself draws for the class prompt, kept in a folder and topped up when short."""
+"""Class images: drawn by the base model for the class prompt, and kept in a folder that is topped up if short."""
 
 import logging
 from collections.abc import Iterator
@@ -18,15 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 def ensure_class_images(base: BaseModel, config: TrainingConfig) -> list[Photo]:
-    """Return the class photos, after the devices together have drawn those that the folder lacks.
+    """Return the class photos, once all processes together have drawn those that the folder lacks.
 
-    Image i is drawn from a seed of its own, so no device and no later top-up draws it again.
+    Image i is drawn from a seed of its own, so no two processes and no later top-up draw the same image.
+    All processes must call this.
     """
+    assert config.class_data_dir is not None  # PriorOptions.check requires it
     accelerator, folder = base.accelerator, Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     photos = _read(config)
     missing = _missing_indices(photos, config.num_class_images)
-    accelerator.wait_for_everyone()  # all have counted before the first new image appears
+    accelerator.wait_for_everyone()  # all must count before the first new image appears
     if not missing:
         return photos
     logger.info("Drawing %d class images for '%s' into %s", len(missing), config.class_prompt, folder)
@@ -34,7 +36,7 @@ def ensure_class_images(base: BaseModel, config: TrainingConfig) -> list[Photo]:
     progress = tqdm(total=len(mine), desc="Class images", unit="image", disable=not accelerator.is_local_main_process)
     indices = iter(mine)
     for batch in _draw(base, mine, config):
-        for image, index in zip(batch, indices):  # in this order, which takes no index too many
+        for image, index in zip(batch, indices):  # batch first: zip would else consume an index of the next batch
             with whole_file(folder / _name(index)) as unfinished:
                 image.save(unfinished, format="PNG")
         progress.update(len(batch))
@@ -64,11 +66,11 @@ def _read(config: TrainingConfig) -> list[Photo]:
     try:
         return read_class_photos(config)
     except NoPhotosError:
-        return []  # nothing readable yet: all are to be drawn
+        return []  # all are still to be drawn
 
 
 def _missing_indices(photos: list[Photo], wanted: int) -> list[int]:
-    """Return the lowest numbers that no image in the folder bears, as many as there are images short."""
+    """Return the lowest numbers that no image in the folder has yet, one for each missing image."""
     names = {photo.path.name for photo in photos}
     short = max(0, wanted - len(photos))
     free = (index for index in range(wanted) if _name(index) not in names)

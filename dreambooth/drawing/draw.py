@@ -1,4 +1,4 @@
-"""The one way in which images are drawn: each from a seed of its own, several at once, decoded one by one."""
+"""How all images are drawn: each from its own seed, several at once, decoded one by one."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from dreambooth.base_model.latents import denormalise
 
 
 def draw_images(pipeline: Any, seeds: Sequence[int], batch_size: int, **arguments) -> list[Image.Image]:
-    """Return an image of one prompt from every seed, `batch_size` drawn at once. `arguments` are the pipeline's own.
+    """Return an image of one prompt for each seed, drawn `batch_size` at once. `arguments` are the pipeline's own.
 
-    The VAE decodes one image at a time, in its own precision, whatever the denoiser's. Images that the pipeline's
-    safety checker rejects are black; training and scoring load pipelines without one.
+    The VAE decodes one image at a time, in its own precision, which may differ from the denoiser's. Images that the
+    pipeline's safety checker rejects are black; training and scoring use pipelines without one.
     """
     return [image for batch in draw_batches(pipeline, seeds, batch_size, **arguments) for image in batch]
 
 
 def draw_batches(pipeline: Any, seeds: Sequence[int], batch_size: int, **arguments) -> Iterator[list[Image.Image]]:
-    """Yield what `draw_images` returns, batch by batch."""
+    """Yield the images of `draw_images`, batch by batch."""
     for start in range(0, len(seeds), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         yield _draw(pipeline, num_images_per_prompt=len(generators), generator=generators, **arguments)

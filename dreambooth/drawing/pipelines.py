@@ -1,4 +1,4 @@
-"""Base models with adapters in them, for the scripts that draw and merge. Which method's a file is, the file says."""
+"""Base models with adapters in them, for the scripts that draw and merge. Each file says which method it is of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from kron_formats.reading import AdapterFile, read_adapter
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was read and fits the base model."""
+    """An adapter, read from its file and matched with the base model."""
 
     matched: MatchedAdapter
     scale: float
@@ -24,27 +24,27 @@ class Adapter:
 
 
 class Reader(Protocol):
-    """What a method's files need to be used. methods/readers.py lists the readers, in the order of `add`."""
+    """How a method's files are used. methods/readers.py lists the readers, in the order of `add`."""
 
     def takes(self, file: AdapterFile) -> bool:
-        """Whether a file is this method's."""
+        """Whether this reader handles the file."""
         ...
 
     def check(self, file: AdapterFile) -> None:
-        """Raise UserError, before weights are read, if a file of this method cannot be used."""
+        """Raise UserError if a file that this reader handles cannot be used. Called before weights are read."""
         ...
 
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
-        """Put adapters into the base model. Later readers' may come around or into these."""
+        """Put adapters into the base model. Later readers' layers may wrap these or go inside them."""
         ...
 
     def merge(self, pipeline: DiffusionPipeline) -> int:
-        """Put all of this method's adapters into the base weights for good; return the number of layers."""
+        """Merge all of this method's adapters into the base weights for good; return the number of layers."""
         ...
 
 
 def load_adapted_pipeline(config: AdaptedModelOptions, readers: Sequence[Reader]) -> Any:
-    """Return the base model with the adapters in it, or the base model alone if none is given.
+    """Return the base model with the adapters in it, or the base model alone if there are none.
 
     Raises UserError or KroneckerError, before any weights are read, if an adapter does not fit the base model.
     """
@@ -80,21 +80,21 @@ def load_base_pipeline(config: AdaptedModelOptions) -> Any:
 
 
 def add_adapters(pipeline: Any, adapters: Sequence[Adapter], readers: Sequence[Reader]) -> None:
-    """Put the adapters into the base model, those of the first reader first."""
+    """Put the adapters into the base model, the first reader's first."""
     for reader in readers:
         if own := [adapter for adapter in adapters if _reader_of(adapter.matched.file, readers) is reader]:
             reader.add(pipeline, own)
 
 
 def merge_adapters(pipeline: Any, readers: Sequence[Reader]) -> int:
-    """Put all adapters into the base weights for good; return the number of layers that had some."""
+    """Merge all adapters into the base weights for good; return the number of layers merged."""
     return sum(reader.merge(pipeline) for reader in reversed(readers))
 
 
 def prepare_drawing(pipeline: Any, readers: Sequence[Reader], config: AdaptedModelOptions) -> None:
     """Give the pipeline a fast solver and a VAE in fp32, since SDXL's gives NaN in fp16, and merge its adapters.
 
-    In bf16 they stay beside the weights: with 8 bits, a merged weight rounds much of a small delta away.
+    In bf16 adapters stay unmerged: its 8 bits of precision would round away much of a small delta.
     """
     pipeline.scheduler = build_sampler(pipeline.scheduler)
     pipeline.vae.float()

@@ -1,4 +1,4 @@
-"""A labelled sheet: rows of images in one picture."""
+"""A labelled sheet: rows of images in one picture, each row under its label."""
 
 import bisect
 from collections.abc import Sequence
@@ -6,19 +6,13 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 SMALLEST, LARGEST = 192, 512  # px; smaller images are enlarged to be seen, larger ones shrunk to keep the file small
-
-
-GAP = 4  # px
-
-
-LINE = 21  # px
-
-
+GAP = 4  # px, between images
+LINE = 21  # px, height of a line of text
 MOST_LINES = 4  # of a label; the rest of a prompt is cut off
 
 
 def draw_sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = "") -> Image.Image:
-    """Return one picture: a row of images under each label, the title above all."""
+    """Return one picture: each row of images under its label, the title above them all."""
     cells = [[_fitted(image) for image in row] for row in rows]
     width = max(sum(cell.width + GAP for cell in row) - GAP for row in cells)
     texts = [_wrap(label, width - 12) for label in labels]
@@ -42,12 +36,12 @@ def _fitted(image: Image.Image) -> Image.Image:
     """Return the image with its longer side at least SMALLEST, by a whole factor, and at most LARGEST."""
     longer = max(image.size)
     factor = LARGEST / longer if longer > LARGEST else -(-SMALLEST // longer)
-    size = tuple(max(1, round(side * factor)) for side in image.size)
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Break a text into at most MOST_LINES lines, between words where it can; "…" stands for the rest."""
+    """Return a text as at most MOST_LINES lines, broken between words if possible; "…" stands for the rest."""
     font = ImageFont.load_default(15)
     lines, rest = [], " ".join(text.split())
     while rest:

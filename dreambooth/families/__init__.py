@@ -1,1 +1,1 @@
-"""The families of base models that are trained. See dreambooth/family.py."""
+"""The families of base models that can be trained. See dreambooth/family.py."""

@@ -16,7 +16,7 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str]) -> Embedding
 
 
 def condition(embeddings: Embeddings, size_conditions: Tensor) -> dict[str, Any]:
-    """Return encoder_hidden_states (rows, 77, 768). Sizes (rows, 6) are SDXL's alone."""
+    """Return encoder_hidden_states (rows, 77, 768), or 1024 wide. Size conditions are only for SDXL."""
     return {"encoder_hidden_states": embeddings["prompt_embeds"]}
 
 

@@ -1,4 +1,4 @@
-"""SDXL: two text encoders, and a UNet that is told the sizes of its images."""
+"""SDXL: two text encoders, and a UNet that is conditioned on the sizes of its images."""
 
 from typing import Any
 
@@ -11,15 +11,14 @@ from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str]) -> Embeddings:
-    """Return prompt_embeds (prompts, 77, 2048) of both text encoders, pooled_prompt_embeds (prompts, 1280) of the
-    second.
+    """Return prompt_embeds (prompts, 77, 2048) of both encoders and pooled_prompt_embeds (prompts, 1280) of the second.
 
-    The empty prompt is all zeros if the base model was trained so.
+    Embeddings of the empty prompt are zero if the base model was trained that way.
     """
     prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
         prompts, device=pipeline.device, do_classifier_free_guidance=False
     )
-    keep = torch.tensor([bool(prompt) or not pipeline.config.force_zeros_for_empty_prompt for prompt in prompts])
+    keep = torch.tensor([bool(prompt) or not pipeline.config["force_zeros_for_empty_prompt"] for prompt in prompts])
     keep = keep.to(prompt_embeds)[:, None]
     return {
         "prompt_embeds": prompt_embeds * keep[:, :, None],
@@ -28,8 +27,10 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str]) -> Embedding
 
 
 def condition(embeddings: Embeddings, size_conditions: Tensor) -> dict[str, Any]:
-    """Return encoder_hidden_states (rows, 77, 2048), text_embeds (rows, 1280), and time_ids (rows, 6): every row's own
-    original size, crop and target size, px."""
+    """Return encoder_hidden_states (rows, 77, 2048) and, in added_cond_kwargs, text_embeds (rows, 1280) and time_ids.
+
+    time_ids (rows, 6) are each row's original size, crop and target size, px.
+    """
     text_embeds = embeddings["pooled_prompt_embeds"]
     return {
         "encoder_hidden_states": embeddings["prompt_embeds"],

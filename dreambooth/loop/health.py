@@ -1,4 +1,4 @@
-"""What a step reports, and whether its numbers are finite."""
+"""What an optimizer step reports, and whether its numbers are finite."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from dreambooth.options.training import TrainingConfig
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did. Its numbers are still on their way from the device: see `read_reports`."""
+    """What one optimizer step did. Its numbers may not be computed yet: see `read_reports`."""
 
     numbers: Tensor  # (4,): loss, instance loss, prior loss, all means over forward passes and devices; gradient norm
     learning_rate: float
 
 
 def read_reports(reports: Sequence[StepReport]) -> list[dict[str, float]]:
-    """Return the numbers of steps by name. Waits, once for all, until the device has done the last of them."""
+    """Return each step's numbers by name. Synchronises with the device once, for all steps together."""
     rows = torch.stack([report.numbers for report in reports]).tolist()
     return [
         {
@@ -35,16 +35,19 @@ def read_reports(reports: Sequence[StepReport]) -> list[dict[str, float]]:
 
 
 def is_sound(values: Mapping[str, float], accelerator: Accelerator) -> bool:
-    """Whether a step's loss and gradients are finite; with fp16, its loss: the scaler itself passes over gradients
-    that its scale made overflow, and lowers it."""
+    """Whether a step's loss and gradients are finite.
+
+    With fp16 only the loss counts: if the scale makes gradients overflow, the scaler itself skips the step and lowers
+    the scale.
+    """
     return math.isfinite(values["loss"]) and (accelerator.scaler is not None or math.isfinite(values["grad_norm"]))
 
 
 def what_to_try(config: TrainingConfig) -> str:
-    """Return what may keep losses finite that these options leave to do."""
+    """Return advice on keeping the loss finite: the options that may help and are not set yet."""
     advice = [f"a lower --learning_rate than {config.learning_rate:g}"]
     if config.mixed_precision == "fp16" or config.base_precision == "fp16":
-        advice.append("--mixed_precision bf16, whose range is that of fp32, instead of fp16")
+        advice.append("--mixed_precision bf16, which has the range of fp32, instead of fp16")
     if config.vae_precision != "fp32" or config.pretrained_vae_model_name_or_path:
         advice.append(
             "--vae_precision fp32, or --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix, if the "
@@ -52,5 +55,5 @@ def what_to_try(config: TrainingConfig) -> str:
         )
     if config.snr_gamma is None:
         advice.append("--snr_gamma 5")
-    advice.append("--skip_nonfinite N, which passes over up to N such steps")
-    return f"Try {'; '.join(advice)}. If the first step already fails, the base model's weights may be damaged"
+    advice.append("--skip_nonfinite N, which skips up to N such steps")
+    return f"Try {'; '.join(advice)}. If the very first step fails, the base model's weights may be damaged"

@@ -1,4 +1,4 @@
-"""The loss of every row of a batch, and DreamBooth's two means of them."""
+"""The loss of each row of a batch, and DreamBooth's two means: over instance rows and over class rows."""
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ def row_losses(
     process: NoiseProcess,
     config: LossOptions,
 ) -> Tensor:
-    """Return the loss of every row (rows,), fp32: the mean error over its pixels, weighted for its own noise level.
+    """Return the loss of each row (rows,), fp32: its mean error over latent pixels, weighted for its own noise level.
 
-    prediction, target: (rows, channels, H / 8, W / 8)    timesteps: (rows,)    loss_weights: (rows, 1, H, W) per image
-    pixel, or None
+    prediction, target: (rows, channels, H / 8, W / 8)    timesteps: (rows,)
+    loss_weights: (rows, 1, H, W), one per image pixel, or None for equal weights
     """
     errors = _errors(prediction.float(), target.float(), timesteps / process.num_timesteps, config)
     if loss_weights is None:
@@ -30,11 +30,11 @@ def row_losses(
 
 
 def _errors(prediction: Tensor, target: Tensor, noise_share: Tensor, config: LossOptions) -> Tensor:
-    """Return the error of every number. noise_share (rows,): 0 without noise, 1 at the highest."""
+    """Return the elementwise error. noise_share (rows,): 0 without noise, 1 at the highest noise level."""
     squares = (prediction - target).square()
     if config.loss_type == "mse":
         return squares
-    # Scheduled pseudo-Huber (arXiv 2403.16728): square where there is little noise, towards linear where there is much
+    # Scheduled pseudo-Huber (arXiv 2403.16728): quadratic at low noise, nearly linear at high noise
     c = (config.huber_c**noise_share)[:, None, None, None]
     return 2 * c * ((squares + c**2).sqrt() - c)
 

@@ -1,37 +1,39 @@
-"""Optimizers over the factors, and their learning-rate schedules.
+"""Optimizers over what trains, and their learning-rate schedules.
 
-An adapter has many small factors, 1,120 for SDXL. AdamW, Prodigy and schedule-free AdamW work element by element, so
-each group's factors are stepped as one long vector (`FlatGroups`), many times faster than one after the other. 8-bit
-AdamW and Adafactor look at a tensor as a whole and keep to the single factors.
+An adapter has many small tensors, 1,120 for SDXL. AdamW, Prodigy and schedule-free AdamW work element by element, so
+each group is stepped as one long vector (`FlatGroups`), many times faster than tensor by tensor. 8-bit AdamW and
+Adafactor use statistics of whole tensors, so they step the tensors themselves.
 """
 
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth.errors import UserError
 from dreambooth.method import Group
+from dreambooth.options.steps import OptimizerOptions
 from dreambooth.options.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 ELEMENT_WISE = ("AdamW", "Prodigy", "ScheduleFreeAdamW")
-OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")  # what a group is given, beside what it remembers
+OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")  # a group's settings, as opposed to its state
 
 
-# ---- which one ----
+# ---- choosing an optimizer ----
 
 
 def build_optimizer(groups: Sequence[Group], config: TrainingConfig, num_ranks: int) -> torch.optim.Optimizer:
     """Return the optimizer over groups of parameters, each with its learning rate and weight decay.
 
-    The parameters have to be on their device already, and stay there. Raises UserError as `check_optimizer` does.
+    The parameters must already be on their device, and stay there. Raises UserError as `check_optimizer` does.
     """
     optimizer_class, options = _choose(config)
     if not config.use_8bit_adam and config.optimizer_name() in ELEMENT_WISE:
@@ -56,12 +58,12 @@ def build_optimizer(groups: Sequence[Group], config: TrainingConfig, num_ranks: 
     return optimizer
 
 
-def check_optimizer(config: TrainingConfig) -> None:
-    """Raise UserError, with the pip line, where the optimizer's package is not installed."""
+def check_optimizer(config: OptimizerOptions) -> None:
+    """Raise UserError, with the pip command, if the optimizer's package is not installed."""
     _choose(config)
 
 
-def _choose(config: TrainingConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def _choose(config: OptimizerOptions) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     name = config.optimizer_name()
     if config.use_8bit_adam:
@@ -72,8 +74,8 @@ def _choose(config: TrainingConfig) -> tuple[type[torch.optim.Optimizer], dict[s
     if name == "ScheduleFreeAdamW":
         return _import("schedulefree", "", "AdamWScheduleFree", "--optimizer ScheduleFreeAdamW"), adam
     if name == "Adafactor":
-        # Adafactor's steps are proportional to the size of what they change, but at least to eps[1]. B starts at 0 and
-        # would hardly move; with 1 the step is the learning rate, as with AdamW.
+        # Adafactor scales its steps with the parameters' RMS, but at least with eps[1]. B starts at 0 and would hardly
+        # move; with eps[1] = 1 the step size is the learning rate, as with AdamW.
         return torch.optim.Adafactor, {"eps": (None, 1.0)}
     return torch.optim.AdamW, {**adam, "fused": True}
 
@@ -85,7 +87,7 @@ def _import(package: str, module: str, name: str, flag: str) -> type[torch.optim
         raise UserError(f"{flag} needs a package that is not installed: pip install {package} ({error})") from error
 
 
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int):
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerOptions, total_steps: int) -> LambdaLR:
     """Return the learning-rate schedule, stepped once per optimizer step."""
     return get_scheduler(
         config.lr_scheduler,
@@ -98,9 +100,12 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig,
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, lr_scheduler: Any, optimizer_state: dict[str, Any], schedule_state: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: LambdaLR,
+    optimizer_state: dict[str, Any],
+    schedule_state: dict[str, Any],
 ) -> None:
-    """Restore an optimizer and its schedule. Learning rates, betas and weight decay stay those that were given now."""
+    """Restore an optimizer and its schedule. Learning rates, betas and weight decay keep their present values."""
     options = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
     base_rates = lr_scheduler.base_lrs
     optimizer.load_state_dict(optimizer_state)
@@ -113,10 +118,11 @@ def load_optimizer_state(
 
 @contextmanager
 def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside this context the factors are those to save and to draw samples with.
+    """Inside this context the parameters have the values to save and to draw samples with.
 
-    A schedule-free optimizer trains at one point and keeps an average elsewhere; the factors become the average, and
-    afterwards bit for bit what they were. With other optimizers nothing happens. Accelerate's wrapper may be around.
+    A schedule-free optimizer trains at one point and keeps an average of the points; here the parameters are that
+    average, and afterwards, bit for bit, what they were before. With other optimizers this does nothing. The optimizer
+    may be in accelerate's wrapper.
     """
     if not _is_schedule_free(optimizer):
         yield
@@ -133,11 +139,19 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def _is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+class _ScheduleFree(torch.optim.Optimizer):
+    """The interface of schedule-free optimizers, for type checkers: torch's, and two modes, as modules have."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def _is_schedule_free(optimizer: torch.optim.Optimizer) -> TypeGuard[_ScheduleFree]:
     return "train_mode" in optimizer.param_groups[0]
 
 
-# ---- one long vector ----
+# ---- a group as one long vector ----
 
 
 def _flat(optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
@@ -145,13 +159,13 @@ def _flat(optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Opti
 
 
 class FlatGroups(torch.optim.Optimizer):
-    """Put before an element-wise optimizer class, makes it step each group's parameters as one long vector.
+    """A mixin that makes an elementwise optimizer step each group's parameters as one long vector.
 
-    The parameters and their gradients become views of the group's two buffers; their names, shapes and values stay.
-    State dicts, too, hold each parameter's own piece, as if the optimizer stepped the single parameters.
+    The parameters and their gradients become views of two buffers per group; names, shapes and values stay the same.
+    State dicts hold an entry per parameter, as if the optimizer stepped the parameters one by one.
 
-    The views must last. Parameters that were moved to another device, or gradients that were set to None by anything
-    but this `zero_grad`, end in a RuntimeError at the next step.
+    The views must stay in place. `step` raises RuntimeError if a parameter was moved to another device, or if a
+    gradient was set to None instead of being zeroed by this class's `zero_grad`.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], **options):
@@ -171,7 +185,8 @@ class FlatGroups(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         flat = super().state_dict()
-        state, groups = {}, []
+        state: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
         for index, (group, parameters) in enumerate(zip(flat["param_groups"], self.parameters)):
             numbers = list(range(len(state), len(state) + len(parameters)))
             groups.append({**group, "params": numbers})
@@ -182,7 +197,9 @@ class FlatGroups(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         sizes = [len(group["params"]) for group in state_dict["param_groups"]]
         if sizes != [len(parameters) for parameters in self.parameters]:
-            raise ValueError(f"the state is that of groups of {sizes} parameters, not of these")
+            raise ValueError(
+                f"the state has groups of {sizes} parameters, these groups have {[*map(len, self.parameters)]}"
+            )
         state, groups = {}, []
         for index, group in enumerate(state_dict["param_groups"]):
             groups.append({**group, "params": [index]})
@@ -192,7 +209,7 @@ class FlatGroups(torch.optim.Optimizer):
 
 
 def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """Move the parameters into one buffer and give them gradients, zeros, in another; return it all as one vector."""
+    """Return one vector of all parameters, which become views of it; their gradients, zeros, are views of its own."""
     vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
     vector.grad = torch.zeros_like(vector)
     values, gradients = _cut(vector.detach(), parameters), _cut(vector.grad, parameters)
@@ -202,7 +219,7 @@ def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
 
 
 def _cut(value: Any, parameters: Sequence[nn.Parameter]) -> list[Any]:
-    """Return each parameter's piece of a vector; of anything else, such as a step count, a copy for each."""
+    """Return each parameter's piece of a vector. Anything else, such as a step count, is repeated for each."""
     if not isinstance(value, Tensor):
         return [value] * len(parameters)
     if value.dim() == 0:
@@ -212,7 +229,7 @@ def _cut(value: Any, parameters: Sequence[nn.Parameter]) -> list[Any]:
 
 
 def _join(pieces: list[Any]) -> Any:
-    """Return the vector of the pieces: the inverse of `_cut`."""
+    """Return the vector made of pieces: the inverse of `_cut`."""
     if not isinstance(pieces[0], Tensor) or pieces[0].dim() == 0:
         return pieces[0]
     return torch.cat([piece.flatten() for piece in pieces])

@@ -1,4 +1,4 @@
-"""Everything that training changes, kept and restored as one."""
+"""Everything that training changes, saved and restored together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dreambooth.method import Attached
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What trains, its optimizer, the learning-rate schedule and, with fp16, the scaler of gradients."""
+    """What trains, its optimizer, the learning-rate schedule and, with fp16, the gradient scaler."""
 
     attached: Attached
     optimizer: Any
@@ -27,7 +27,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it exactly. Learning rates and the optimizer's other options stay those that were given now."""
+        """Restore what `state_dict` returned. Learning rates and other optimizer options keep their present values."""
         self.attached.load_state(state["trained"])
         load_optimizer_state(self.optimizer, self.lr_scheduler, state["optimizer"], state["lr_scheduler"])
         if self.scaler and state["scaler"]:

@@ -1,4 +1,4 @@
-"""The training loop: `train_steps` is the only one."""
+"""The training loop, `train_steps`, and how many steps it takes."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth.base_model.process import NoiseProcess
 from dreambooth.data.dataset import Batch
@@ -15,44 +17,45 @@ from dreambooth.data.photos import prior_from_base_model
 from dreambooth.family import Embeddings
 from dreambooth.loop.health import StepReport, is_sound, read_reports
 from dreambooth.loop.losses import dreambooth_losses, row_losses
+from dreambooth.options.steps import BatchOptions
 from dreambooth.options.training import TrainingConfig
-from dreambooth.runtime.ranks import average_gradients
+from dreambooth.runtime.ranks import average_gradients, mean_over_processes
 
-# ---- setting up ----
+# ---- how many steps ----
 
 
-def steps_per_pass(samples: int, config: TrainingConfig, num_ranks: int) -> int:
-    """Return the optimizer steps of one pass over the instance photos, `samples` in all, rounded up."""
+def steps_per_pass(samples: int, config: BatchOptions, num_ranks: int) -> int:
+    """Return the optimizer steps in one pass over the instance photos, which is `samples` samples, rounded up."""
     return math.ceil(samples / (config.train_batch_size * config.gradient_accumulation_steps * num_ranks))
 
 
-def count_steps(samples: int, config: TrainingConfig, num_ranks: int) -> int:
+def count_steps(samples: int, config: BatchOptions, num_ranks: int) -> int:
     """Return the optimizer steps to train, from max_train_steps or num_train_epochs."""
     if config.max_train_steps is None and config.num_train_epochs is not None:
         return config.num_train_epochs * steps_per_pass(samples, config, num_ranks)
     return config.max_train_steps or 500
 
 
-# ---- one step ----
+# ---- the loop ----
 
 
 class Denoiser:
-    """The component that predicts, called with rows of the list of prompts instead of embeddings.
+    """The component that predicts, called with prompt rows instead of embeddings.
 
-    `encode` maps such rows to embeddings; `condition` maps embeddings and size conditions to the component's keyword
-    arguments, all in which families differ.
+    A prompt row is an index into the list of distinct prompts. `encode` maps prompt rows to embeddings; `condition`
+    maps embeddings and size conditions to the component's keyword arguments, which is where families differ.
     """
 
     def __init__(
-        self, model: nn.Module, encode: Callable[[Tensor], Embeddings], condition: Callable[..., dict[str, Any]]
+        self, model: ModelMixin, encode: Callable[[Tensor], Embeddings], condition: Callable[..., dict[str, Any]]
     ):
         self.model, self.encode, self.condition = model, encode, condition
-        self.dtype = model.dtype  # once: diffusers looks through all modules for it
+        self.dtype = model.dtype  # read once: diffusers searches all modules for it
 
     def __call__(
         self, noisy_latents: Tensor, timesteps: Tensor, prompt_rows: Tensor, size_conditions: Tensor
     ) -> Tensor:
-        """Return the prediction (rows, channels, height, width)."""
+        """Return the prediction (rows, channels, H / 8, W / 8) for noisy latents of that shape."""
         embeddings = {name: tensor.to(self.dtype) for name, tensor in self.encode(prompt_rows).items()}
         keywords = self.condition(embeddings, size_conditions)
         return self.model(noisy_latents.to(self.dtype), timesteps, **keywords).sample
@@ -63,21 +66,21 @@ def train_steps(
     denoiser: Denoiser,
     latents_of: Callable[[Batch], Tensor],
     process: NoiseProcess,
-    without: Callable[[], AbstractContextManager],
+    without: Callable[[], AbstractContextManager[None]],
     batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
-    lr_scheduler: Any,
+    lr_scheduler: LRScheduler,
     config: TrainingConfig,
 ) -> Iterator[StepReport]:
-    """Train on `batches`, yielding once per optimizer step. Nothing in a step waits for the device.
+    """Train on `batches`, yielding once per optimizer step. No step waits for the device, except with --skip_nonfinite.
 
     `latents_of` samples a batch's latents, fp32. Inside the context `without()` the denoiser is the base model.
-    The processes' gradients are averaged in one exchange, instead of by DistributedDataParallel: those of an adapter
-    need no overlap with the backward pass, and may so lie in the optimizer's own buffers.
-    With --skip_nonfinite every step is read, and the parameters stay as they are if it is not finite.
+    The processes' gradients are averaged in one exchange instead of by DistributedDataParallel: an adapter's are too
+    small to be worth overlapping with the backward pass, and this way they can live in the optimizer's own buffers.
+    With --skip_nonfinite a step that is not finite leaves the parameters as they are.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    losses = []
+    losses: list[Tensor] = []
     for batch in batches:
         batch = batch.to(accelerator.device)
         with accelerator.accumulate():
@@ -98,15 +101,15 @@ def train_steps(
             if not accelerator.sync_gradients:
                 continue
             average_gradients(parameters, accelerator)
-            accelerator.unscale_gradients(optimizer)  # accelerate's own clipping does it twice under FSDP
+            accelerator.unscale_gradients(optimizer)  # not clip_grad_norm_, which unscales twice under FSDP
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            means = accelerator.reduce(torch.stack(losses).mean(0), "mean")
+            means = mean_over_processes(torch.stack(losses).mean(0), accelerator)
             learning_rate = optimizer.param_groups[0]["lr"] * optimizer.param_groups[0].get("d", 1)  # d: Prodigy's own
             report = StepReport(torch.cat([means, grad_norm.view(1)]), learning_rate)
             if config.skip_nonfinite == 0 or is_sound(read_reports([report])[0], accelerator):
                 optimizer.step()
             elif accelerator.scaler is not None:
-                accelerator.scaler.update()  # as the optimizer's own step would have done
+                accelerator.scaler.update()  # as the skipped optimizer step would have done
             optimizer.zero_grad()
             lr_scheduler.step()
         losses.clear()

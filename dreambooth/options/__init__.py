@@ -1,1 +1,1 @@
-"""Every option of every script: one declaration per flag, one group per topic, one parser. Imports no torch."""
+"""Every option of every script: one declaration per flag, one group per topic, one parser. Does not import torch."""

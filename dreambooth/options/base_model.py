@@ -1,4 +1,4 @@
-"""Which base model, how it is kept while an adapter trains, and which adapters a script puts into it."""
+"""The base model, how it is held in memory during training, and the adapters that a script adds to it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ class BaseModelOptions:
     revision: str | None = option("Revision of the base model on the Hub. Default: its main branch.", None)
     variant: str | None = option("Variant of the base model's weight files, for example fp16. Default: none.", None)
     cache_dir: str | None = option(
-        "Folder for what is downloaded from the Hub. Default: the Hub's own cache.", None, decides_result=False
+        "Folder for downloads from the Hub. Default: the Hub's own cache.", None, decides_result=False
     )
 
 
@@ -29,12 +29,10 @@ class FrozenModelOptions(BaseModelOptions):
     vae_precision: Literal["fp32", "fp16", "bf16"] = option("Precision of the VAE.", "fp32")
     base_precision: Literal["fp32", "fp16", "bf16", "nf4", "int8"] | None = option(
         "Precision of the frozen UNet and text encoders; nf4 and int8 quantise the UNet with bitsandbytes. "
-        "Default: that of mixed_precision.",
+        "Default: as mixed_precision.",
         None,
     )
-    gradient_checkpointing: bool = option(
-        "Recompute activations in the backward pass, which uses less memory and more time.", False
-    )
+    gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, more time.", False)
     compile: bool = option("Compile the UNet's repeated blocks with torch.compile.", False)
     channels_last: bool = option("Keep the UNet and the VAE in the channels-last memory format.", False)
     enable_xformers_memory_efficient_attention: bool = option("Use xformers' attention instead of PyTorch's.", False)
@@ -49,8 +47,10 @@ class FrozenModelOptions(BaseModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModelOptions(BaseModelOptions):
-    """Adapters, and the base model that they are put into."""
+    """Adapters."""
 
-    adapter: list[str] = option("Adapter files, as FILE or FILE:SCALE. Default: none, the base model alone.", [])
-    adapter_scale: float = option("Factor on the strength of every adapter: 0 is the base model, 1 as trained.", 1.0)
+    adapter: list[str] = option("Adapter files, as FILE or FILE:SCALE. Default: none, only the base model.", [])
+    adapter_scale: float = option(
+        "Multiplies the strength of every adapter: 0 gives the base model, 1 the adapter as trained.", 1.0
+    )
     dtype: Literal["fp32", "fp16", "bf16"] = option("Precision of the model.", "fp32")

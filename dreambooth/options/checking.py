@@ -1,4 +1,4 @@
-"""Whether options are in range and go together."""
+"""Check that options are in range and compatible with each other."""
 
 import math
 from dataclasses import asdict
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def check_options(config: "DataclassInstance") -> None:
-    """Raise UserError, naming the flags, where an option is out of range or options do not go together.
+    """Raise UserError, naming the flags, if an option is out of range or options conflict.
 
-    A group keeps the rules between its own options in a method `check`; a rule across groups is in the lowest class
-    that has both. Each class's own `check` is called once, bases first.
+    Rules between a group's own options are in its method `check`; a rule across groups is in the first class that
+    inherits from both. Each class's own `check` is called once, bases first.
     """
     check_values(config)
     for group in reversed(type(config).__mro__):
@@ -24,7 +24,7 @@ def check_options(config: "DataclassInstance") -> None:
 
 
 def check_values(config: "DataclassInstance") -> None:
-    """Raise UserError where a number is not finite or out of its bounds, or a word is none of its choices."""
+    """Raise UserError if a number is not finite or out of bounds, or a value is not one of its choices."""
     values = asdict(config)
     for name, declared in declarations(type(config)).items():
         value = values[name]

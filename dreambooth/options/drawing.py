@@ -1,4 +1,4 @@
-"""What is drawn: class images and samples in training, and the images of the scripts that draw."""
+"""What is drawn: class images and samples during training, and the images of scripts."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,10 +9,10 @@ from dreambooth.options.field import option
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBatchOptions:
-    """Drawing in training: class images and samples."""
+    """Drawing during training: class images and samples."""
 
     sample_batch_size: int = option(
-        "Class images, or samples of one prompt, drawn at once on each device, images.",
+        "Images to draw at once on each device: class images, or samples of one prompt.",
         4,
         at_least=1,
         decides_result=False,
@@ -21,10 +21,10 @@ class SampleBatchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorOptions(SampleBatchOptions):
-    """Prior preservation: what keeps the class from turning into the subject."""
+    """Prior preservation: keeps the class from turning into the subject."""
 
-    # Class images are compared themselves when a run resumes, however they were drawn.
-    with_prior_preservation: bool = option("Train on the class as well, so that it keeps its variety.", False)
+    # A resumed run compares the class images themselves, so it does not matter how they were drawn.
+    with_prior_preservation: bool = option("Train on the class as well, to preserve its variety.", False)
     prior_source: Literal["images", "base_model"] = option(
         "images: train on class images. base_model: match the base model's prediction for the class prompt, which "
         "needs no class images.",
@@ -32,11 +32,11 @@ class PriorOptions(SampleBatchOptions):
     )
     prior_loss_weight: float = option("Weight of the prior's loss; the instance images' is 1.", 1.0, at_least=0)
     class_data_dir: str | None = option(
-        "Folder with the class images; the base model draws the missing ones.", None, decides_result=False
+        "Folder with the class images; the base model draws those that are missing.", None, decides_result=False
     )
     class_prompt: str | None = option('Prompt for the class, for example "a photo of dog".', None)
     num_class_images: int = option(
-        "Class images wanted, images; only those missing from the folder are drawn.",
+        "Number of class images; only those missing from class_data_dir are drawn.",
         100,
         at_least=1,
         decides_result=False,
@@ -49,6 +49,7 @@ class PriorOptions(SampleBatchOptions):
 
     @property
     def uses_class_images(self) -> bool:
+        """Whether the prior is learned from class images."""
         return self.with_prior_preservation and self.prior_source == "images"
 
     def check(self) -> None:
@@ -61,24 +62,26 @@ class PriorOptions(SampleBatchOptions):
         if not self.class_prompt:
             raise UserError("--with_prior_preservation needs --class_prompt, for example 'a photo of dog'")
         if self.prior_source == "base_model" and self.class_data_dir:
-            raise UserError("--class_data_dir does not go with --prior_source base_model, which needs no class images")
+            raise UserError(
+                "--class_data_dir does not work with --prior_source base_model, which needs no class images"
+            )
         if self.prior_source == "images" and not self.class_data_dir:
             raise UserError("--with_prior_preservation needs --class_data_dir, the folder for the class images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(SampleBatchOptions):
-    """Samples: images drawn while training."""
+    """Samples: images drawn during training."""
 
     validation_prompt: list[str] = option(
-        "Prompts to draw while training, one row of the sheet each. Default: none.", [], decides_result=False
+        "Prompts to draw during training, each a row of the sheet. Default: none.", [], decides_result=False
     )
     num_validation_images: int = option("Images per validation prompt.", 4, at_least=1, decides_result=False)
     validation_epochs: int = option(
         "Draw samples every this many passes over the instance images.", 50, at_least=1, decides_result=False
     )
     validation_steps: int | None = option(
-        "Draw samples every this many optimizer steps, instead of by validation_epochs.",
+        "Draw samples every this many optimizer steps. Overrides validation_epochs.",
         None,
         at_least=1,
         decides_result=False,
@@ -107,7 +110,7 @@ class DrawingOptions:
     guidance_scale: float = option("Scale of classifier-free guidance.", 7.5)
 
     def pipeline_arguments(self) -> dict[str, Any]:
-        """Return the arguments of a pipeline's call that are the same for every prompt."""
+        """Return the pipeline's keyword arguments that are the same for every prompt."""
         return {
             "negative_prompt": self.negative_prompt,
             "height": self.height,

@@ -1,8 +1,8 @@
-"""`option` declares a flag on a dataclass field, and the functions below say what has been declared.
+"""`option` declares a flag on a dataclass field; the functions below look up what has been declared.
 
     x: int = option("Side of the images, px.", 512, at_least=8, multiple_of=8)
 
-A group of options is a frozen, keyword-only dataclass; a script's options inherit from all the groups that it needs.
+A group of options is a frozen, keyword-only dataclass; a script's options inherit from all groups that it needs.
 """
 
 import inspect
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Where a number must lie. What is None does not apply."""
+    """The range of a number. A bound that is None does not apply."""
 
     at_least: float | None = None
     above: float | None = None
@@ -25,6 +25,7 @@ class Bounds:
     multiple_of: int | None = None
 
     def hold_for(self, value: float) -> bool:
+        """Whether `value` is in the range."""
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -41,7 +42,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What `option` says of a field, beside its name, type and default."""
+    """What `option` says about a field, apart from its name, type and default."""
 
     help: str
     bounds: Bounds
@@ -62,11 +63,11 @@ def option(
     choices: Sequence[str] | None = None,
     decides_result: bool = True,
     secret: bool = False,
-) -> Any:  # so that type checkers accept it as the value of a field of any type
+) -> Any:  # type checkers then accept it as the value of a field of any type
     """Return a dataclass field that becomes a flag. `help` says what it does, with its unit.
 
-    The bounds apply to a number, or to each number of a list; None is always allowed where the type allows it.
-    `decides_result=False` marks an option that may change when a run resumes. A secret is never written anywhere.
+    The bounds apply to a number, or to each number of a list; None is always in range. `decides_result=False` marks an
+    option that may change when a run resumes. A secret is never written anywhere.
     """
     bounds = Bounds(at_least=at_least, above=above, below=below, at_most=at_most, multiple_of=multiple_of)
     declaration = Declaration(help, bounds, None if choices is None else tuple(choices), decides_result, secret)
@@ -76,10 +77,11 @@ def option(
 
 
 def groups_of(config_class: type["DataclassInstance"]) -> dict[type, dict[str, Declaration]]:
-    """Return the groups of a class of options, in the order in which it names them, and the options of each.
+    """Return the groups of a class of options, in the order of its bases, and the options of each.
 
-    An option belongs to the class that declares it first. A class below may declare it anew, or change only its
-    default with `name: type = default`. Raises TypeError where a field is not declared by `option`.
+    An option belongs to the class that declares it first. A subclass may redeclare it, or change only its default with
+    `name: type = default`. A class without options of its own, which only combines groups, is not a group. Raises
+    TypeError if a field is not declared by `option`.
     """
     declared: dict[str, Declaration] = {}
     names_of: dict[type, list[str]] = {}
@@ -100,20 +102,22 @@ def groups_of(config_class: type["DataclassInstance"]) -> dict[type, dict[str, D
 
 
 def _bases_first(group: type) -> list[type]:
+    """Return a class and all its bases, each base before the class that inherits from it."""
     return [*(base for direct in group.__bases__ for base in _bases_first(direct)), group]
 
 
 def declarations(config_class: type["DataclassInstance"]) -> dict[str, Declaration]:
-    """Return what was declared of every option, in the order of the groups."""
+    """Return the declaration of every option, in the order of the groups."""
     return {name: declaration for group in groups_of(config_class).values() for name, declaration in group.items()}
 
 
 def option_names(config_class: type["DataclassInstance"]) -> list[str]:
+    """Return the names of all options, in the order of the groups."""
     return list(declarations(config_class))
 
 
 def public_options(config: "DataclassInstance") -> dict[str, Any]:
-    """Return the options that may be written anywhere: all but secrets, in the order of the groups."""
+    """Return all options but secrets, which are never written, in the order of the groups."""
     values = asdict(config)
     return {name: values[name] for name, declared in declarations(type(config)).items() if not declared.secret}
 

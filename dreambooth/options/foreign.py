@@ -1,58 +1,40 @@
 """Flags of other trainers and launchers, and what to use here instead.
 
 From diffusers' examples (DreamBooth, Custom Diffusion, Textual Inversion, advanced) and kohya's sd-scripts. An entry
-answers only for options that lack the flag and have every flag that its sentence names.
+is used only if the script lacks the flag and has every flag that the sentence names. What only a method can answer is
+the attribute `foreign` of its options.
 """
 
 import difflib
 import re
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-# Flags, separated by spaces, and the sentence that answers each
+from dreambooth.options.field import option_names
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# Flags, separated by spaces, and the answer to each of them
 TABLE: tuple[tuple[str, str], ...] = (
     # ---- the adapter ----
-    (
-        "rank lora_rank lora_r network_dim",
-        "a Kronecker adapter has two sizes, --kron_a1 and --kron_a2; (4, 64) has 2/3 of the parameters of LoRA r=4 in "
-        "SDXL",
-    ),
-    (
-        "lora_alpha network_alpha alpha",
-        "a Kronecker adapter has no alpha: --kron_init invariant lets one --learning_rate suit all sizes, and its "
-        "strength is chosen when drawing",
-    ),
-    (
-        "factor lokr_factor network_args",
-        "the sizes of A are --kron_a1 and --kron_a2, and for single projections --kron_factors",
-    ),
-    (
-        "network_module lora_type algo",
-        "this script trains a Kronecker adapter (LoKr), of sizes --kron_a1 and --kron_a2",
-    ),
-    ("conv_dim conv_alpha", "convolutions are not adapted; --kron_targets are linear layers"),
-    (
-        "lora_layers lora_unet_blocks lora_blocks lora_target_modules target_modules use_blora freeze_model",
-        "name the layers to adapt with --kron_targets, by the end of their path: attn2.to_k",
-    ),
     (
         "lora_dropout network_dropout rank_dropout module_dropout",
         "the adapter has no dropout; fewer --max_train_steps or a lower --learning_rate overfit less",
     ),
-    ("use_dora dora_wd", "the adapter has no DoRA variant; without it, --kron_a1 and --kron_a2 set its capacity"),
     ("scale_weight_norms", "the adapter's norm is not limited; a lower --learning_rate keeps it small"),
     (
         "network_weights dim_from_weights",
-        "training begins with a new adapter; --resume_from_checkpoint continues a run",
+        "training starts with a new adapter; --resume_from_checkpoint continues a run",
     ),
     (
         "base_weights base_weights_multiplier",
-        "put the adapter into the base model with scripts/merge.py, and train on the folder that it writes",
+        "merge the adapter into the base model with scripts/merge.py, and train on the folder that it writes",
     ),
-    ("use_ema offload_ema foreach_ema", "no average of the weights is kept; --optimizer ScheduleFreeAdamW averages"),
+    ("use_ema offload_ema foreach_ema", "there is no EMA of the weights; --optimizer ScheduleFreeAdamW averages them"),
     # ---- the base model ----
     (
         "tokenizer_name tokenizer_max_length max_token_length",
-        "the tokenizer is the base model's own, with its own length, in --pretrained_model_name_or_path",
+        "the tokenizer and its length are those of --pretrained_model_name_or_path",
     ),
     ("tokenizer_cache_dir", "--cache_dir is the folder for all downloads"),
     (
@@ -61,14 +43,14 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     ("vae vae_path", "use --pretrained_vae_model_name_or_path"),
     ("no_half_vae", "not needed: the VAE is in fp32 unless --vae_precision says otherwise"),
-    ("clip_skip", "the text encoders are used as --pretrained_model_name_or_path has them; there is no CLIP skip"),
+    ("clip_skip", "there is no CLIP skip; the text encoders of --pretrained_model_name_or_path are used as they are"),
     (
         "text_encoder_use_attention_mask class_labels_conditioning",
         "only for DeepFloyd IF; --pretrained_model_name_or_path must be Stable Diffusion or SDXL",
     ),
     (
         "full_fp16 full_bf16",
-        "frozen weights follow --mixed_precision, or --base_precision; what trains stays fp32, which costs little",
+        "frozen weights follow --mixed_precision or --base_precision; what trains stays fp32, at little cost",
     ),
     ("fp8_base fp8_base_unet", "use --base_precision int8 or nf4"),
     ("disable_mmap_load_safetensors", "not needed: weights are read once, part by part"),
@@ -100,7 +82,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("enable_bucket", "use --aspect_ratio_buckets"),
     (
         "min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale",
-        "--aspect_ratio_buckets chooses the shapes: sides that are multiples of 64 px, area --resolution²",
+        "--aspect_ratio_buckets chooses the shapes: sides are multiples of 64 px, the area is --resolution²",
     ),
     ("resize_interpolation", "use --image_interpolation_mode"),
     ("size height width", "use --resolution"),
@@ -122,7 +104,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "modifier_token placeholder_token initializer_token token_abstraction num_new_tokens_per_abstraction "
         "num_vectors learnable_property train_text_encoder_ti train_text_encoder_ti_frac",
-        "this script learns no new words; put a rare one into --instance_prompt, for example sks",
+        "this script does not learn new words; use a rare one in --instance_prompt, for example sks",
     ),
     ("train_text_encoder_frac", "with --train_text_encoder, the text encoders train to the end"),
     (
@@ -132,26 +114,32 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("network_train_text_encoder_only", "the UNet is always adapted; --train_text_encoder adds the text encoders"),
     (
         "adam_weight_decay_text_encoder",
-        "--adam_weight_decay is for everything that trains",
+        "--adam_weight_decay applies to everything that trains",
     ),
-    ("learning_rate_te learning_rate_te1 learning_rate_te2", "use --text_encoder_lr, for all text encoders"),
+    (
+        "learning_rate_te learning_rate_te1 learning_rate_te2",
+        "use --text_encoder_lr, which applies to all text encoders",
+    ),
     # ---- loss ----
     ("min_snr_gamma", "use --snr_gamma"),
     ("offset_noise", "use --noise_offset with its strength, for example 0.1"),
     (
         "noise_offset_random_strength adaptive_noise_scale multires_noise_iterations multires_noise_discount "
         "ip_noise_gamma ip_noise_gamma_random_strength",
-        "of the changes to the noise there is only --noise_offset",
+        "the only change to the noise is --noise_offset",
     ),
-    ("huber_schedule huber_scale", "--loss_type huber is scheduled over the noise levels, beginning with --huber_c"),
+    (
+        "huber_schedule huber_scale",
+        "--loss_type huber is scheduled over the noise levels, with --huber_c at the highest",
+    ),
     (
         "scale_v_pred_loss_like_noise_pred v_pred_like_loss debiased_estimation_loss weighting_scheme",
-        "of the weightings of timesteps there is only --snr_gamma",
+        "the only weighting of timesteps is --snr_gamma",
     ),
     # ---- batches, steps, optimizer ----
     ("max_train_epochs", "use --num_train_epochs"),
     ("optimizer_type", "use --optimizer"),
-    ("use_lion_optimizer", "Lion is not among the choices of --optimizer"),
+    ("use_lion_optimizer", "Lion is not a choice of --optimizer"),
     ("optimizer_args", "use --adam_beta1, --adam_beta2, --adam_weight_decay and --adam_epsilon"),
     (
         "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
@@ -169,9 +157,12 @@ TABLE: tuple[tuple[str, str], ...] = (
         "not needed: only the adapter has gradients; --gradient_checkpointing saves more memory",
     ),
     ("max_data_loader_n_workers", "use --dataloader_num_workers"),
-    ("persistent_data_loader_workers", "not needed: --dataloader_num_workers last as long as the run"),
+    ("persistent_data_loader_workers", "not needed: the processes of --dataloader_num_workers run as long as training"),
     # ---- memory and speed ----
-    ("xformers", "use --enable_xformers_memory_efficient_attention; PyTorch's attention, the default, is as lean"),
+    (
+        "xformers",
+        "use --enable_xformers_memory_efficient_attention; PyTorch's attention, the default, needs as little memory",
+    ),
     (
         "sdpa mem_eff_attn enable_flash_attention attn_mode",
         "not needed: PyTorch's memory-efficient attention is the default; the other choice is "
@@ -180,12 +171,12 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("torch_compile", "use --compile"),
     (
         "lowram highvram blocks_to_swap cpu_offload_checkpointing",
-        "to need less memory, use --gradient_checkpointing, --use_8bit_adam and --base_precision nf4",
+        "to use less memory, add --gradient_checkpointing, --use_8bit_adam and --base_precision nf4",
     ),
     (
         "num_processes num_machines machine_rank main_process_ip main_process_port multi_gpu gpu_ids use_fsdp "
         "use_deepspeed dynamo_backend num_cpu_threads_per_process",
-        "an option of accelerate launch: write it before the script's name",
+        "an option of accelerate launch: put it before the script's name",
     ),
     (
         "deepspeed zero_stage offload_optimizer_device offload_param_device ddp_timeout ddp_gradient_as_bucket_view "
@@ -196,7 +187,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("save_steps save_every_n_steps save_state save_state_on_train_end", "use --checkpointing_steps"),
     (
         "save_every_n_epochs save_n_epoch_ratio",
-        "use --checkpointing_steps, which counts optimizer steps",
+        "use --checkpointing_steps, which is in optimizer steps",
     ),
     (
         "save_last_n_steps save_last_n_epochs save_last_n_steps_state save_last_n_epochs_state",
@@ -204,12 +195,12 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "resume initial_epoch initial_step skip_until_initial_step",
-        "use --resume_from_checkpoint with a checkpoint folder, or with latest",
+        "use --resume_from_checkpoint with a checkpoint folder or latest",
     ),
     ("output_name", "name the folder with --output_dir; the file in it always has the same name"),
     (
         "save_model_as use_safetensors no_safe_serialization",
-        "--output_dir gets safetensors; scripts/convert.py writes other layouts",
+        "the file in --output_dir is safetensors; scripts/convert.py writes other layouts",
     ),
     (
         "output_kohya_format save_as_full_pipeline skip_save_text_encoder",
@@ -217,7 +208,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "no_metadata training_comment metadata_title metadata_author",
-        "the file in --output_dir always says how it was trained; it takes no other metadata",
+        "the metadata of the file in --output_dir always say how it was trained; nothing else can be added",
     ),
     # ---- samples, logs, the Hub ----
     ("sample_prompts validation_prompts", "use --validation_prompt, which takes several prompts"),
@@ -225,10 +216,10 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("sample_every_n_epochs", "use --validation_epochs"),
     ("sample_at_first", "not needed: with --validation_prompt, samples are drawn before the first step too"),
     ("sample_sampler validation_scheduler", "--validation_prompt is drawn with DPM-Solver++"),
-    ("validation_images", "only for models that take an image; --validation_prompt draws from text"),
+    ("validation_images", "only for models that take an image; --validation_prompt draws from text alone"),
     (
         "validation_split validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps",
-        "there is no validation loss: judge by --validation_prompt, or score the adapter with scripts/evaluate.py",
+        "there is no validation loss: judge the samples of --validation_prompt, or run scripts/evaluate.py",
     ),
     ("log_with", "use --report_to"),
     (
@@ -246,12 +237,16 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("config_file output_config", "use --config with a YAML file; every run writes its own as config.yaml"),
 )
 
-ANSWERS = {flag: sentence for flags, sentence in TABLE for flag in flags.split()}
+
+def answers_of(config_class: type) -> dict[str, str]:
+    """Return flag -> answer: those of the table, and those of the groups that a class of options is made of."""
+    tables = [TABLE, *(vars(group).get("foreign", ()) for group in config_class.__mro__)]
+    return {flag: sentence for table in tables for flags, sentence in table for flag in flags.split()}
 
 
-def explain_unknown(name: str, names: Sequence[str]) -> str:
-    """Return what to use instead of an option that is not among `names`, in one sentence without its own name."""
-    answer = ANSWERS.get(name)
+def explain_unknown(name: str, config_class: type["DataclassInstance"]) -> str:
+    """Return what to use instead of an option that a class does not have: a sentence that does not repeat its name."""
+    names, answer = option_names(config_class), answers_of(config_class).get(name)
     if answer is not None and set(flags_in(answer)) <= {*names, "config"}:
         return answer
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):

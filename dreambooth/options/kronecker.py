@@ -21,11 +21,38 @@ class KroneckerOptions(TextEncoderOptions):
         "Linear layers of the UNet to adapt, by the end of their path.", ["to_q", "to_k", "to_v", "to_out.0"]
     )
     kron_init: Literal["invariant", "reference"] = option(
-        "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: the paper's.",
+        "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper.",
         "invariant",
     )
     text_encoder_kron_a1: int | None = option("kron_a1 of the text encoders. Default: kron_a1.", None, at_least=1)
     text_encoder_kron_a2: int | None = option("kron_a2 of the text encoders. Default: kron_a2.", None, at_least=1)
+
+    foreign = (  # answers to flags of other trainers; see dreambooth/options/foreign.py
+        (
+            "rank lora_rank lora_r network_dim",
+            "a Kronecker adapter has two sizes, --kron_a1 and --kron_a2; (4, 64) has 2/3 of the parameters of LoRA "
+            "r=4 in SDXL",
+        ),
+        (
+            "lora_alpha network_alpha alpha",
+            "a Kronecker adapter has no alpha: --kron_init invariant lets one --learning_rate suit all sizes, and its "
+            "strength is chosen when images are drawn",
+        ),
+        (
+            "factor lokr_factor network_args",
+            "the sizes of A are --kron_a1 and --kron_a2, or --kron_factors for single projections",
+        ),
+        (
+            "network_module lora_type algo",
+            "this script trains a Kronecker adapter (LoKr), whose sizes are --kron_a1 and --kron_a2",
+        ),
+        ("conv_dim conv_alpha", "convolutions are not adapted; --kron_targets are linear layers"),
+        (
+            "lora_layers lora_unet_blocks lora_blocks lora_target_modules target_modules use_blora freeze_model",
+            "name the layers to adapt with --kron_targets, by the end of their path, for example attn2.to_k",
+        ),
+        ("use_dora dora_wd", "the adapter has no DoRA variant; --kron_a1 and --kron_a2 set its capacity"),
+    )
 
     def factors_by_target(self) -> dict[str, tuple[int, int]]:
         """Return kron_factors as {"to_k": (8, 64)}. Raises UserError if an entry cannot be parsed."""

@@ -1,4 +1,4 @@
-"""What a run writes: adapter, checkpoints, logs, and what goes to the Hub."""
+"""What a run writes: adapter, checkpoints and logs; and what it uploads to the Hub."""
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +30,7 @@ class OutputOptions:
         "Keep only this many checkpoints, the newest. Default: all.", None, at_least=1, decides_result=False
     )
     resume_from_checkpoint: str | None = option(
-        "Checkpoint folder that the run continues from, or 'latest': the newest complete one in output_dir.",
+        "Checkpoint folder to continue from, or 'latest' for the newest complete one in output_dir.",
         None,
         decides_result=False,
     )
@@ -38,7 +38,7 @@ class OutputOptions:
         "Resume even if options or photos changed in a way that changes the result.", False, decides_result=False
     )
     on_save_error: Literal["stop", "continue"] = option(
-        "What to do if a checkpoint cannot be written, for example to a full disk.", "stop", decides_result=False
+        "What to do if a checkpoint cannot be written, for example if the disk is full.", "stop", decides_result=False
     )
 
     def check(self) -> None:
@@ -51,13 +51,13 @@ class ReportOptions:
     """Logs and the Hub."""
 
     report_to: list[str] = option(
-        "Where to log: one or several of tensorboard, wandb and trackio, or none.",
+        "Where to log: one or more of tensorboard, wandb and trackio, or none.",
         ["tensorboard"],
         choices=(*TRACKERS, "none"),
         decides_result=False,
     )
     logging_steps: int = option(
-        "Read losses from the device every this many optimizer steps; every step is logged nevertheless.",
+        "Read losses from the device every this many optimizer steps. Every step is logged either way.",
         10,
         at_least=1,
         decides_result=False,
@@ -79,7 +79,7 @@ class ReportOptions:
     def check(self) -> None:
         if "none" in self.report_to:
             if len(self.report_to) > 1:
-                raise UserError("--report_to none does not go with other trackers")
+                raise UserError("--report_to none does not work with other trackers")
             return
         for name in self.report_to:
             try:

@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to options that are in range and go together."""
+"""Parse options from a YAML file and the command line, and check them."""
 
 import argparse
 import re
@@ -25,10 +25,9 @@ HINT = "--help lists all options"
 
 
 def parse_options(config_class: type[C], description: str | None, argv: Sequence[str] | None = None) -> C:
-    """Return the options from `--config FILE`, overridden by the command line, checked by `check_options`.
+    """Return the options from `--config FILE`, overridden by the command line and checked by `check_options`.
 
-    Reads that file, and writes nothing. If anything is wrong, the program ends with exit code 2 and a message that
-    names the flags.
+    Reads only that file and writes nothing. If anything is wrong, exits with code 2 and a message that names the flags.
     """
     try:
         config = _parse(config_class, description, list(sys.argv[1:] if argv is None else argv))
@@ -40,12 +39,11 @@ def parse_options(config_class: type[C], description: str | None, argv: Sequence
 
 
 def _parse(config_class: type[C], description: str | None, argv: list[str]) -> C:
-    names = option_names(config_class)
-    _refuse_unknown(argv, names)
+    _refuse_unknown(argv, config_class)
     first_look = _Parser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     known, rest = first_look.parse_known_args(argv)
-    flags = flags_from_yaml(known.config, names) if known.config is not None else []
+    flags = flags_from_yaml(known.config, config_class) if known.config is not None else []
     *groups, _, strays = _build_parser(config_class, description).parse_args_into_dataclasses(
         [*flags, *rest], look_for_args_file=False, return_remaining_strings=True
     )
@@ -55,20 +53,23 @@ def _parse(config_class: type[C], description: str | None, argv: list[str]) -> C
     return config_class(**{name: value for group in groups for name, value in vars(group).items()})
 
 
-def _refuse_unknown(argv: Sequence[str], names: Sequence[str]) -> None:
-    """Raise UserError, saying what to use instead, where a flag is not an option.
+def _refuse_unknown(argv: Sequence[str], config_class: type["DataclassInstance"]) -> None:
+    """Raise UserError, saying what to use instead, if a flag is not an option.
 
-    Before anything else: a pasted command of another trainer also lacks what is required here.
+    This comes first: a command pasted from another trainer would also lack what is required here.
     """
+    names = option_names(config_class)
     known = {*names, *(f"no_{name}" for name in names), "config", "help", "local_rank"}
     flags = [match[1] for word in argv if (match := re.match(r"--([A-Za-z][\w-]*)(=|$)", word))]
     unknown = [flag for flag in dict.fromkeys(flags) if flag.replace("-", "_") not in known]
     if unknown:
-        raise UserError("\n".join(f"--{flag}: {explain_unknown(flag.replace('-', '_'), names)}" for flag in unknown))
+        raise UserError(
+            "\n".join(f"--{flag}: {explain_unknown(flag.replace('-', '_'), config_class)}" for flag in unknown)
+        )
 
 
 class _Parser(HfArgumentParser):
-    """Raises UserError instead of printing its usage and leaving."""
+    """Raises UserError instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         # argparse names a flag in all its spellings: "argument --kron_a1/--kron-a1: invalid int value: 'x'"
@@ -94,13 +95,13 @@ def _build_parser(config_class: type["DataclassInstance"], description: str | No
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the module docstring's lines
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it.")
-    # torch's old launcher passes it; it is in the environment as well, where accelerate looks for it
+    # torch's old launcher passes this flag; accelerate reads the same number from the environment
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 
 
 def _flag(own: Field, declared: Declaration) -> Any:
-    """Return the field that HfArgumentParser makes a flag of: its metadata are argparse's keyword arguments."""
+    """Return the field from which HfArgumentParser makes a flag: its metadata are argparse's keyword arguments."""
     default = own.default if own.default_factory is MISSING else own.default_factory()
     shown = "required" if default is MISSING else f"default: {_words(default)}"
     tells_nothing = default is None or default is False or default in ("", [])
@@ -116,9 +117,10 @@ def _flag(own: Field, declared: Declaration) -> Any:
 
 
 def _kinds(kind: Any) -> list[Any]:
-    """Return a field's type and those that it is made of: int | None -> [int | None, int, NoneType]."""
+    """Return a field's type and its members: int | None -> [int | None, int, NoneType]."""
     return [kind, *getattr(kind, "__args__", ())]
 
 
 def _words(value: Any) -> str:
+    """Return a value as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""Which photos, with which captions, and how they become latents."""
+"""The photos of the subject, their captions and crops, and whether their latents are cached."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,14 +6,14 @@ from typing import Literal
 from dreambooth.errors import UserError
 from dreambooth.options.field import option
 
-SMALLEST_BUCKET = 64  # px; sides of buckets are multiples of it
+BUCKET_STEP = 64  # px; the sides of buckets are multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoOptions:
     """Instance images: the photos of the subject."""
 
-    # Photos and captions are compared themselves when a run resumes, wherever they come from.
+    # A resumed run compares the photos and captions themselves, so it does not matter where they come from.
     instance_data_dir: str | None = option(
         "Folder with the photos of the subject. Captions: photo.txt beside photo.jpg, or metadata.jsonl; masks: "
         "photo.mask.png; class prompts: photo.class.txt.",
@@ -26,7 +26,9 @@ class PhotoOptions:
     dataset_config_name: str | None = option("Configuration of that dataset.", None, decides_result=False)
     image_column: str = option("Column of that dataset that holds the images.", "image", decides_result=False)
     caption_column: str | None = option(
-        "Column of that dataset, or key in metadata.jsonl, that holds the captions.", None, decides_result=False
+        "Column of that dataset, or key in metadata.jsonl, that holds the captions. Default: text.",
+        None,
+        decides_result=False,
     )
     instance_prompt: str = option(
         'Prompt for photos without a caption: a rare token and the class, for example "a photo of sks dog".'
@@ -34,10 +36,12 @@ class PhotoOptions:
     caption_dropout_probability: float = option(
         "Fraction of samples trained with an empty prompt, 0 to 1.", 0.0, at_least=0, at_most=1
     )
-    repeats: int = option("How many times each photo occurs in one pass over the photos.", 1, at_least=1)
+    repeats: int = option("How often each photo occurs in one pass over the photos.", 1, at_least=1)
     unmasked_weight: float = option("Weight of the loss outside a photo's mask; 1 inside.", 0.0, at_least=0)
     resolution: int = option("Side of the training images, px. A multiple of 8.", 512, at_least=8, multiple_of=8)
-    center_crop: bool = option("Crop images at the centre. Default: at random, anew each time an image is used.", False)
+    center_crop: bool = option(
+        "Crop images at the centre. Default: at random, differently each time an image is used.", False
+    )
     random_flip: bool = option("Mirror each sample with probability 1/2.", False)
     aspect_ratio_buckets: bool = option(
         "Train each photo in the shape closest to its own: sides that are multiples of 64 px, area resolution².", False
@@ -48,29 +52,32 @@ class PhotoOptions:
 
     def check(self) -> None:
         if self.instance_data_dir is None and self.dataset_name is None:
-            raise UserError("--instance_data_dir, the folder with the photos, or --dataset_name is needed")
+            raise UserError("--instance_data_dir, the folder with the photos, or --dataset_name is required")
         if self.instance_data_dir is not None and self.dataset_name is not None:
-            raise UserError("--instance_data_dir and --dataset_name both say where the photos are; give only one")
+            raise UserError(
+                "--instance_data_dir and --dataset_name both say where the photos are; use only one of them"
+            )
         if self.dataset_config_name is not None and self.dataset_name is None:
             raise UserError("--dataset_config_name needs --dataset_name")
         if self.image_column != "image" and self.dataset_name is None:
             raise UserError("--image_column needs --dataset_name")
-        if self.aspect_ratio_buckets and self.resolution < SMALLEST_BUCKET:
+        if self.aspect_ratio_buckets and self.resolution < BUCKET_STEP:
             raise UserError(
-                f"--aspect_ratio_buckets needs a --resolution of at least {SMALLEST_BUCKET}, not {self.resolution}: "
-                f"the sides of buckets are multiples of {SMALLEST_BUCKET} px"
+                f"--aspect_ratio_buckets needs a --resolution of at least {BUCKET_STEP}, not {self.resolution}: the "
+                f"sides of buckets are multiples of {BUCKET_STEP} px"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Latents: what is encoded once and kept."""
+    """Cached latents."""
 
     cache_latents: Literal["auto", "on", "off"] = option(
-        "Encode each photo only once. auto: if its crop does not vary; on: always, with one crop per photo.", "auto"
+        "Encode each photo only once. auto: if its crop does not vary; on: always, with one fixed crop per photo.",
+        "auto",
     )
     cache_latents_to_disk: str | None = option(
-        "Folder that keeps encoded photos and prompts for later runs. Default: none.", None, decides_result=False
+        "Folder in which to keep encoded photos and prompts for later runs. Default: none.", None, decides_result=False
     )
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""One optimizer step: its batch, its loss, its optimizer; how many steps there are, and where they run."""
+"""Optimizer steps: loss, seed, batches, optimizer, and in what precision and for how long they run."""
 
 import re
 from dataclasses import dataclass
@@ -19,18 +19,24 @@ class LossOptions:
     snr_gamma: float | None = option(
         "Gamma of min-SNR loss weighting, 5 in its paper. Default: no weighting.", None, above=0
     )
-    noise_offset: float = option("Strength of the noise that is constant over each latent channel.", 0.0, at_least=0)
+    noise_offset: float = option(
+        "Strength of an additional noise that is constant over each latent channel.", 0.0, at_least=0
+    )
     loss_type: Literal["mse", "huber"] = option(
         "mse: squared error; huber: pseudo-Huber, scheduled over the noise levels.", "mse"
     )
     huber_c: float = option(
-        "Error at which the pseudo-Huber loss turns from quadratic to linear at the highest noise level; 1 without "
-        "noise.",
+        "Error at which the pseudo-Huber loss turns from quadratic to linear, at the highest noise level; it is 1 "
+        "without noise.",
         0.1,
         above=0,
     )
     min_timestep: int = option("Lowest training timestep.", 0, at_least=0)
     max_timestep: int | None = option("Highest training timestep. Default: the base model's.", None, at_least=0)
+
+    def highest_timestep(self, num_timesteps: int) -> int:
+        """Return the highest training timestep for a base model with timesteps 0 ... num_timesteps - 1."""
+        return num_timesteps - 1 if self.max_timestep is None else self.max_timestep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +44,10 @@ class SeedOptions:
     """Randomness."""
 
     seed: int = option(
-        "Seed of everything random: initialisation, order, crops, noise, timesteps, samples.",
+        "Seed for everything random: initialisation, order, crops, noise, timesteps, samples.",
         0,
         at_least=0,
-        below=2**32,  # NumPy's generators take no more
+        below=2**32,  # np.random.seed takes no more
     )
 
 
@@ -67,7 +73,7 @@ class OptimizerOptions:
     """Optimizer and learning rate."""
 
     learning_rate: float = option("Learning rate, after warm-up.", 5e-4, at_least=0)
-    scale_lr: bool = option("Multiply learning rates by devices, accumulation and batch size.", False)
+    scale_lr: bool = option("Multiply learning rates by the number of devices, accumulation and batch size.", False)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = option("Schedule of the learning rate.", "constant")
@@ -82,9 +88,9 @@ class OptimizerOptions:
     adam_beta2: float = option("Beta 2 of Adam-like optimizers.", 0.999, at_least=0, below=1)
     adam_weight_decay: float = option("Weight decay, for every optimizer.", 1e-2, at_least=0)
     adam_epsilon: float = option("Epsilon of Adam-like optimizers.", 1e-8, at_least=0)
-    max_grad_norm: float = option("Largest norm of the gradients; 1e9 clips nothing.", 1.0, above=0)
+    max_grad_norm: float = option("Norm to which gradients are clipped; 1e9 clips nothing.", 1.0, above=0)
     skip_nonfinite: int = option(
-        "Optimizer steps with a non-finite loss or gradient to skip before the run stops. Counted anew after resuming. "
+        "Optimizer steps with a non-finite loss or gradient to skip before the run stops. Resuming resets the count. "
         "Values above 0 synchronise with the device at every step.",
         0,
         at_least=0,
@@ -92,7 +98,7 @@ class OptimizerOptions:
     )
 
     def optimizer_name(self) -> str:
-        """Return one of OPTIMIZERS, whatever its case. Raises UserError if it is not one of them."""
+        """Return the optimizer as OPTIMIZERS spells it. Raises UserError if it is not one of them."""
         for name in OPTIMIZERS:
             if name.lower() == self.optimizer.lower().replace("_", ""):
                 return name
@@ -120,7 +126,9 @@ class OptimizerOptions:
     def _check_adafactor(self, flag: str) -> None:
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
             if getattr(self, name) != getattr(type(self), name):
-                raise UserError(f"--{name} has no effect on {flag}; of Adam's options it uses --adam_weight_decay")
+                raise UserError(
+                    f"--{name} has no effect with {flag}, which uses only --adam_weight_decay of Adam's options"
+                )
 
     def _check_schedule_free(self, flag: str) -> None:
         if not self.lr_scheduler.startswith("constant"):
@@ -147,9 +155,7 @@ class TextEncoderOptions(SeedOptions, OptimizerOptions):
         if self.text_encoder_lr is not None and not self.train_text_encoder:
             raise UserError("--text_encoder_lr needs --train_text_encoder")
         if self.optimizer_name() == "Prodigy" and self.text_encoder_lr not in (None, self.learning_rate):
-            raise UserError(
-                "--optimizer Prodigy finds one learning rate for everything and does not work with --text_encoder_lr"
-            )
+            raise UserError("--optimizer Prodigy finds a single learning rate and does not work with --text_encoder_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +167,8 @@ class RuntimeOptions:
     )
     allow_tf32: bool = option("Allow TF32 matrix products on NVIDIA GPUs.", False)
     max_train_time: str | None = option(
-        "Longest time to run: 3h, 90m, 45s, 1h30m or 1:30:00. The run saves a checkpoint after the step that reaches "
-        "it, and stops with exit code 75. Default: no limit.",
+        "Time limit: 3h, 90m, 45s, 1h30m or 1:30:00. After the step that reaches it, the run saves a checkpoint and "
+        "stops with exit code 75. Default: none.",
         None,
         decides_result=False,
     )
@@ -177,7 +183,7 @@ class RuntimeOptions:
         total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         if not total > 0:
             raise UserError(
-                f"--max_train_time {self.max_train_time}: write a time above 0 such as 3h, 90m, 45s, 1h30m or 1:30:00 "
+                f"--max_train_time {self.max_train_time}: use a time above 0 such as 3h, 90m, 45s, 1h30m or 1:30:00 "
                 "(hours:minutes:seconds)"
             )
         return total

@@ -1,6 +1,6 @@
-"""All options of a training run but its method's.
+"""All options of a training run except its method's.
 
-A script's own class names both:  class Config(TrainingConfig, KroneckerOptions)
+A script combines both:  class Config(TrainingConfig, KroneckerOptions)
 """
 
 from dataclasses import dataclass, make_dataclass
@@ -8,20 +8,17 @@ from pathlib import Path
 
 from dreambooth.errors import UserError
 from dreambooth.options.base_model import FrozenModelOptions
-from dreambooth.options.drawing import PriorOptions, SampleOptions
+from dreambooth.options.data import DataOptions, ImageOptions
+from dreambooth.options.drawing import SampleOptions
 from dreambooth.options.output import OutputOptions, ReportOptions
-from dreambooth.options.photos import CacheOptions, PhotoOptions
-from dreambooth.options.steps import BatchOptions, LossOptions, OptimizerOptions, RuntimeOptions
+from dreambooth.options.steps import OptimizerOptions, RuntimeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(
     FrozenModelOptions,
-    PhotoOptions,
-    CacheOptions,
-    PriorOptions,
-    LossOptions,
-    BatchOptions,
+    ImageOptions,
+    DataOptions,
     OptimizerOptions,
     RuntimeOptions,
     OutputOptions,
@@ -34,7 +31,9 @@ class TrainingConfig(
         if self.class_data_dir is None or self.instance_data_dir is None:
             return
         if Path(self.class_data_dir).resolve() == Path(self.instance_data_dir).resolve():
-            raise UserError("--class_data_dir and --instance_data_dir are the same folder; class images need their own")
+            raise UserError(
+                "--class_data_dir and --instance_data_dir are the same folder; class images need a folder of their own"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,5 +44,5 @@ class SDXLTrainingConfig(TrainingConfig):
 
 
 def config_class(*groups: type) -> type:
-    """Return a class of options made of groups: TrainingConfig, or one below it, and a method's."""
+    """Return a class of options that combines groups: TrainingConfig or a subclass, and a method's options."""
     return make_dataclass("Config", [], bases=groups, frozen=True, kw_only=True)

@@ -1,14 +1,13 @@
-"""Options as a YAML file: read into flags, so that one parser judges all, and written so that they read back."""
+"""Options as a YAML file: read into flags, for the same parser as the command line, and written so as to read back."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dreambooth.errors import UserError
-from dreambooth.options.field import public_options
+from dreambooth.options.field import option_names, public_options
 from dreambooth.options.foreign import explain_unknown
 from kron_formats.files import read_text
 
@@ -19,14 +18,14 @@ LARGEST_FILE = 2**18  # bytes
 
 
 def save_config(config: "DataclassInstance", path: Path) -> None:
-    """Write the options as YAML that `--config` reads back. Secrets, and what is None or empty, are left out."""
+    """Write the options as YAML that `--config` reads back. Secrets, None and empty lists are left out."""
     options = {name: value for name, value in public_options(config).items() if value not in (None, [])}
     path.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Keeps every value as text, so that 5e-4, no and true mean what they mean on the command line. Only an unquoted
-    null is None, and a repeated key is an error."""
+    """Keeps every value as text: 5e-4, no and true mean what they mean on the command line. Only an unquoted null is
+    None, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         mapping, seen = super().construct_mapping(node, deep), set()
@@ -41,20 +40,20 @@ _TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|
 _TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
-def flags_from_yaml(path: str, names: Sequence[str]) -> list[str]:
-    """Return the flags that a YAML file of the options `names` stands for; a null means the default.
+def flags_from_yaml(path: str, config_class: type["DataclassInstance"]) -> list[str]:
+    """Return the flags equivalent to a YAML file with the options of a class; null means the default.
 
-    Raises UserError, naming the file, if it is anything else; the file is untrusted.
+    The file is untrusted: UserError, naming it, if it is anything else.
     """
     try:
         options = yaml.load(read_text(Path(path), LARGEST_FILE), Loader=_TextLoader)
-    # YAML raises Python's own errors for invalid code points and for endless nesting.
+    # For invalid code points and endless nesting, PyYAML raises Python's own errors.
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {error}") from error
     if not isinstance(options, dict):
         raise UserError(f"--config {path}: expected lines of the form 'option: value'")
-    if unknown := [str(name) for name in options if name not in names]:
-        answers = "; ".join(f"{name} ({explain_unknown(name, names)})" for name in unknown)
+    if unknown := [str(name) for name in options if name not in option_names(config_class)]:
+        answers = "; ".join(f"{name} ({explain_unknown(name, config_class)})" for name in unknown)
         raise UserError(f"--config {path}: unknown keys: {answers}")
     flags = []
     for name, value in options.items():
@@ -62,20 +61,20 @@ def flags_from_yaml(path: str, names: Sequence[str]) -> list[str]:
         if not all(isinstance(word, str) for word in words):
             raise UserError(f"--config {path}: {name} is not a list of plain values; quote text that contains ': '")
         if any(re.search("[\0\ud800-\udfff]", word) for word in words):
-            raise UserError(f"--config {path}: {name} holds a character that is not text: {words!a}")
+            raise UserError(f"--config {path}: {name} contains a character that is not text: {words!a}")
         if isinstance(value, str):
             flags.append(f"--{name}={value}")
         elif words:
             if flag := next((word for word in words if word.startswith("--")), None):
-                raise UserError(f"--config {path}: {name} holds {flag}, which would be taken for an option")
+                raise UserError(f"--config {path}: {name} contains {flag}, which would be taken for an option")
             flags += [f"--{name}", *words]
     return flags
 
 
 def _words(value: Any) -> list[Any]:
-    """Return the words that a value stands for on a command line: {"to_k": ["8", "64"]} -> ["to_k=8,64"].
+    """Return a value as words of a command line: {"to_k": ["8", "64"]} -> ["to_k=8,64"].
 
-    What is not text stays as it is.
+    What is not text is returned as it is.
     """
     if isinstance(value, dict):
         lists = {key: entry if isinstance(entry, list) else [entry] for key, entry in value.items()}

@@ -1,7 +1,7 @@
-"""Checkpoints to resume from: complete or not there, each file known by its checksum.
+"""Checkpoints to resume from, each complete or absent.
 
 A checkpoint is a folder checkpoint-N: the training state as safetensors and JSON, the options, what decides the run's
-result, the result so far, and manifest.json, written last, with the size and the checksum of each.
+result, the result so far, and manifest.json, written last, with the size and the checksum of every other file.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ from dreambooth.layout import (
     list_checkpoints,
 )
 from dreambooth.loop.state import TrainingState
+from dreambooth.options.output import OutputOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
 from dreambooth.output.result import write_result
@@ -40,31 +41,31 @@ from kron_formats.files import flush
 
 logger = logging.getLogger(__name__)
 
-NEEDED = (TENSORS_NAME, STATE_NAME, CONFIG_NAME, RUN_NAME)  # to resume from; beside them lies the result so far
+NEEDED = (TENSORS_NAME, STATE_NAME, CONFIG_NAME, RUN_NAME)  # to resume; the result so far is there too
 
 
-# ---- which ones there are ----
+# ---- finding one ----
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, None if there is none. Broken ones are named in warnings."""
+    """Return the newest complete checkpoint of a run, or None. Warns of every incomplete one that is newer."""
     for path in reversed(list_checkpoints(output)):
         try:
             verify_checkpoint(path)
             return path
         except UserError as error:
-            logger.warning("Passed over: %s", error)
+            logger.warning("Skipped: %s", error)
     return None
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raise UserError, naming the file, where a checkpoint is not as it was written."""
+    """Raise UserError, naming the file, if a checkpoint is not exactly what was written."""
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         if missing := set(NEEDED) - set(manifest):
             raise ValueError(f"it does not list {', '.join(sorted(missing))}")
         if elsewhere := [name for name in manifest if Path(name).name != name]:
-            raise ValueError(f"it lists {elsewhere[0]!r}, which is not a file's name")
+            raise ValueError(f"it lists {elsewhere[0]!r}, which is not a file name")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a complete checkpoint: {MANIFEST_NAME}: {error}") from error
     for name in manifest:
@@ -73,7 +74,7 @@ def verify_checkpoint(path: Path) -> None:
             if manifest[name]["bytes"] != size:
                 raise ValueError(f"it has {size:,} bytes instead of {manifest[name]['bytes']}")
             if manifest[name]["sha256"] != hashlib.sha256((path / name).read_bytes()).hexdigest():
-                raise ValueError("its content is not what was written")
+                raise ValueError("its checksum differs from the one in the manifest")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is not a complete checkpoint: {name}: {error}") from error
 
@@ -81,15 +82,16 @@ def verify_checkpoint(path: Path) -> None:
 # ---- saving ----
 
 
-def check_room(state: TrainingState, config: TrainingConfig) -> None:
-    """Raise SaveError if the disk has no room for a checkpoint and the result, before there is something to save."""
+def check_room(state: TrainingState, config: OutputOptions) -> None:
+    """Raise SaveError if the disk has no room for a checkpoint and the result. Called before training."""
     trained = [parameter for group in state.attached.groups for parameter in group.parameters]
-    needed = 5 * sum(parameter.nbytes for parameter in trained)  # two results; the state; and an optimizer's two means
+    size = sum(parameter.nbytes for parameter in trained)
+    needed = 5 * size  # two results, the state, and an optimizer's two moments
     free = shutil.disk_usage(config.output_dir).free
     if free < needed:
         raise SaveError(
-            f"--output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; a checkpoint and the result take "
-            f"{needed / 2**20:,.0f} MiB. Make room, or choose another folder"
+            f"--output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; a checkpoint and the result need "
+            f"{needed / 2**20:,.0f} MiB. Free some space, or choose another folder"
         )
 
 
@@ -102,10 +104,10 @@ def save_checkpoint(
     step: int,
     stopping: bool,
 ) -> None:
-    """Write checkpoint-STEP, and only then remove the oldest ones; all processes have to call this.
+    """Write checkpoint-STEP, then remove the oldest ones above the limit. All processes must call this.
 
-    `run` is what `identify_run` returned. Raises SaveError if it cannot be written, with nothing else changed; with
-    --on_save_error continue, and unless the run stops here, that is a warning.
+    `run` is what `identify_run` returned. If the checkpoint cannot be written, nothing else changes: raises SaveError,
+    or, with --on_save_error continue and unless the run is `stopping`, logs a warning.
     """
     output = Path(config.output_dir)
     path = checkpoint_path(output, step)
@@ -130,8 +132,11 @@ def save_checkpoint(
 
 @contextmanager
 def _unfinished(final: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
-    """Give a folder beside a checkpoint's final name; at the end add the files `contents`, list all in a manifest,
-    flush them to the disk, verify them and rename the folder. An earlier checkpoint of that name stays until then."""
+    """Yield a temporary folder for a checkpoint's files; at the end complete it and give it its `final` name.
+
+    Completing it adds the files `contents`, writes the manifest, flushes everything to the disk and verifies it. An
+    earlier checkpoint of that name stays until the renaming.
+    """
     output, folder, replaced = final.parent, final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
     _clear_unfinished(output)
     folder.mkdir()
@@ -149,7 +154,7 @@ def _unfinished(final: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
         flush(folder)
         verify_checkpoint(folder)
         if (output / METRICS_NAME).exists():
-            flush(output / METRICS_NAME)  # a resumed run takes up its lines where the checkpoint is
+            flush(output / METRICS_NAME)  # a resumed run continues it from this step
         if final.exists():
             os.rename(final, replaced)
         os.rename(folder, final)
@@ -159,10 +164,10 @@ def _unfinished(final: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def tidy_checkpoints(output: Path, step: int, config: TrainingConfig) -> None:
-    """Remove what was cut off half-written or half-removed, and the oldest checkpoints above the limit.
+def tidy_checkpoints(output: Path, step: int, config: OutputOptions) -> None:
+    """Remove the oldest checkpoints above the limit, and what an interruption left half-written or half-removed.
 
-    The checkpoint of `step` is whole. Later ones, of a run that was resumed before them, do not count.
+    The checkpoint of `step` is complete. Later ones, left by a run that was resumed from before them, do not count.
     """
     if config.checkpoints_total_limit:
         behind = [path for path in list_checkpoints(output) if checkpoint_step(path) <= step]
@@ -183,7 +188,7 @@ def _json(value: Any) -> bytes:
 def save_result(
     accelerator: Accelerator, state: TrainingState, weights_name: str, step: int, config: TrainingConfig
 ) -> Path:
-    """Write the result to the output folder and return its path; all processes have to call this.
+    """Write the result to the output folder and return its path. All processes must call this.
 
     Raises SaveError if it cannot be written.
     """
@@ -199,7 +204,7 @@ def save_result(
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into a SaveError that says how much room there is and what is still safe."""
+    """Turn an error of writing `path` into a SaveError that says how much space is free and what is still safe."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -215,7 +220,7 @@ def _situation(path: Path) -> str:
         return "its folder cannot be read either"
     if not safe:
         return f"{free}; there is no earlier checkpoint"
-    return f"{free}; {safe[-1]} is still there, to go on from with --resume_from_checkpoint latest"
+    return f"{free}; {safe[-1]} is still there, to resume from with --resume_from_checkpoint latest"
 
 
 # ---- loading ----
@@ -224,8 +229,8 @@ def _situation(path: Path) -> str:
 def load_checkpoint(path: Path, state: TrainingState) -> int:
     """Restore the training state of a checkpoint; return the number of optimizer steps before it.
 
-    Learning rates and the optimizer's other options stay those of the present run, which are the checkpoint's unless
-    --allow_config_change let others pass.
+    Learning rates and other optimizer options keep the present run's values, which differ from the checkpoint's only
+    with --allow_config_change. Raises UserError if the state does not fit.
     """
     try:
         saved = _join(load((path / TENSORS_NAME).read_bytes()), json.loads((path / STATE_NAME).read_bytes()))
@@ -239,9 +244,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
 
 
 def _split(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Take the tensors out of nested dicts and lists: {path: tensor}, and the rest as JSON with the paths in place.
+    """Return the tensors in nested dicts and lists, {path: tensor}, and the rest as JSON, with paths for tensors.
 
-    Dicts become lists of pairs, since an optimizer's state has numbers as keys, which JSON would turn into strings.
+    Dicts become lists of pairs, since an optimizer's state has integer keys, which JSON would turn into strings.
     """
     if isinstance(tree, Tensor):
         return {path: tree.detach().cpu().contiguous()}, {"tensor": path}
@@ -256,8 +261,10 @@ def _split(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
 
 
 def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that are the same memory as another's, such as an 8-bit optimizer's tables, which safetensors
-    refuses to save."""
+    """Return the tensors with those copied that share another's memory, which safetensors refuses to save.
+
+    An 8-bit optimizer's quantisation tables do.
+    """
     seen, distinct = set(), {}
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tensor.numel())
@@ -267,7 +274,7 @@ def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _join(tensors: dict[str, Tensor], rest: Any) -> Any:
-    """Put the tensors back: the inverse of `_split`, but for tuples, which come back as lists."""
+    """Return the tree with its tensors: the inverse of `_split`, except that tuples come back as lists."""
     if isinstance(rest, dict):
         if "tensor" in rest:
             return tensors[rest["tensor"]]

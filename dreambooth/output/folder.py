@@ -1,4 +1,4 @@
-"""The output folder: whose it is, where a run in it starts, and what is cleared before it does."""
+"""The output folder: one run at a time, which checkpoint a run starts from, and what it clears before it starts."""
 
 import fcntl
 import json
@@ -22,6 +22,7 @@ from dreambooth.layout import (
     sheet_step,
 )
 from dreambooth.method import Method
+from dreambooth.options.output import OutputOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
 from dreambooth.output.checkpoint import latest_checkpoint, tidy_checkpoints, verify_checkpoint
@@ -36,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def hold_folder(config: TrainingConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Inside this context the output folder is this run's alone. Raises UserError, naming the holder, where it is not.
+def hold_folder(config: OutputOptions, accelerator: Accelerator) -> Iterator[None]:
+    """Create and lock the output folder for the time of this context. Raises UserError if another run holds it.
 
-    The lock is the operating system's and ends with the process, however that ends. What was made here and is still
-    empty at the end is removed, so that a refused run leaves nothing behind.
+    The lock is the operating system's and ends with the process, however that ends. Folders that were created here and
+    are still empty at the end are removed, so a refused run leaves nothing behind.
     """
     output = Path(config.output_dir)
     with ExitStack() as stack:
@@ -61,11 +62,11 @@ def _made(output: Path) -> Iterator[None]:
     except FileExistsError:
         raise UserError(f"--output_dir {output} is a file") from None
     except OSError as error:
-        raise UserError(f"--output_dir {output} cannot be made: {error}") from error
+        raise UserError(f"--output_dir {output} cannot be created: {error}") from error
     try:
         yield
     finally:
-        with suppress(OSError):  # the first that is not empty, or gone
+        with suppress(OSError):  # stops at the first folder that is not empty
             for path in missing:
                 path.rmdir()
 
@@ -77,13 +78,16 @@ def _locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # it says nothing that is still true
+        with suppress(OSError):  # it may be gone already
             path.unlink()
         os.close(file)
 
 
 def _open_lock(path: Path) -> int:
-    """Return the locked file that says who holds it: a lock of POSIX, which forked children do not inherit."""
+    """Return the lock file, locked, with the holder's process and host in it.
+
+    The lock is a POSIX record lock, which forked children do not inherit.
+    """
     while True:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -95,17 +99,17 @@ def _open_lock(path: Path) -> int:
             holder = _holder(file)
             os.close(file)
             raise UserError(
-                f"--output_dir {path.parent} is in use by another run{holder}: wait for its end, or choose "
-                "another folder"
+                f"--output_dir {path.parent} is in use by another run{holder}: wait until it ends, or "
+                "choose another folder"
             ) from None
         except OSError as error:
-            logger.warning("%s cannot be locked (%s): start no second run in it", path.parent, error)
+            logger.warning("%s cannot be locked (%s): do not start a second run in it", path.parent, error)
             return file
         if _is_still(path, file):
             os.truncate(file, 0)
             os.write(file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
             return file
-        os.close(file)  # its last holder has just removed it
+        os.close(file)  # its last holder removed it in the meantime
 
 
 def _is_still(path: Path, file: int) -> bool:
@@ -127,9 +131,10 @@ def _holder(file: int) -> str:
 
 
 def find_start(method: Method, config: TrainingConfig, accelerator: Accelerator) -> Path | None:
-    """Return the checkpoint to resume from, whole and of a run with these options; None to start from the beginning.
+    """Return the checkpoint to resume from, or None to start from the beginning.
 
-    Raises UserError where there is none such, and where the output folder holds another run's results.
+    It is complete, and of a run with the same options. Raises UserError if there is no such checkpoint, or if a run
+    from the beginning would overwrite another run's results.
     """
     start = on_main(accelerator, lambda: _find_start(method, config))
     if start is not None:
@@ -137,7 +142,7 @@ def find_start(method: Method, config: TrainingConfig, accelerator: Accelerator)
     return start
 
 
-def _find_start(method: Method, config: TrainingConfig) -> Path | None:
+def _find_start(method: Method, config: OutputOptions) -> Path | None:
     output = Path(config.output_dir)
     if config.resume_from_checkpoint == "latest":
         if start := latest_checkpoint(output):
@@ -152,7 +157,7 @@ def _find_start(method: Method, config: TrainingConfig) -> Path | None:
     if results and not config.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output} holds the results of another run ({', '.join(results)}): choose another folder, "
-            "go on with --resume_from_checkpoint latest, or replace them with --overwrite_output_dir"
+            "continue with --resume_from_checkpoint latest, or replace them with --overwrite_output_dir"
         )
     return None
 
@@ -169,9 +174,9 @@ def _existing_checkpoint(name: str, output: Path) -> Path:
 
 
 def prepare_output(method: Method, config: TrainingConfig, start: Path | None, accelerator: Accelerator) -> None:
-    """Write config.yaml, and clear the samples of later steps than the run begins after.
+    """Write config.yaml, and remove samples of later steps than the one that the run continues from.
 
-    With --overwrite_output_dir all goes that an earlier run left, unless it is resumed.
+    With --overwrite_output_dir, and unless it resumes, also remove an earlier run's checkpoints and result.
     """
     output = Path(config.output_dir)
 
@@ -180,7 +185,7 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
             for path in list_checkpoints(output):
                 shutil.rmtree(path)
             (output / method.weights_name).unlink(missing_ok=True)
-        for path in output.glob(UNFINISHED):  # of a run that was killed while it wrote them
+        for path in output.glob(UNFINISHED):  # left by a run that was killed while writing
             path.unlink()
         first_step = checkpoint_step(start) if start else 0
         if start is not None and start.parent.resolve() == output.resolve():

@@ -1,4 +1,4 @@
-"""Whether a resumed run is the same run: the options and the photos that decide its result."""
+"""What identifies a run: the options and the photos that decide its result. A resumed run must have the same."""
 
 import hashlib
 import json
@@ -14,27 +14,28 @@ from dreambooth.errors import UserError
 from dreambooth.layout import RUN_NAME
 from dreambooth.method import Method
 from dreambooth.options.field import result_options
+from dreambooth.options.output import OutputOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.runtime.ranks import on_main
 
 logger = logging.getLogger(__name__)
 
-CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not look at the number of steps
+CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not depend on the number of steps
 
 
 def deciding_options(method: Method, config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the method and the options that decide the result. The batch counts as a whole, over all devices."""
+    """Return the method's name and the options that decide the result, the batch size as one number for all devices."""
     options = {"method": method.name, **result_options(config)}
-    options["mixed_precision"] = accelerator.mixed_precision  # accelerate's own where the option is not given
+    options["mixed_precision"] = accelerator.mixed_precision  # accelerate's if the option is not set
     batch, accumulation = options.pop("train_batch_size"), options.pop("gradient_accumulation_steps")
     options["global batch (devices x accumulation x train_batch_size)"] = (
         accelerator.num_processes * accumulation * batch
     )
-    if config.aspect_ratio_buckets:  # the shapes follow each other in runs of this length
+    if config.aspect_ratio_buckets:  # it decides how samples are grouped by shape
         options["train_batch_size"] = batch
     if config.lr_scheduler in CONSTANT:
         del options["max_train_steps"], options["num_train_epochs"]
-    return json.loads(json.dumps(options))  # as a file has it
+    return json.loads(json.dumps(options))  # as it is read back from a file
 
 
 def identify_run(
@@ -45,19 +46,19 @@ def identify_run(
     config: TrainingConfig,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Return what decides the result of a run: the options, and for every photo its prompts and a digest of its pixels
-    as they are trained on.
+    """Return what decides the result of a run: the options, and each photo's prompts and a digest of its pixels.
 
-    Raises UserError where the checkpoint `start` is of a run on other photos, naming each; with --allow_config_change
-    it is a warning. And where this process sees other photos than the main one: all processes have to call this.
+    The pixels are those that are trained on. Raises UserError if the checkpoint `start` is of a run on other photos,
+    naming each; with --allow_config_change this is a warning. Also raises it if this process sees other photos than the
+    main one. All processes must call this.
     """
     named = {f"instance photo {photo.path.name}": _describe(photo) for photo in photos}
     named |= {f"class image {photo.path.name}": _describe(photo) for photo in class_photos}
     if (theirs := on_main(accelerator, lambda: named)) != named:
         differing = [name for name in dict.fromkeys([*theirs, *named]) if theirs.get(name) != named.get(name)]
         raise UserError(
-            f"process {accelerator.process_index} sees other photos than the main process, {differing[0]} first: the "
-            "folders of photos and class images, and --output_dir, have to be the same for all, on every machine"
+            f"process {accelerator.process_index} sees other photos than the main process, for example {differing[0]}: "
+            "the folders of photos and class images, and --output_dir, must be the same for all processes and machines"
         )
     if start is not None:
         _refuse(start, "photos", _flat(_read_run(start)["photos"]), _flat(named), config)
@@ -71,13 +72,13 @@ def _describe(photo: Photo) -> dict[str, str | None]:
     return {"image": digest.hexdigest()[:16], "prompt": photo.prompt, "class prompt": photo.class_prompt}
 
 
-# ---- then and now ----
+# ---- comparing then and now ----
 
 
 def refuse_other_options(start: Path, method: Method, config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Raise UserError where the checkpoint is of a run whose options give another result, showing the difference.
+    """Raise UserError, with a table of the differences, if the checkpoint's run had options that change the result.
 
-    With --allow_config_change it is a warning.
+    With --allow_config_change this is a warning.
     """
     _refuse(start, "options", _read_run(start)["options"], deciding_options(method, config, accelerator), config)
 
@@ -90,7 +91,7 @@ def _read_run(start: Path) -> dict[str, Any]:
     return json.loads((start / RUN_NAME).read_text(encoding="utf-8"))
 
 
-def _refuse(start: Path, what: str, then: Mapping[str, Any], now: Mapping[str, Any], config: TrainingConfig) -> None:
+def _refuse(start: Path, what: str, then: Mapping[str, Any], now: Mapping[str, Any], config: OutputOptions) -> None:
     rows = [
         (name, _shown(then, name), _shown(now, name))
         for name in dict.fromkeys([*then, *now])
@@ -99,11 +100,11 @@ def _refuse(start: Path, what: str, then: Mapping[str, Any], now: Mapping[str, A
     if not rows:
         return
     text = (
-        f"--resume_from_checkpoint {start} was trained with other {what}, so that the result would be another:\n"
+        f"--resume_from_checkpoint {start} was trained with other {what}, which would change the result:\n"
         f"{_table([('', 'then', 'now'), *rows])}"
     )
     if not config.allow_config_change:
-        raise UserError(f"{text}\nGo on with the {what} of then, or with --allow_config_change")
+        raise UserError(f"{text}\nRestore the former {what}, or continue with --allow_config_change")
     logger.warning("%s", text)
 
 

@@ -1,4 +1,4 @@
-"""The result: the file for other tools, with the metadata that a reader of it wants to know."""
+"""The result: the file for other tools, with metadata that says how it was trained."""
 
 import base64
 import io
@@ -16,12 +16,13 @@ from dreambooth.options.training import TrainingConfig
 
 
 def write_result(path: Path, state: TrainingState, step: int, config: TrainingConfig) -> None:
-    """Write what was trained in `step` optimizer steps, whole or not at all."""
+    """Write what `step` optimizer steps have trained, whole or not at all."""
     with evaluating(state.optimizer):
         state.attached.save(path, result_metadata(step, config), DTYPES[config.save_precision])
 
 
 def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:
+    """Return the metadata of the result: base model, prompts, options, and a thumbnail if samples were drawn."""
     return {
         "base_model": config.pretrained_model_name_or_path,
         "instance_prompt": config.instance_prompt,
@@ -34,7 +35,7 @@ def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:
 
 
 def _thumbnail(output: Path) -> dict[str, str]:
-    """Return the newest sheet of samples, at most 256 px wide, as the metadata that model browsers show."""
+    """Return the newest sheet of samples, at most 256 px a side, under the key from which model browsers show it."""
     sheets = list_sheets(output)
     if not sheets:
         return {}

@@ -1,4 +1,4 @@
-"""The model card, OUTPUT_DIR/README.md, and its way to the Hub together with the adapter."""
+"""The model card, OUTPUT_DIR/README.md, and the upload to the Hub of the result with its card."""
 
 import logging
 import os
@@ -16,13 +16,15 @@ from dreambooth.family import Family
 from dreambooth.layout import CARD_NAME, CONFIG_NAME, CURVES_NAME, SAMPLES_NAME, list_sheets
 from dreambooth.markdown import code
 from dreambooth.method import Attached, Description, Group
+from dreambooth.options.drawing import PriorOptions
+from dreambooth.options.output import ReportOptions
 from dreambooth.options.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 
 def save_card(path: Path, attached: Attached, family: Family, steps: int, config: TrainingConfig) -> None:
-    """Write OUTPUT_DIR/README.md, which says what the result in `path` is. Never raises: a failure is a warning."""
+    """Write OUTPUT_DIR/README.md, the model card of the result in `path`. Never raises: a failure is a warning."""
     output = Path(config.output_dir)
     prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
     with warn_only(f"{output / CARD_NAME} was not written"):
@@ -39,7 +41,7 @@ def save_card(path: Path, attached: Attached, family: Family, steps: int, config
 
 
 def _front_matter(description: Description, family: Family, sheet: str | None, config: TrainingConfig) -> str:
-    """Return the lines that the Hub reads."""
+    """Return the YAML block that the Hub reads."""
     base = config.pretrained_model_name_or_path
     entries: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if _is_on_hub(base):
@@ -57,7 +59,7 @@ def _front_matter(description: Description, family: Family, sheet: str | None, c
 
 
 def _is_on_hub(name: str) -> bool:
-    """Whether a base model is a name on the Hub, as far as can be seen from here: not a folder."""
+    """Whether a base model is a name on the Hub: it looks like one, and no such folder exists. Asks no server."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is not None and not os.path.exists(name)
 
 
@@ -67,7 +69,7 @@ def _body(
     parts = [
         f"# {code(config.instance_prompt)}",
         f"A {description.noun} (DreamBooth) for {code(config.pretrained_model_name_or_path)}: {description.summary}. "
-        f"The words that call the subject are those of the instance prompt, {code(config.instance_prompt)}.",
+        f"The subject is called as in the instance prompt, {code(config.instance_prompt)}.",
     ]
     if sheet:
         rows = "".join(f"{number}. {code(text)}\n" for number, text in enumerate(config.validation_prompt, 1))
@@ -80,13 +82,13 @@ def _body(
 
 
 def _settings(groups: Sequence[Group], steps: int, config: TrainingConfig) -> str:
-    """Return the settings one would ask for first, as a list; config.yaml holds all."""
+    """Return the most important settings as a list; config.yaml has all."""
     optimizer = "AdamW with 8-bit state" if config.use_8bit_adam else config.optimizer
-    denoiser, *other_groups = groups
+    first, *other_groups = groups
     settings = {
         "steps": f"{steps:,}",
         "batch": f"{config.train_batch_size} per device, {config.gradient_accumulation_steps} accumulated",
-        "learning rate": f"{denoiser.learning_rate:g}, {config.lr_scheduler}",
+        "learning rate": f"{first.learning_rate:g}, {config.lr_scheduler}",
         "optimizer": f"{optimizer}, weight decay {config.adam_weight_decay:g}",
         "resolution": f"{config.resolution} px",
         "prior preservation": _prior(config),
@@ -99,10 +101,10 @@ def _settings(groups: Sequence[Group], steps: int, config: TrainingConfig) -> st
     if config.pretrained_vae_model_name_or_path:
         settings["VAE"] = code(config.pretrained_vae_model_name_or_path)
     lines = [f"- {name}: {value}" for name, value in settings.items()]
-    return "\n".join([*lines, "", "`config.yaml` holds every option."])
+    return "\n".join([*lines, "", "`config.yaml` has every option."])
 
 
-def _prior(config: TrainingConfig) -> str:
+def _prior(config: PriorOptions) -> str:
     if not config.with_prior_preservation:
         return "none"
     source = (
@@ -113,19 +115,19 @@ def _prior(config: TrainingConfig) -> str:
     return f"{source} for {code(config.class_prompt or '')}, weight {config.prior_loss_weight:g}"
 
 
-# ---- to the Hub ----
+# ---- the upload ----
 
 SHOWN = [CARD_NAME, f"{SAMPLES_NAME}/*.png", CONFIG_NAME, CURVES_NAME]
 
 
 def push_to_hub(result: Path, config: TrainingConfig) -> None:
-    """Upload the result, its card and what the card shows, if --push_to_hub asks for it.
+    """Upload the result, its card and what the card shows, if --push_to_hub is set.
 
-    Never raises: training is done and saved, so a failure is a warning with the command that uploads it later.
+    Never raises: the result is saved already, so a failure is a warning with the command that uploads it later.
     """
     if not config.push_to_hub:
         return
-    uploaded = [result.name, *SHOWN]  # by full names: the Hub's "*" goes into checkpoint folders too
+    uploaded = [result.name, *SHOWN]  # full names: the Hub's "*" would match files in checkpoint folders too
     name = config.hub_model_id or re.sub(r"[^\w.-]+", "-", Path(config.output_dir).resolve().name, flags=re.ASCII)
     try:
         api = HfApi(token=config.hub_token)
@@ -148,5 +150,5 @@ def push_to_hub(result: Path, config: TrainingConfig) -> None:
         logger.info("Uploaded to https://huggingface.co/%s", repository)
 
 
-def _without_token(text: str, config: TrainingConfig) -> str:
+def _without_token(text: str, config: ReportOptions) -> str:
     return text.replace(config.hub_token, "***") if config.hub_token else text

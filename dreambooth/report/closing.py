@@ -18,8 +18,10 @@ def closing_line(
     path: Path,
     device: torch.device,
 ) -> str:
-    """Say what was trained, in all groups together, how long it took, how much of that was compiling, the peak memory,
-    and where the result is."""
+    """Return the line: how many parameters were trained, for how long, the peak memory, and where the result is.
+
+    `seconds` is the whole time, of which `compiling` seconds were spent in torch.compile.
+    """
     count = sum(parameter.numel() for parameter in parameters)
     minutes, rest = divmod(round(seconds), 60)
     compiled = f", {compiling:.1f} s of it compiling" if compiling else ""
@@ -30,9 +32,9 @@ def closing_line(
 
 
 def compile_seconds(config: FrozenModelOptions) -> float:
-    """Return the time that --compile took so far, s, as torch.compile itself counts it; 0 without."""
+    """Return the time spent in torch.compile so far, s, by its own count; 0 without --compile."""
     if not config.compile:
         return 0.0
-    from torch._dynamo.utils import calculate_time_spent  # imported here: most runs do not compile
+    from torch._dynamo.utils import calculate_time_spent  # slow to import, and most runs do not compile
 
     return calculate_time_spent()["total_wall_time"]

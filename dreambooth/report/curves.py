@@ -1,4 +1,4 @@
-"""The picture of a run: its losses, learning rates and gradient norm over the steps, drawn with Pillow alone."""
+"""The picture of a run: its losses, learning rate and gradient norm over the steps, drawn with Pillow alone."""
 
 import math
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-SMOOTH = 3  # drawn so many times larger and shrunk: Pillow's lines have no soft edges
-WIDTH, HEIGHT = 1100, 260  # px, of one panel's frame and what belongs to it
+SMOOTH = 3  # drawn this many times larger, then shrunk: Pillow does not antialias lines
+WIDTH, HEIGHT = 1100, 260  # px, of one panel
 LEFT, RIGHT, TOP, BOTTOM = 86, 24, 46, 34  # px, between a panel's edge and its frame
 INK, GREY, GRID = "#1f2328", "#656d76", "#e6e8eb"
 COLOURS = ("#0969da", "#d1570a", "#1a7f37")
 
-# A panel's title, its metrics with their names in the legend, and whether they are noisy
+# Each panel's title, its metrics with their labels in the legend, and whether they are noisy
 PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
     ("Loss", {"loss": "loss", "instance_loss": "instance", "prior_loss": "prior"}, True),
-    ("Learning rate", {"learning_rate": "UNet", "text_encoder_learning_rate": "text encoders"}, False),
+    ("Learning rate", {"learning_rate": "learning rate"}, False),
     ("Gradient norm", {"grad_norm": "before clipping"}, True),
 )
 
@@ -36,14 +36,14 @@ class Frame:
 
     def y(self, value: float) -> float:
         low, high = self.y_range
-        part = min(max((value - low) / (high - low), 0.0), 1.0)  # what leaves the range runs along the frame
+        part = min(max((value - low) / (high - low), 0.0), 1.0)  # values out of range run along the frame
         return self.top + HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM)
 
 
 def draw_curves(metrics: Sequence[dict[str, Any]]) -> Image.Image:
-    """Return one picture of the rows of metrics.jsonl: noisy values thin, their running mean thick.
+    """Return a picture of the rows of metrics.jsonl: noisy values thin, their running mean thick.
 
-    A metric that no row has, or that is 0 throughout, is left out. Raises ValueError where there is nothing to draw.
+    Metrics that no row has, or that are always 0, are left out. Raises ValueError if there is nothing to draw.
     """
     steps = np.array([row["step"] for row in metrics], dtype=float)
     panels = [(title, curves, noisy) for title, names, noisy in PANELS if (curves := _curves(metrics, names))]
@@ -57,19 +57,19 @@ def draw_curves(metrics: Sequence[dict[str, Any]]) -> Image.Image:
 
 
 def _curves(metrics: Sequence[dict[str, Any]], names: dict[str, str]) -> dict[str, np.ndarray]:
-    """Return label -> values, NaN where a row has none."""
+    """Return label -> values, NaN where a row lacks the metric."""
     curves = {}
     for name, label in names.items():
         values = np.array([np.nan if row.get(name) is None else row[name] for row in metrics], dtype=float)
         if np.any(np.nan_to_num(values)):
             curves[label] = values
     if len(curves) == 2 and "prior" not in curves:
-        curves.pop("instance", None)  # without class images it is the loss itself
+        curves.pop("instance", None)  # without a prior it equals the loss
     return curves
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean of each value and the `window - 1` before it, of as many as there are; NaN does not count."""
+    """Return the mean over each value and up to `window - 1` values before it, NaN left out."""
     known = ~np.isnan(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
@@ -79,7 +79,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
-    """Return round numbers from `low` to `high`: about `wanted`, 1, 2 or 5 times a power of ten apart."""
+    """Return about `wanted` round numbers from `low` to `high`: their distance is 1, 2 or 5 times a power of ten."""
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     apart = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
@@ -87,7 +87,7 @@ def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """0.25 -> "0.25", 0.0005 -> "5e-4", 20000 -> "20,000" """
+    """Return a short label: 0.25 -> "0.25", 0.0005 -> "5e-4", 20000 -> "20,000"."""
     if value == 0 or 1e-3 <= abs(value) < 1e3:
         return f"{value:.6g}"
     if 1e3 <= abs(value) < 1e6:
@@ -114,7 +114,7 @@ def _draw_panel(
 
 
 def _value_range(curves: list[np.ndarray], means: list[np.ndarray]) -> tuple[float, float]:
-    """From 0 to above all means and nearly all values, so that single peaks do not press the rest flat."""
+    """Return 0 and a value above all means and 98 % of values: single peaks must not flatten the rest."""
     values = np.concatenate(curves)
     high = max(np.nanquantile(values, 0.98), max(np.nanmax(mean) for mean in means))
     return 0.0, 1.08 * float(high) if high > 0 else 1.0
@@ -134,10 +134,10 @@ def _draw_axes(draw: ImageDraw.ImageDraw, frame: Frame) -> None:
 def _draw_curve(
     draw: ImageDraw.ImageDraw, frame: Frame, steps: np.ndarray, values: np.ndarray, colour: str, width: float
 ) -> None:
-    """Draw a polyline, broken where a value is missing; a value alone is a dot."""
+    """Draw a polyline, broken at missing values; an isolated value is a dot."""
     known = np.flatnonzero(~np.isnan(values))
     for run in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
-        points = [(frame.x(steps[index]), frame.y(values[index])) for index in run]
+        points = [(frame.x(step), frame.y(value)) for step, value in zip(steps[run].tolist(), values[run].tolist())]
         if len(points) == 1:
             x, y = (SMOOTH * part for part in points[0])
             draw.circle((x, y), 3 * SMOOTH, fill=colour)
@@ -146,7 +146,7 @@ def _draw_curve(
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, top: int, means: dict[str, np.ndarray]) -> None:
-    """Write from the right: a stroke of each colour, what it is, and its last value."""
+    """Draw each curve's colour, label and last value, from the right."""
     right = WIDTH - RIGHT
     for colour, (label, values) in reversed(list(zip(COLOURS, means.items()))):
         known = values[~np.isnan(values)]
@@ -158,12 +158,12 @@ def _draw_legend(draw: ImageDraw.ImageDraw, top: int, means: dict[str, np.ndarra
 
 
 def _pale(colour: str) -> str:
-    """The colour at a fifth of its strength on white."""
+    """Return a colour as it looks on white at a fifth of its opacity."""
     red, green, blue = (255 - (255 - part) // 5 for part in ImageColor.getrgb(colour))
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size * SMOOTH)
 
 

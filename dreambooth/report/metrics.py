@@ -1,4 +1,4 @@
-"""metrics.jsonl: what every step reported, one line each; and its picture, training.png."""
+"""metrics.jsonl, one line for each optimizer step, and its picture, training.png."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """The file of a run that begins after `first_step`; lines of later steps, from a run that got further, are dropped.
+    """The metrics file of a run that begins after `first_step`. Lines of later steps, of an earlier run, are dropped.
 
-    If the disk is full, lines wait for room, with one warning.
+    If the disk is full, this logs one warning, and lines stay in memory until there is space.
     """
 
     def __init__(self, path: Path, first_step: int):
@@ -30,6 +30,7 @@ class MetricsFile:
         self.file, self.disk_failed = path.open("a", encoding="utf-8"), False
 
     def append(self, values: Mapping[str, Any]) -> None:
+        """Write a line. Never raises on a full disk."""
         try:
             self.file.write(_json_line(values))
             self.file.flush()
@@ -39,12 +40,12 @@ class MetricsFile:
             self.disk_failed = True
 
     def close(self) -> None:
-        with suppress(OSError):  # `append` has warned of a full disk
+        with suppress(OSError):  # a full disk, of which `append` has warned
             self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl; what a crash left half-written is not among them."""
+    """Return the rows of a metrics.jsonl, without a line that a crash left half-written; [] if there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -62,6 +63,6 @@ def save_curves(config: OutputOptions) -> None:
 
 
 def _json_line(values: Mapping[str, Any]) -> str:
-    """One line of JSON, which has no NaN and no infinity: null stands for both."""
+    """Return a line of JSON, with null for NaN and infinity, which JSON lacks."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(finite) + "\n"

@@ -1,4 +1,4 @@
-"""Progress: the bar with loss and learning rate, and what is reported of every step."""
+"""Progress: the bar with loss and learning rate, and the report of every step."""
 
 import logging
 import time
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """The progress bar with loss and learning rate, metrics.jsonl, the trackers, and the time since it began.
+    """The progress bar, metrics.jsonl, the trackers, and the time since training began.
 
-    Steps are told of once they are read, several together, since reading waits for the device.
+    Steps are reported several at a time, since reading their numbers waits for the device.
     """
 
     def __init__(
@@ -43,19 +43,20 @@ class Progress:
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_main_process
         )
-        self.metrics = None
+        self.metrics: MetricsFile | None = None
         if accelerator.is_main_process:
             self.metrics = MetricsFile(Path(config.output_dir) / METRICS_NAME, first_step)
             start_trackers(accelerator, config, first_step)
 
     @property
     def seconds(self) -> float:
+        """The time since training began, s."""
         return time.monotonic() - self.began
 
     def steps(self, reports: Iterator[StepReport]) -> Iterator[int]:
-        """Number the steps that are left to train, and read them every `logging_steps` and after the last.
+        """Yield the number of each remaining step once it is enqueued; report every `logging_steps` and after the last.
 
-        What the caller does between steps is not counted as their time.
+        Time that the caller spends between steps does not count as theirs.
         """
         for step in range(self.first_step + 1, self.total_steps + 1):
             began = time.monotonic()
@@ -67,44 +68,44 @@ class Progress:
             yield step
 
     def settle_steps(self) -> None:
-        """Wait for the steps that are not read yet and report each, before anything is made of what they trained.
+        """Wait for the steps that are not reported yet, and report each. Called before their result is saved or drawn.
 
-        Their `step_time`, seconds, is the mean over them: a single step is not waited for. All processes have to call
-        this at the same steps. Raises UserError, on all alike, if a step's loss or gradients were not finite.
+        Their `step_time`, seconds, is their mean, since single steps are not waited for. All processes must call this
+        at the same steps. Raises UserError, on every process, if more steps than --skip_nonfinite were not finite.
         """
         began = time.monotonic()
         steps, rows = list(self.unread), read_reports(list(self.unread.values())) if self.unread else []
         self.working += time.monotonic() - began
         for step, values in zip(steps, rows):
-            self._tell(step, {**values, "step_time": round(self.working / len(steps), 4)})
+            self._report(step, {**values, "step_time": round(self.working / len(steps), 4)})
         self.unread.clear()
         self.working = 0.0
         for step, values in zip(steps, rows):
             if not is_sound(values, self.accelerator):
                 self._tolerate(step, values)
 
-    def _tell(self, step: int, values: dict[str, float]) -> None:
+    def _report(self, step: int, values: dict[str, float]) -> None:
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.2e}", refresh=False)
         if self.metrics is not None:
             self.metrics.append({"step": step, **values})
         log_values(self.accelerator, values, step)
 
     def _tolerate(self, step: int, values: dict[str, float]) -> None:
-        """Warn of a step that was skipped, since it was not finite; raise UserError if there are too many."""
+        """Warn of a skipped step, one that was not finite; raise UserError if there are more than --skip_nonfinite."""
         self.skipped += 1
         files = ", ".join(map(str, self.dataset.paths_of_step(step, self.accelerator.num_processes)))
         what = (
             f"step {step} is not finite: its loss is {values['loss']:g}, the norm of its gradients "
             f"{values['grad_norm']:g}; it trained on {files}"
         )
-        if self.skipped <= self.config.skip_nonfinite:
-            logger.warning("%s; it was skipped, as %d of --skip_nonfinite", what, self.skipped)
+        if self.skipped <= (allowed := self.config.skip_nonfinite):
+            logger.warning("%s; it was skipped, number %d of --skip_nonfinite %d", what, self.skipped, allowed)
             return
         self.bar.close()
-        raise UserError(f"{what}. Nothing that came of it was saved. {what_to_try(self.config)}")
+        raise UserError(f"{what}. Its result was not saved. {what_to_try(self.config)}")
 
     def say_closing_line(self, groups: Sequence[Group], path: Path) -> None:
-        """Say what was trained, how long it took, and where the result is."""
+        """Print what was trained, how long it took, and where the result is."""
         parameters = [parameter for group in groups for parameter in group.parameters]
         steps = self.total_steps - self.first_step
         self.bar.clear()
@@ -114,9 +115,10 @@ class Progress:
         )
 
     def close(self) -> None:
+        """Close everything, once every process has come here."""
         self.bar.close()
         if self.metrics is not None:
             self.metrics.close()
         finish_trackers(self.accelerator)
-        self.accelerator.wait_for_everyone()  # a rank that leaves while another still works can hang at its exit
+        self.accelerator.wait_for_everyone()  # a process that exits while another still works can hang
         self.accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Sample images: drawn from the encoded prompts while training, laid out as one labelled sheet."""
+"""Sample images: drawn from the encoded prompts during training, saved as one labelled sheet."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from dreambooth.family import Embeddings
 from dreambooth.layout import SAMPLES_NAME, sheet_path
 from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.steps import steps_per_pass
+from dreambooth.options.drawing import SampleOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.report.progress import Progress
 from dreambooth.report.trackers import log_image
@@ -35,16 +36,16 @@ def validate(
     config: TrainingConfig,
     step: int,
 ) -> None:
-    """Draw the validation prompts if they are due after `step`, for OUTPUT_DIR/samples and the trackers.
+    """If samples are due after `step`, draw the validation prompts for OUTPUT_DIR/samples and the trackers.
 
-    `samples` is the number of samples in a pass over the photos. What fails is a warning.
+    `samples` is the number of samples in a pass over the photos. If drawing fails, that is a warning.
     """
     accelerator = progress.accelerator
     pass_steps = steps_per_pass(samples, config, accelerator.num_processes)
     if not validation_due(step, progress.total_steps, pass_steps, config):
         return
-    progress.settle_steps()  # trackers take the steps in their order
-    if not (accelerator.is_main_process or splits_models()):  # a model that is split is called by all together
+    progress.settle_steps()  # trackers need the steps in order
+    if not (accelerator.is_main_process or splits_models()):  # all processes must call a split model together
         return
     with (
         warn_only(f"no samples of step {step}, training continues"),
@@ -57,8 +58,8 @@ def validate(
             save_samples(accelerator, rows, step, config)
 
 
-def validation_due(step: int, total_steps: int, pass_steps: int, config: TrainingConfig) -> bool:
-    """Whether samples are drawn after this optimizer step: before the first, every so often, and after the last."""
+def validation_due(step: int, total_steps: int, pass_steps: int, config: SampleOptions) -> bool:
+    """Whether samples are drawn after this optimizer step: after step 0, at every interval, and after the last."""
     every = config.validation_steps or config.validation_epochs * pass_steps
     return bool(config.validation_prompt) and (step % every == 0 or step == total_steps)
 
@@ -66,14 +67,14 @@ def validation_due(step: int, total_steps: int, pass_steps: int, config: Trainin
 def draw_samples(
     pipeline: DiffusionPipeline, embeddings: Embeddings, prompts: Sequence[str], config: TrainingConfig
 ) -> list[list[Image.Image]]:
-    """Return a row of images for each validation prompt. Seeds are fixed, so that successive sheets compare.
+    """Return a row of images for each validation prompt. Seeds are the same at every step, so sheets can be compared.
 
-    `embeddings` holds one row for each of `prompts`, under the names of the pipeline's arguments; the prompt "" is
-    the unconditional one.
+    `embeddings` has one row for each of `prompts`, under the names of the pipeline's arguments. The prompt "" is the
+    unconditional one.
     """
     pipeline.set_progress_bar_config(disable=True)
     unconditional = _row(embeddings, prompts.index(""))
-    if pipeline.config.get("force_zeros_for_empty_prompt"):  # as SDXL's pipeline does if no negative prompt is given
+    if pipeline.config.get("force_zeros_for_empty_prompt"):  # as SDXL's pipeline does without a negative prompt
         unconditional = {name: torch.zeros_like(tensor) for name, tensor in unconditional.items()}
     rows = []
     for number, prompt in enumerate(config.validation_prompt):
@@ -108,6 +109,3 @@ def save_samples(
     sheet.save(path)
     log_image(accelerator, SAMPLES_NAME, sheet, step)
     return path
-
-
-# ---- the sheet ----

@@ -1,6 +1,7 @@
-"""The trackers of --report_to; one that fails is dropped with a warning."""
+"""The trackers of --report_to. One that fails is dropped with a warning."""
 
 import functools
+import importlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +19,11 @@ PROJECT = "dreambooth-kronecker"
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig, first_step: int) -> None:
-    """Start the trackers of --report_to, several side by side, and give them the options."""
+    """Start the trackers of --report_to and send them the options."""
     extra: dict[str, dict[str, Any]] = {
-        # TensorBoard hides what an earlier run in this folder wrote for the steps that come now.
+        # TensorBoard hides what an earlier run in this folder logged for the steps that this run trains.
         "tensorboard": {"logging_dir": accelerator.logging_dir, "purge_step": first_step + 1 if first_step else 0},
-        # Beside what it is told, wandb keeps the command line, where a token may stand.
+        # wandb also records the command line, which may contain the token.
         "wandb": {"settings": {"x_disable_meta": True}} if config.hub_token else {},
     }
     for name in map(str, accelerator.log_with):
@@ -32,7 +33,7 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, first_step:
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Have every tracker write what it holds, and let them go."""
+    """Flush and drop all trackers."""
     _each_tracker(accelerator, lambda tracker: tracker.finish())
     accelerator.trackers.clear()
 
@@ -47,12 +48,12 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
     _each_tracker(accelerator, functools.partial(_log_image, name=name, image=image, step=step))
 
 
-def _log_image(tracker: GeneralTracker, name: str, image: Image.Image, step: int) -> None:
+# Any: accelerate's GeneralTracker declares neither `name` nor `log_images`, which its trackers have
+def _log_image(tracker: Any, name: str, image: Image.Image, step: int) -> None:
     if tracker.name == "tensorboard":
         tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
     elif tracker.name == "trackio":
-        import trackio
-
+        trackio = importlib.import_module("trackio")  # it is optional, and accelerate's tracker for it takes no images
         tracker.log({name: trackio.Image(image)}, step=step)
     else:
         tracker.log_images({name: [image]}, step=step)
@@ -61,11 +62,11 @@ def _log_image(tracker: GeneralTracker, name: str, image: Image.Image, step: int
 def _each_tracker(accelerator: Accelerator, act: Callable[[GeneralTracker], Any]) -> None:
     for tracker in list(accelerator.trackers):
         accelerator.trackers.remove(tracker)
-        with warn_only(f"--report_to {tracker.name} failed; training goes on without it"):
+        with warn_only(f"--report_to {tracker.name} failed; training continues without it"):
             act(tracker)
             accelerator.trackers.append(tracker)
 
 
 def _flat(options: dict[str, Any]) -> dict[str, int | float | str]:
-    """The options in the only types that every tracker takes."""
+    """Return the options in the types that every tracker accepts."""
     return {name: value if isinstance(value, (int, float)) else json.dumps(value) for name, value in options.items()}

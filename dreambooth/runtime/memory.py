@@ -1,4 +1,4 @@
-"""Running out of memory: said in one line, with the options that would need less."""
+"""Running out of memory: reported in a few lines, with the options that need less."""
 
 import resource
 import sys
@@ -17,20 +17,22 @@ WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot 
 
 @contextmanager
 def explain_out_of_memory(config: TrainingConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Turn running out of memory, on the device or in the computer, into a UserError that says what would help."""
+    """Turn an out-of-memory error, of the device or the host, into a UserError that lists options that need less."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, the CPU's has no type
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one; on the CPU torch raises it plain
         if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in WORDS):
             raise
         device = accelerator.device.type
         remedies = "\n".join(f"    {remedy}" for remedy in _remedies(config, accelerator)) or "    a smaller base model"
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"out of memory on {device}: {reason}\nWhat needs less, in this order:\n{remedies}") from error
+        raise UserError(
+            f"out of memory on {device}: {reason}\nTo use less memory, try in this order:\n{remedies}"
+        ) from error
 
 
 def _remedies(config: TrainingConfig, accelerator: Accelerator) -> list[str]:
-    """Return the options that lower memory and are not set already, those that cost least first."""
+    """Return the options that lower memory and are not set yet, those that cost least first."""
     batch, on_cuda = config.train_batch_size, accelerator.device.type == "cuda"
     quantised = config.base_precision in ("nf4", "int8")
     remedies = {
@@ -43,14 +45,14 @@ def _remedies(config: TrainingConfig, accelerator: Accelerator) -> list[str]:
         "--base_precision nf4": on_cuda and not quantised and not config.compile,
         "--sample_batch_size 1": config.uses_class_images and config.sample_batch_size > 1,
         "--use_8bit_adam": on_cuda and config.optimizer_name() == "AdamW" and not config.use_8bit_adam,
-        "no --train_text_encoder": isinstance(config, TextEncoderOptions) and config.train_text_encoder,
+        "without --train_text_encoder": isinstance(config, TextEncoderOptions) and config.train_text_encoder,
         f"a --resolution below {config.resolution}": config.resolution > 64,
     }
     return [remedy for remedy, helps in remedies.items() if helps]
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most memory used so far, bytes: the device's on a GPU, the process's on the CPU."""
+    """Return the peak memory so far, bytes: the device's on a GPU, the process's on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

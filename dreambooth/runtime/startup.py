@@ -1,19 +1,22 @@
-"""A short start: two costs of importing diffusers that no run has to pay."""
+"""A short start: importing diffusers without two costs that no run has to pay."""
 
 import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Diffusers imports it if it is installed, and with it PyTorch's compiler, to load models that were saved quantised.
-# Here a base model is quantised as it is loaded, by dreambooth/base_model/quantise.py, which imports it itself.
+# If it is installed, diffusers imports it, and with it PyTorch's compiler, for models that were saved quantised. Here
+# dreambooth/base_model/quantise.py quantises base models as they are loaded, and imports bitsandbytes itself.
 SPARED = "bitsandbytes"
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Inside this context, the program's first heavy imports: what they do not need is hidden, and garbage is not
-    collected, since imports make none; afterwards never among what was imported."""
+    """Make the first import of diffusers cheaper: a context for the program's heavy imports.
+
+    Inside it bitsandbytes is hidden, and garbage is not collected, since imports leave none. Afterwards the collector
+    ignores everything that was imported.
+    """
     if "diffusers" in sys.modules:
         yield
         return

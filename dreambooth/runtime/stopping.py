@@ -1,4 +1,4 @@
-"""Being told to stop: a signal or the time limit ends a run after a whole step, with a checkpoint."""
+"""Stopping early: on a signal or at the time limit, a run finishes its step, saves a checkpoint and exits."""
 
 import logging
 import os
@@ -11,30 +11,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dreambooth.options.training import TrainingConfig
+from dreambooth.options.steps import RuntimeOptions
+from dreambooth.runtime.ranks import mean_over_processes
 
 logger = logging.getLogger(__name__)
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ECHO = 1.0  # seconds in which a signal may arrive twice: from the terminal or the scheduler, and through the launcher
+ECHO = 1.0  # seconds in which one signal may arrive twice: from the terminal or scheduler, and through the launcher
 
 
 class Stop:
-    """A request to stop, and a context in which signals make one.
+    """A request to stop. Inside its context, signals make that request.
 
-    Until `only_between_steps` is called a signal ends the run where it is: all that is written before training is
-    written file by file, each whole, so that a second start finds it. A second signal always ends it at once.
+    Until `only_between_steps` is called, a signal ends the run at once; every file written before training is written
+    whole, and the next start uses it. From then on the run ends between steps. A second signal always ends it at once.
     """
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator):
+    def __init__(self, config: RuntimeOptions, accelerator: Accelerator):
         self.accelerator = accelerator
         self.time_limit = config.time_limit()
         self.began = time.monotonic()
         self.process = os.getpid()
         self.training = False
         self.reason: str | None = None
-        self.signalled: float | None = None  # when, as time.monotonic has it
+        self.signalled: float | None = None  # time.monotonic of the first signal
 
     def __enter__(self) -> "Stop":
         self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -46,7 +47,7 @@ class Stop:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
-            return  # forked to prepare batches: it serves this process to its end, which ends it too
+            return  # a data-loader worker: it ends when the training process does
         now = time.monotonic()
         if self.signalled is not None:
             if now - self.signalled > ECHO:
@@ -57,30 +58,30 @@ class Stop:
         if not self.training:
             self._say(f"{self.reason} before training began; what was drawn or encoded is kept. {_AGAIN}")
             sys.exit(STOPPED)
-        self._say(f"{self.reason}: saving after this step; a second signal leaves at once")
+        self._say(f"{self.reason}: saving after this step; a second signal ends the run at once")
 
     def _say(self, text: str) -> None:
-        """Write to standard error without Python's buffers, in the middle of whose use the signal may have come."""
+        """Write to standard error without Python's buffers: the signal may have come while they were in use."""
         if self.accelerator.is_local_main_process:
             os.write(2, f"\n{text}\n".encode())
 
     def only_between_steps(self) -> None:
-        """From here on a signal waits for the end of the step."""
+        """From here on, let a signal wait for the end of the step."""
         self.training = True
 
     def asked(self) -> bool:
-        """Whether to stop now. All processes have to ask, and get the same answer."""
+        """Whether to stop now. All processes must call this, and get the same answer."""
         if self.reason is None and self.time_limit is not None and time.monotonic() - self.began >= self.time_limit:
             self.reason = "--max_train_time"
         if self.accelerator.num_processes == 1:
             return self.reason is not None
         mine = torch.tensor(float(self.reason is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(mine, "sum").item())
+        return bool(mean_over_processes(mine, self.accelerator).item())
 
     def leave(self, step: int) -> None:
-        """End the program, now that everything after `step` is saved."""
+        """End the program with exit code 75. The caller has saved everything up to `step`."""
         logger.warning("%s: stopped after step %d, which is saved. %s", self.reason or "Another process", step, _AGAIN)
         sys.exit(STOPPED)
 
 
-_AGAIN = "The same command with --resume_from_checkpoint latest goes on"
+_AGAIN = "The same command with --resume_from_checkpoint latest continues the run"

@@ -1,4 +1,4 @@
-"""Cosines between images, and between images and prompts, in the embeddings of CLIP and DINO."""
+"""Embeddings of images and texts by CLIP and DINO, and cosines between them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
 from dreambooth.errors import UserError
 
@@ -31,7 +31,7 @@ def pairwise_cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def paired_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine of every row of a with the same row of b.
+    """Return the cosine of each row of a with the same row of b.
 
     a: (n, features)    b: (n, features)    ->    (n,)
     """
@@ -39,7 +39,7 @@ def paired_cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def distinct_cosine(a: Tensor) -> Tensor:
-    """Return the cosines of every two different rows of a.
+    """Return the cosines of all pairs of different rows of a.
 
     a: (n, features)    ->    (n·(n - 1)/2,)
     """
@@ -48,10 +48,10 @@ def distinct_cosine(a: Tensor) -> Tensor:
 
 
 def pairwise_diversity(a: Tensor) -> float | None:
-    """Return the mean of 1 - cosine over every two different rows of a: 0 if all are alike, None if there is only one.
+    """Return the mean of 1 - cosine over all pairs of different rows: 0 if all are alike, None if there is one row.
 
-    DreamBooth's DIV (arXiv 2208.12242, sec. 4.3) is the same mean of LPIPS distances, for which this project would need
-    another package; the two are not to be compared with each other.
+    DreamBooth's DIV (arXiv 2208.12242, sec. 4.3) is the same mean of LPIPS distances, which would need another package;
+    its values cannot be compared with these.
     """
     return 1 - distinct_cosine(a).mean().item() if len(a) > 1 else None
 
@@ -61,12 +61,12 @@ def pairwise_diversity(a: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class Evaluators:
-    """CLIP and DINO with their own preprocessing. Embeddings have unit length, and are fp32 on the CPU."""
+    """CLIP and DINO with their own preprocessing. Embeddings are fp32, of unit length, on the CPU."""
 
-    clip: nn.Module
+    clip: Any  # CLIPModel, whose annotations allow for outputs and configurations that it never has here
     clip_processor: Any
     tokenizer: Any
-    dino: nn.Module
+    dino: PreTrainedModel
     dino_processor: Any
     batch_size: int = 16  # images or texts embedded at once
 
@@ -75,13 +75,13 @@ class Evaluators:
         return self._embed(images, self._clip_image_features)
 
     def clip_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return CLIP's projected embeddings of texts, (texts, features); what is too long is cut off."""
+        """Return CLIP's projected embeddings of texts, (texts, features). Long texts are truncated."""
         return self._embed(texts, self._clip_text_features)
 
     def dino_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Return DINO's [CLS] tokens of the central squares of images, (images, features).
 
-        DINO's own evaluation crops too, where its processor here squashes what is not square.
+        DINO's own evaluation crops too; its processor in transformers would squash images that are not square.
         """
         return self._embed([_central_square(image) for image in images], self._dino_features)
 
@@ -116,7 +116,7 @@ def _central_square(image: Image.Image) -> Image.Image:
 
 
 def load_evaluators(clip: str, dino: str, device: torch.device, batch_size: int = 16) -> Evaluators:
-    """Return the evaluators of two names on the Hub, or folders. Raises UserError where one is none."""
+    """Return the evaluators of two names on the Hub, or folders. Raises UserError if one is not such a model."""
     with _readable("--clip_model", clip, "CLIP"):
         clip_processor, tokenizer = _load_processor(clip), AutoTokenizer.from_pretrained(clip)
         clip_model = _load_model(clip, CLIP_TYPES, device)
@@ -130,19 +130,19 @@ def _readable(flag: str, name: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name} is no {kind} model: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{flag} {name} is not a {kind} model: {str(error).strip().splitlines()[0]}") from error
 
 
 def _load_processor(name: str) -> Any:
-    return AutoImageProcessor.from_pretrained(name, backend="pil")  # the other one needs torchvision
+    return AutoImageProcessor.from_pretrained(name, backend="pil")  # the default one needs torchvision
 
 
-def _load_model(name: str, types: Sequence[str], device: torch.device) -> nn.Module:
-    """Return a model of one of the types, with all of its weights: one that lacks some would score at random."""
+def _load_model(name: str, types: Sequence[str], device: torch.device) -> PreTrainedModel:
+    """Return a model of one of the types. Raises ValueError if weights are missing: it would score at random."""
     config = AutoConfig.from_pretrained(name)
     if config.model_type not in types:
         raise ValueError(f"its config.json says {config.model_type}, expected {' or '.join(types)}")
-    unused = {"add_pooling_layer": False} if config.model_type == "vit" else {}  # DINO has none, ViTModel would add one
+    unused = {"add_pooling_layer": False} if config.model_type == "vit" else {}  # DINO has none; ViTModel would add one
     model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **unused)
     if missing := report["missing_keys"]:
         raise ValueError(f"its weights lack {', '.join(sorted(missing)[:3])}")

@@ -1,6 +1,6 @@
-"""What an adapter is worth: how like the subject, how true to the prompts, how varied, and what becomes of the class.
+"""Scores of an adapter: fidelity to the subject and the prompts, diversity, and what happens to the class.
 
-The definitions are those of DreamBooth (Ruiz et al., arXiv 2208.12242, sec. 4), each at the function that computes it.
+The definitions are those of DreamBooth (Ruiz et al., arXiv 2208.12242, sec. 4), each in its function's docstring.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScores(Scores):
-    """Means over prompts, and what they are the means of."""
+    """Means over prompts, and the scores of each prompt."""
 
     by_prompt: tuple[Scores, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoScores:
-    """How like each other the photos are: what a perfect adapter would reach. None where there is only one."""
+    """How similar the photos are to each other: what a perfect adapter would score. None if there is only one."""
 
     clip_i: float | None
     dino: float | None
@@ -47,7 +47,7 @@ class PhotoScores:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorDrift:
-    """What becomes of class images, drawn from the same seeds before and after; see `score_prior`."""
+    """How class images of the same seeds differ before and after training; see `score_prior`."""
 
     similarity_before: float
     similarity_after: float
@@ -56,26 +56,20 @@ class PriorDrift:
     distance: float
 
 
-# ---- prompts, photos, images ----
-
-
-# ---- scores ----
-
-
 def score_images(
     images_by_prompt: Sequence[Images], photos: Images, prompt_texts: Sequence[str], evaluators: Evaluators
 ) -> PromptScores:
-    """Return the scores of images, a row for each prompt, against photos and prompts. Every prompt weighs the same.
+    """Return the scores of images, one row for each prompt, against photos and prompts. All prompts weigh the same.
 
     clip_i      mean cosine of CLIP's embeddings over all pairs of an image and a photo: CLIP-I
     dino        the same with DINO's [CLS] tokens: DINO
     clip_t      mean cosine of CLIP's embeddings of an image and its prompt: CLIP-T
-    diversity   mean of 1 - cosine of DINO's [CLS] tokens over all pairs of two images of a prompt: DIV, which in the
-                paper is of LPIPS distances; None where prompts have one image
+    diversity   mean of 1 - cosine of DINO's [CLS] tokens over all pairs of images of a prompt: DIV, for which the paper
+                uses LPIPS distances; None if prompts have one image
 
     Source: DreamBooth, sec. 4.1 and, for DIV, 4.3. Values depend on the evaluators; the paper's DINO is ViT-S/16.
-    `prompt_texts` name the class alone, "a dog in the snow": what the rare token was taught to mean, CLIP cannot know.
-    Textual Inversion (arXiv 2208.01618, sec. 5.1) leaves its token out likewise.
+    `prompt_texts` name only the class, "a dog in the snow": CLIP does not know what the rare token was trained to mean.
+    Textual Inversion (arXiv 2208.01618, sec. 5.1) leaves its token out too.
     """
     sizes = [len(row) for row in images_by_prompt]
     images = [image for row in images_by_prompt for image in row]
@@ -105,7 +99,7 @@ def score_images(
 
 
 def score_photos(photos: Images, evaluators: Evaluators) -> PhotoScores:
-    """Return CLIP-I and DINO over all pairs of two different photos: the paper's row "Real Images" (Table 1)."""
+    """Return CLIP-I and DINO over all pairs of different photos: the paper's row "Real Images" (Table 1)."""
     if len(photos) < 2:
         return PhotoScores(clip_i=None, dino=None)
     clip, dino = evaluators.clip_images(photos), evaluators.dino_images(photos)
@@ -113,12 +107,12 @@ def score_photos(photos: Images, evaluators: Evaluators) -> PhotoScores:
 
 
 def score_prior(before: Images, after: Images, photos: Images, evaluators: Evaluators) -> PriorDrift:
-    """Return what training did to the class: `before` are class images of the base model, `after` of the adapted one.
+    """Return what training did to the class. `before` are class images of the base model, `after` of the adapted one.
 
-    similarity  mean cosine of DINO's [CLS] tokens over all pairs of a class image and a photo: PRES. Where it rises,
-                the class collapses onto the subject.
-    diversity   as in `score_images`: DIV. Where it falls, class images become alike.
-    distance    mean of 1 - cosine of DINO's [CLS] tokens over the pairs of one seed, 0 where no image changed
+    similarity  mean cosine of DINO's [CLS] tokens over all pairs of a class image and a photo: PRES. If it rises, the
+                class collapses onto the subject.
+    diversity   as in `score_images`: DIV. If it falls, class images become alike.
+    distance    mean of 1 - cosine of DINO's [CLS] tokens over the pairs of the same seed; 0 if no image changed
 
     Source: DreamBooth, sec. 4.3 "Ablation Studies", for PRES and DIV; the distance is this project's own.
     """

@@ -1,4 +1,4 @@
-"""What scoring reads: prompts and photos of the subject."""
+"""What scoring reads: prompts, and photos of the subject."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,17 @@ PLACEHOLDER = "{}"  # stands for the subject in a prompt
 
 
 def read_prompts(path: str) -> list[str]:
-    """Return the prompts of a file, one a line; empty lines and those that begin with # are skipped."""
+    """Return the prompts of a file, one per line, without empty lines and those that begin with #.
+
+    Raises UserError if the file cannot be read or has no prompts.
+    """
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: {error}") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise UserError(f"--prompts {path}: there is no prompt in it; each is a line such as 'a {PLACEHOLDER} in snow'")
+        raise UserError(f"--prompts {path}: it has no prompts; write one per line, such as 'a {PLACEHOLDER} in snow'")
     return prompts
 
 
@@ -29,6 +32,6 @@ def name_subject(prompts: Sequence[str], subject: str) -> list[str]:
 
 
 def read_subject_photos(folder: str) -> list[Image.Image]:
-    """Return the photos of a folder whole, upright, in RGB. Raises UserError if there is none to read."""
+    """Return the photos of a folder uncropped, upright, in RGB. Raises UserError if none can be read."""
     source = f"--instance_data_dir {folder}"
     return readable(((path.name, path) for path in image_files(Path(folder), source)), read_image, source)

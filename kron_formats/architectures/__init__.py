@@ -1,4 +1,4 @@
-"""The families' base models without weights, for what names and sizes alone can answer."""
+"""The families' base models without weights, for questions that names and sizes answer."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ ARCHITECTURES = {family.published: family.architecture for family in FAMILIES}  
 
 def load_architecture(file: str) -> dict[str, nn.Module]:
     """Return {"unet": ..., "text_encoder": ..., (SDXL) "text_encoder_2": ...}, on the meta device."""
-    from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage] exported lazily
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     parts = json.loads(Path(__file__).with_name(f"{file}.json").read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import os
 import string
+from dataclasses import make_dataclass
 
 import pytest
 import yaml
@@ -9,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dreambooth.errors import UserError
+from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.yaml_file import flags_from_yaml
 from scripts.generate import Config
 
 NAMES = ["prompt", "seed", "resolution"]
+OPTIONS = make_dataclass("OPTIONS", [(name, str, option("An option.", "")) for name in NAMES])
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{below}'] * 9)}]\n"
     for below, name in zip(string.ascii_lowercase, string.ascii_lowercase[1:12])
@@ -62,7 +65,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, kind):
     path = tmp_path / "stranger.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words) as error:
-        flags_from_yaml(str(path), NAMES)
+        flags_from_yaml(str(path), OPTIONS)
     assert str(error.value).startswith(f"--config {path}: ")
 
 
@@ -71,13 +74,13 @@ def test_what_is_no_file_is_refused_by_name(tmp_path, kind):
     path = tmp_path / "stranger.yaml"
     PLACES[kind](path)
     with pytest.raises(UserError, match=f"--config {path}: "):
-        flags_from_yaml(str(path), NAMES)
+        flags_from_yaml(str(path), OPTIONS)
 
 
 def test_nothing_in_a_file_is_run(tmp_path):
     path = tmp_path / "stranger.yaml"
     path.write_text(f'prompt: !!python/object/apply:os.mkdir ["{tmp_path / "harm"}"]')
-    assert flags_from_yaml(str(path), NAMES) == ["--prompt", str(tmp_path / "harm")]
+    assert flags_from_yaml(str(path), OPTIONS) == ["--prompt", str(tmp_path / "harm")]
     assert not (tmp_path / "harm").exists()
 
 
@@ -122,7 +125,7 @@ def mutated(draw):
 
 def read_or_refuse(path):
     try:
-        flags = flags_from_yaml(str(path), NAMES)
+        flags = flags_from_yaml(str(path), OPTIONS)
     except UserError as error:
         assert str(error).startswith(f"--config {path}: ")
     else:

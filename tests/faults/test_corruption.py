@@ -80,7 +80,7 @@ def test_the_latest_is_the_newest_whole_one_and_broken_ones_are_named(whole, tmp
         shutil.copytree(whole, tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-100" / FILES[0]).unlink()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
-    assert f"Passed over: {tmp_path}/checkpoint-100 is not a complete checkpoint: {FILES[0]}: " in caplog.text
+    assert f"Skipped: {tmp_path}/checkpoint-100 is not a complete checkpoint: {FILES[0]}: " in caplog.text
     for step in (3, 20):
         (tmp_path / f"checkpoint-{step}" / MANIFEST_NAME).unlink()
     assert latest_checkpoint(tmp_path) is None

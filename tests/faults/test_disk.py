@@ -14,7 +14,7 @@ def test_where_a_checkpoint_cannot_be_written_the_run_stops_and_the_last_one_sta
     code, said = run.run(child.after_step, 3, child.limit_file_size, limit)
     assert code == 74 and run.checkpoints == ["checkpoint-2"]
     assert "error: out/checkpoint-4 could not be saved: " in said and "File too large" in said
-    assert "MiB are free in " in said and "checkpoint-2 is still there, to go on from with --resume_from" in said
+    assert "MiB are free in " in said and "checkpoint-2 is still there, to resume from with --resume_from" in said
     assert "Traceback" not in said
     uninterrupted = start_run("uninterrupted")
     assert uninterrupted.run()[0] == run.run()[0] == 0
@@ -51,7 +51,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(start_run)
     run = start_run()
     code, said = run.run(child.have_free, 100_000)
     assert code == 74 and "Training:" not in said
-    assert "error: --output_dir out has 0 MiB free; a checkpoint and the result take 0 MiB. " in said
+    assert "error: --output_dir out has 0 MiB free; a checkpoint and the result need 0 MiB. " in said
     assert run.run(child.have_free, 200_000)[0] == 0
 
 
@@ -59,4 +59,4 @@ def test_an_output_folder_that_cannot_be_made_is_refused(start_run):
     run = start_run(output_dir="file/out")
     (run.folder / "file").write_text("")
     code, said = run.run()
-    assert code == 2 and "error: --output_dir file/out cannot be made: [Errno 20] Not a directory" in said
+    assert code == 2 and "error: --output_dir file/out cannot be created: [Errno 20] Not a directory" in said

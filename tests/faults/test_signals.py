@@ -1,4 +1,4 @@
-"""Told to stop, a run saves after the step and ends with code 75; the same command goes on."""
+"""Told to stop, a run saves after the step and ends with code 75; the same command continues it."""
 
 import signal
 import time

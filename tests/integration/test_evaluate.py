@@ -11,6 +11,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
@@ -19,6 +20,7 @@ from kron_adapter import save_kronecker
 from scripts import convert, evaluate, generate
 from tests.adapters import adapted_pipeline
 from tests.conftest import ROOT, flags
+from tests.safety import add_safety_checker
 
 PROMPTS = ["a {} in the snow", "a red {}"]
 
@@ -189,6 +191,15 @@ def test_a_base_model_alone_a_prompt_file_and_single_images_will_do(run_main, op
     assert images == {"00-0.png", "01-0.png"}
 
 
+def test_images_that_a_safety_checker_would_blacken_are_scored(run_main, options, tiny_sd, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    add_safety_checker(pipeline, threshold=-2.0)
+    pipeline.save_pretrained(tmp_path / "checked")
+    run_main(evaluate, **options | {"pretrained_model_name_or_path": tmp_path / "checked"})
+    images = list((options["output_dir"] / "images" / "base").glob("*.png"))
+    assert len(images) == 6 and all(pixels(path).any() for path in images)
+
+
 def test_the_prior_can_be_left_out(run_main, options, adapter):
     run_main(evaluate, **options | {"num_class_images": 0}, adapter=adapter)
     assert report(options)["prior"] is None
@@ -222,11 +233,11 @@ def test_the_sheet_shows_photos_and_for_each_prompt_the_models_side_by_side(run_
     [
         ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere: there is no such folder"),
         ({"instance_data_dir": "empty"}, "--instance_data_dir empty: there is no readable image"),
-        ({"prompt": None, "prompts": "none.txt"}, "--prompts none.txt: there is no prompt in it"),
+        ({"prompt": None, "prompts": "none.txt"}, "--prompts none.txt: it has no prompts"),
         ({"prompt": None, "prompts": "nowhere.txt"}, "--prompts nowhere.txt: .*No such file"),
         ({"prompt": ["a {} here", "a photo"]}, r"the prompt 'a photo' has no \{\}, which stands for the subject"),
-        ({"clip_model": "empty"}, "--clip_model empty is no CLIP model: "),
-        ({"dino_model": "nowhere"}, "--dino_model nowhere is no DINO model: "),
+        ({"clip_model": "empty"}, "--clip_model empty is not a CLIP model: "),
+        ({"dino_model": "nowhere"}, "--dino_model nowhere is not a DINO model: "),
         ({"adapter": "none.txt"}, "none.txt"),
         ({"pretrained_model_name_or_path": "nowhere"}, "nowhere is not a base model"),
     ],

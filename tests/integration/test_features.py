@@ -20,7 +20,7 @@ from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
 from dreambooth.loop.steps import Denoiser
 from scripts import generate, merge
-from tests.conftest import WEIGHTS, assert_same, factors, metrics, subject_photos
+from tests.conftest import WEIGHTS, assert_same, draw_photos, factors, metrics
 
 
 @pytest.fixture(params=["sd", "sdxl"])
@@ -28,7 +28,7 @@ def twin(request, options, tmp_path_factory):
     """A script with options that suit it: the dog for Stable Diffusion, the cartoon for SDXL."""
     script, family = {"sd": (sd, SD), "sdxl": (sdxl, SDXL)}[request.param]
     base = request.getfixturevalue(f"tiny_{request.param}")
-    photos = options["instance_data_dir"] if script is sd else subject_photos("red_cartoon", 4, tmp_path_factory)
+    photos = options["instance_data_dir"] if script is sd else draw_photos(tmp_path_factory.mktemp("cartoon"), 4)
     options = {**options, "pretrained_model_name_or_path": base, "instance_data_dir": photos}
     return SimpleNamespace(script=script, family=family, base=base, options=options, name=request.param)
 

@@ -1,5 +1,6 @@
 """The contract of the seam Method, over all methods and families. What each call means is in dreambooth/method.py."""
 
+import re
 import sys
 
 import numpy as np
@@ -180,6 +181,24 @@ def test_a_fresh_pipeline_draws_the_same_from_the_file(method, name, pipeline, b
     description = attached.describe(path, str(base), PROMPT)
     count = sum(parameter.numel() for parameter in parameters_of(attached))
     assert f"{count:,} parameters" in " ".join(description.contents)
+
+
+@EVERY_METHOD
+@EVERY_FAMILY
+def test_the_card_s_snippet_runs(method, name, pipeline, base, tmp_path, monkeypatch):
+    """Word for word, but for the GPU and its precision."""
+    _, attached = attach(method, name, pipeline, base)
+    perturb(attached)
+    attached.save(tmp_path / method.weights_name, {}, torch.float32)
+    usage = attached.describe(tmp_path / method.weights_name, str(base), PROMPT).usage
+    snippet = re.search("```python\n(.*?)```", usage, re.DOTALL)[1]
+    for old, new in {"cuda": "cpu", "float16": "float32", ").images": ", num_inference_steps=1).images"}.items():
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(snippet, names)
+    assert (draw(names["pipeline"]) - draw(pipeline)).abs().max() <= 1  # of 255
 
 
 # ---- the exact numbers of trained parameters, of the real architectures ----

@@ -15,9 +15,8 @@ import train_dreambooth_kronecker_sdxl
 from dreambooth.scoring.embeddings import load_evaluators
 from dreambooth.scoring.measures import PriorDrift, PromptScores, score_images, score_prior
 from dreambooth.scoring.subject import read_subject_photos
-from kron_adapter import load_kronecker
 from tests.conftest import ROOT, WEIGHTS
-from toyworld.study import draw_all, load_base
+from toyworld.study import draw_all, load
 from toyworld.subjects import prompts
 
 MODELS = ROOT / "toyworld" / "models"
@@ -49,10 +48,7 @@ def examine(evaluators, photos):
     before = {}
 
     def examined(kind: str, adapter=None) -> Result:
-        pipeline = load_base(str(MODELS / kind))
-        if adapter:
-            load_kronecker(pipeline, adapter)
-        drawn = draw_all(pipeline, "robot", images=2, class_images=8)
+        drawn = draw_all(load(str(MODELS / kind), [adapter] if adapter else []), "robot", images=2, class_images=8)
         before.setdefault(kind, drawn.class_images)
         texts = [prompt.replace("sks ", "") for prompt in prompts("robot")]
         return Result(

@@ -82,6 +82,22 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(script, run_main, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", ["generate", "merge", "evaluate"])
+@pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["--adapter_scale", "nan"], 2)])
+def test_help_and_wrong_options_are_answered_without_heavy_imports(script, arguments, code):
+    program = f"""
+import runpy, sys
+sys.argv = ["{script}.py", *{arguments}]
+try:
+    runpy.run_path("scripts/{script}.py", run_name="__main__")
+except SystemExit as end:
+    heavy = {{"torch", "diffusers", "accelerate"}} & set(sys.modules)
+    sys.exit(f"imported {{heavy}}" if heavy else end.code)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == code, result.stderr
+
+
 @pytest.mark.parametrize("script", ["generate", "merge"])
 def test_errors_of_the_command_line_are_one_line(script, tmp_path, adapter):
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--pretrained_model_name_or_path", "nowhere"]

@@ -1,4 +1,4 @@
-"""The training programs through their command lines, a few steps each: they run, save and go on; the result loads."""
+"""The training programs through their command lines, a few steps each: they run, save and resume; the result loads."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def test_a_base_model(kind, vae, tmp_path):
     arguments = (kind, "--vae", vae / "vae", "--pictures", 32, "--output_dir", tmp_path)
     run("train_base", *arguments)
     encoded = (tmp_path / "latents.safetensors").stat().st_mtime_ns
-    assert " 2/3 " in run("train_base", *arguments, steps=3)  # goes on
+    assert " 2/3 " in run("train_base", *arguments, steps=3)  # it resumes
     assert (tmp_path / "latents.safetensors").stat().st_mtime_ns == encoded  # pictures are encoded once
     assert (tmp_path / "described.png").is_file() and (tmp_path / "named.png").is_file()
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)

@@ -16,10 +16,13 @@ import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.errors import SaveError, UserError, readable_errors
 from dreambooth.options.checking import check_options, check_values
 from dreambooth.options.field import declarations, groups_of, option, public_options, result_options
-from dreambooth.options.foreign import ANSWERS, TABLE, explain_unknown, flags_in
+from dreambooth.options.foreign import TABLE, answers_of, explain_unknown, flags_in
+from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.options.parsing import parse_options
+from dreambooth.options.training import TrainingConfig, config_class
 from dreambooth.options.yaml_file import save_config
 from kron_formats.errors import KroneckerError
+from methods.options import LoraOptions
 from scripts import evaluate, generate, merge
 from tests.conftest import ROOT
 from train_dreambooth_kronecker import Config
@@ -27,6 +30,8 @@ from train_dreambooth_kronecker import Config
 REQUIRED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos", "instance_prompt": "sks dog"}
 DEFAULTS = Config(**REQUIRED)
 FIELDS = dataclasses.fields(Config)
+ANSWERS = answers_of(Config)
+LORA = config_class(TrainingConfig, LoraOptions)
 SCRIPTS = {"sd": Config, "sdxl": sdxl.Config, "generate": generate.Config, "evaluate": evaluate.Config}
 SCRIPTS["merge"] = merge.Config
 
@@ -416,23 +421,26 @@ def test_a_file_is_answered_too(capsys, write_yaml):
     assert ANSWERS["rank"] in refusal(capsys, *write_yaml("rank: 4"))
 
 
-@pytest.mark.parametrize("flags, sentence", TABLE, ids=[flags for flags, _ in TABLE])
-def test_an_answer_names_flags_that_there_are_for_a_flag_that_there_is_not(flags, sentence):
-    names = [field.name for field in FIELDS]
-    assert set(flags_in(sentence)) <= {*names, "config"}
-    for flag in flags.split():
-        assert flag not in names and explain_unknown(flag, names) == sentence
-    for script in re.findall(r"scripts/\w+\.py|configs/\w+", sentence):
-        assert (ROOT / script).exists()
+@pytest.mark.parametrize("config_class, own", [(Config, KroneckerOptions), (LORA, LoraOptions)])
+def test_an_answer_names_flags_that_there_are_for_a_flag_that_there_is_not(config_class, own):
+    names = list(declarations(config_class))
+    for flags, sentence in (*TABLE, *own.foreign):
+        assert set(flags_in(sentence)) <= {*names, "config"}
+        for flag in flags.split():
+            assert flag not in names and explain_unknown(flag, config_class) == sentence
+        for script in re.findall(r"scripts/\w+\.py|configs/\w+", sentence):
+            assert (ROOT / script).exists()
 
 
 def test_an_answer_is_given_once():
-    assert len(ANSWERS) == sum(len(flags.split()) for flags, _ in TABLE)
+    for own in (KroneckerOptions, LoraOptions):
+        flags = [flag for flags, _ in (*TABLE, *own.foreign) for flag in flags.split()]
+        assert len(flags) == len(set(flags))
 
 
 def test_an_answer_that_names_what_a_script_lacks_is_not_given():
-    assert explain_unknown("rank", ["kron_a1", "kron_a2", "kron_init"]) == ANSWERS["rank"]
-    assert "--kron" not in explain_unknown("rank", list(declarations(generate.Config)))
+    assert explain_unknown("train_data_dir", Config) == ANSWERS["train_data_dir"]
+    assert "--instance_prompt" not in explain_unknown("train_data_dir", generate.Config)
 
 
 def test_what_accelerate_launch_takes_is_sent_there(monkeypatch):
@@ -545,7 +553,7 @@ EVERYTHING = """
     --save_precision fp16 --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
     --push_to_hub --hub_model_id me/dog --cache_dir "~/hub" --logging_steps 4 --skip_nonfinite 2
 """
-# what does not go with the above
+# what does not work with the above
 REST = """
     --pretrained_model_name_or_path hub/model --instance_prompt sks --dataset_name hub/photos --image_column photo
     --dataset_config_name small --with_prior_preservation --prior_source base_model --class_prompt dog

@@ -186,8 +186,8 @@ DAMAGED = {  # what makes a file that cannot be trained on, and what its name an
     "truncated PNG": (write(".png", encoded("PNG")[:2000]), "image.png: image file is truncated"),
     "truncated GIF": (write(".gif", encoded("GIF")[:2000]), "image.gif: image file is truncated"),
     "truncated WebP": (write(".webp", encoded("WEBP")[:2000]), "image.webp: "),
-    "zero bytes": (write(".png", b""), "image.png: it is no image, or damaged from its beginning"),
-    "text": (write(".JPG", b"<html>404 Not Found</html>"), "image.JPG: it is no image"),
+    "zero bytes": (write(".png", b""), "image.png: it is not an image"),
+    "text": (write(".JPG", b"<html>404 Not Found</html>"), "image.JPG: it is not an image"),
     "HEIC": (write(".HEIC", b"\0\0\0\x18ftypheic"), "image.HEIC: HEIC is not supported; convert it to JPEG or PNG"),
     "decompression bomb": (write(".png", png(60000, 60000, 8, 2, b"")), "image.png: Image size (3600000000 pixels)"),
     "a line": (save(".png", Image.new("RGB", (2000, 1))), "image.png: 2000 x 1 px is too elongated"),
@@ -241,12 +241,16 @@ def test_stray_files_are_ignored_in_silence(strays, caplog):
 
 
 def test_a_folder_of_stray_files_is_an_error(strays):
-    with pytest.raises(UserError, match="--instance_data_dir .*there is no readable image .*it holds no image files"):
+    with pytest.raises(
+        UserError, match="--instance_data_dir .*there is no readable image .*it contains no image files"
+    ):
         read(strays)
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="--instance_data_dir .*there is no readable image .*it holds no image files"):
+    with pytest.raises(
+        UserError, match="--instance_data_dir .*there is no readable image .*it contains no image files"
+    ):
         read(tmp_path)
 
 
@@ -449,10 +453,10 @@ def test_an_empty_caption_is_ignored_with_a_warning(album, caplog, name, text):
     assert warning.startswith(f"--instance_data_dir {folder}: {name.replace('__', '.')} is empty")
 
 
-def test_a_caption_that_is_no_utf_8_is_an_error_that_names_it(album):
+def test_a_caption_that_is_not_utf_8_is_an_error_that_names_it(album):
     folder = album()
     (folder / "b.txt").write_bytes("Hündchen".encode("latin-1"))
-    with pytest.raises(UserError, match=f"--instance_data_dir {folder}: b.txt is no text in UTF-8"):
+    with pytest.raises(UserError, match=f"--instance_data_dir {folder}: b.txt cannot be read as UTF-8"):
         read(folder)
 
 
@@ -463,7 +467,7 @@ def test_captions_and_masks_without_a_photo_are_named_in_a_warning(album, caplog
     assert prompts(folder) == {"a.jpg": PROMPT, "b.png": "fine"}
     (warning,) = warnings_in(caplog)
     names = "a.jpg.txt, b.TXT, c.class.txt, d.mask.png, notes.txt"
-    assert warning == f"--instance_data_dir {folder}: captions or masks without a photo of their name: {names}"
+    assert warning == f"--instance_data_dir {folder}: captions or masks without a photo of the same name: {names}"
 
 
 def test_the_caption_of_a_damaged_photo_is_no_orphan(album, caplog):
@@ -502,7 +506,7 @@ def test_metadata_of_photos_that_are_not_there_is_named_in_a_warning(album, capl
     folder = album(metadata__jsonl=jsonl({"file_name": "a.jpg", "text": "x"}, {"file_name": "sub/c.jpg", "text": "y"}))
     assert prompts(folder)["a.jpg"] == "x"
     (warning,) = warnings_in(caplog)
-    assert warning.endswith("captions or masks without a photo of their name: sub/c.jpg in metadata.jsonl")
+    assert warning.endswith("captions or masks without a photo of the same name: sub/c.jpg in metadata.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -602,11 +606,11 @@ def test_a_mask_fits_the_photo_as_it_is_turned_upright(tmp_path):
 
 
 MASKS = {
-    "another shape": (Image.new("L", (32, 32), 255), "a.mask.png is 32 x 32 px, .* than its photo of 64 x 32 px"),
-    "turned": (Image.new("L", (32, 64), 255), "a.mask.png is 32 x 64 px, .* than its photo of 64 x 32 px"),
+    "another shape": (Image.new("L", (32, 32), 255), "a.mask.png is 32 x 32 px, .*its photo, 64 x 32 px"),
+    "turned": (Image.new("L", (32, 64), 255), "a.mask.png is 32 x 64 px, .*its photo, 64 x 32 px"),
     "black": (Image.new("L", (64, 32), 0), "a.mask.png is black everywhere"),
     "0 and 1": (Image.new("L", (64, 32), 1), "a.mask.png is black everywhere; white \\(255\\)"),
-    "damaged": (None, "a.mask.png: it is no image"),
+    "damaged": (None, "a.mask.png: it is not an image"),
 }
 
 
@@ -714,7 +718,9 @@ def test_a_missing_column_is_an_error_that_lists_those_there_are(
 
 def test_a_column_without_images_is_an_error(tmp_path, quiet_datasets):
     quiet_datasets.Dataset.from_dict({"image": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
-    with pytest.raises(UserError, match="--image_column image: there are no images in that column of --dataset_name"):
+    with pytest.raises(
+        UserError, match="--image_column image: that column of --dataset_name .* does not contain images"
+    ):
         read_dataset(tmp_path / "numbers.parquet")
 
 

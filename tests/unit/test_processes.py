@@ -36,7 +36,7 @@ def test_what_does_not_go_with_fsdp_is_refused(options, named, monkeypatch, tmp_
     set_by_launcher = prepare_multi_gpu_env(launch_command_parser().parse_args(flags.split()))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", set_by_launcher["ACCELERATE_USE_FSDP"])
     check_sharding(make_config(tmp_path))
-    with pytest.raises(UserError, match=f"^{named} does not go with FSDP.*configs/accelerate/multi_gpu.yaml"):
+    with pytest.raises(UserError, match=f"^{named} does not work with FSDP.*configs/accelerate/multi_gpu.yaml"):
         start_accelerator(make_config(tmp_path, **options))
 
 
@@ -48,7 +48,7 @@ def test_what_does_not_go_with_fsdp_is_refused(options, named, monkeypatch, tmp_
     ],
 )
 def test_the_end_of_a_connection_is_a_lost_process(error):
-    with pytest.raises(LostProcessError, match="has ended or does not answer.*(\n.*)*--resume_from_checkpoint latest"):
+    with pytest.raises(LostProcessError, match="has ended or does not respond.*(\n.*)*--resume_from_checkpoint latest"):
         with explain_lost_process():
             raise error
 

@@ -181,7 +181,7 @@ def test_the_first_step_that_is_not_finite_ends_training_and_is_named(losses, nu
 def test_as_many_as_are_tolerated_are_warned_of(config, accelerate, tmp_path, caplog):
     config = dataclasses.replace(config, skip_nonfinite=2)
     train(accelerate(), config, 0, 0.5, math.nan, 0.5, math.inf, 0.5)
-    assert caplog.text.count("it was skipped, as ") == 2
+    assert caplog.text.count("it was skipped, number ") == 2
     with pytest.raises(UserError, match="step 5 is not finite: its loss is nan"):
         train(accelerate(), config, 0, 0.5, math.nan, 0.5, math.inf, math.nan, math.nan)
 
@@ -350,7 +350,7 @@ def test_a_tracker_that_fails_is_let_go_with_one_warning(verb, config, accelerat
     progress.close()
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
-    assert "--report_to wandb failed; training goes on without it: ConnectionError: the network is down" in warnings[0]
+    assert "--report_to wandb failed; " in warnings[0] and "ConnectionError: the network is down" in warnings[0]
     assert bad.verbs()[-1] == verb
     assert good.verbs() == ["start", "store_init_configuration", "log", "log_images", "log", "log_images", "finish"]
 
@@ -394,7 +394,7 @@ def test_trackio_runs(config, accelerate, monkeypatch, tmp_path):
     [
         (["all"], "--report_to all: .*tensorboard, wandb, trackio, none"),
         (["wandb", "comet_ml"], "--report_to comet_ml: .*tensorboard, wandb, trackio, none"),
-        (["none", "wandb"], "--report_to none does not go with other trackers"),
+        (["none", "wandb"], "--report_to none does not work with other trackers"),
         (["tensorboard", "trackio"], "--report_to trackio needs a package .* pip install trackio"),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Config, Dinov2Model, ViTModel, pipeline
 
-from dreambooth.drawing.draw import draw_prompt
+from dreambooth.drawing.draw import draw_images
 from dreambooth.errors import UserError
 from dreambooth.scoring.embeddings import (
     distinct_cosine,
@@ -24,6 +24,7 @@ from dreambooth.scoring.embeddings import (
 from dreambooth.scoring.measures import Scores, score_images, score_photos, score_prior
 from dreambooth.scoring.subject import name_subject, read_prompts, read_subject_photos
 from tests.conftest import ROOT
+from tests.safety import add_safety_checker
 
 CPU = torch.device("cpu")
 PHOTOS = sorted((ROOT / "toyworld" / "photos" / "dog").glob("*.png"))
@@ -161,7 +162,7 @@ def copy_without(folder, name, target):
     return target
 
 
-def test_what_is_no_evaluator_is_refused_by_name(tiny_clip, tiny_dino, tiny_sd, tmp_path):
+def test_what_is_not_an_evaluator_is_refused_by_name(tiny_clip, tiny_dino, tiny_sd, tmp_path):
     def refusal(clip, dino):
         with pytest.raises(UserError) as error:
             load_evaluators(str(clip), str(dino), CPU)
@@ -170,13 +171,13 @@ def test_what_is_no_evaluator_is_refused_by_name(tiny_clip, tiny_dino, tiny_sd, 
 
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "nowhere", tmp_path / "empty", tiny_sd, tiny_clip / "config.json"):
-        assert refusal(folder, tiny_dino).startswith(f"--clip_model {folder} is no CLIP model: ")
-        assert refusal(tiny_clip, folder).startswith(f"--dino_model {folder} is no DINO model: ")
+        assert refusal(folder, tiny_dino).startswith(f"--clip_model {folder} is not a CLIP model: ")
+        assert refusal(tiny_clip, folder).startswith(f"--dino_model {folder} is not a DINO model: ")
     assert "its config.json says clip, expected vit or" in refusal(tiny_clip, tiny_clip)
-    assert refusal(tiny_dino, tiny_dino).startswith(f"--clip_model {tiny_dino} is no CLIP model: ")
+    assert refusal(tiny_dino, tiny_dino).startswith(f"--clip_model {tiny_dino} is not a CLIP model: ")
     for name in ("preprocessor_config.json", "model.safetensors", "config.json"):
         damaged = copy_without(tiny_dino, name, tmp_path / f"dino-{name}")
-        assert refusal(tiny_clip, damaged).startswith(f"--dino_model {damaged} is no DINO model: ")
+        assert refusal(tiny_clip, damaged).startswith(f"--dino_model {damaged} is not a DINO model: ")
 
 
 def test_an_evaluator_that_lacks_weights_is_refused(tiny_clip, tiny_dino, tmp_path):
@@ -186,7 +187,7 @@ def test_an_evaluator_that_lacks_weights_is_refused(tiny_clip, tiny_dino, tmp_pa
     del weights["layernorm.weight"]
     damaged = copy_without(tiny_dino, "model.safetensors", tmp_path / "dino")
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="is no DINO model: its weights lack layernorm.weight"):
+    with pytest.raises(UserError, match="is not a DINO model: its weights lack layernorm.weight"):
         load_evaluators(str(tiny_clip), str(damaged), CPU)
 
 
@@ -292,13 +293,26 @@ def test_an_image_depends_on_its_seed_not_on_the_batch(tiny_sd):
 
     sd = StableDiffusionPipeline.from_pretrained(tiny_sd)
     sd.set_progress_bar_config(disable=True)
-    options = {"height": 64, "width": 64, "num_inference_steps": 2}
-    three = draw_prompt(sd, "a dog", range(3, 6), 2, **options)
-    (alone,) = draw_prompt(sd, "a dog", [5], 4, **options)
-    assert len(three) == 3 and draw_prompt(sd, "a dog", [], 2, **options) == []
+    options = {"prompt": "a dog", "height": 64, "width": 64, "num_inference_steps": 2}
+    three = draw_images(sd, range(3, 6), 2, **options)
+    (alone,) = draw_images(sd, [5], 4, **options)
+    assert len(three) == 3 and draw_images(sd, [], 2, **options) == []
 
     def difference(left, right):
         left, right = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int() for image in (left, right))
         return (left - right).abs().max()
 
     assert difference(three[2], alone) <= 1 < difference(three[1], alone)
+
+
+@pytest.mark.parametrize("threshold, rejected", [(-2.0, True), (2.0, False)])
+def test_images_that_a_safety_checker_rejects_are_black_and_others_as_without_it(threshold, rejected, tiny_sd):
+    from diffusers import StableDiffusionPipeline
+
+    sd = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    options = {"prompt": "a dog", "height": 64, "width": 64, "num_inference_steps": 2}
+    plain = draw_images(sd, [0, 1, 2], 2, **options)
+    add_safety_checker(sd, threshold)
+    checked = draw_images(sd, [0, 1, 2], 2, **options)
+    black = Image.new("RGB", (64, 64))
+    assert black not in plain and checked == ([black] * 3 if rejected else plain)

@@ -1,4 +1,4 @@
-"""The training programs' loop: going on after a stop, Muon on convolutions, the learning rate."""
+"""The training programs' loop: resuming, Muon on convolutions, the learning rate."""
 
 import argparse
 
@@ -40,7 +40,7 @@ def train(folder, loss_of=loss_of):
     return model, saved
 
 
-def test_a_program_that_was_stopped_goes_on_as_if_it_never_had(tmp_path):
+def test_a_stopped_program_continues_as_if_it_never_had(tmp_path):
     whole, averages = train(tmp_path / "whole")
 
     def interrupted(model, step):

@@ -1,20 +1,16 @@
-"""The shipped models: they are small, their words are tokens, they keep details and separate what they should."""
+"""How the toy world's models are built: small, with a token for every word; SDXL's start as Stable Diffusion's."""
 
 import random
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, ViTModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth.scoring.embeddings import load_evaluators
 from kron_adapter import inject_kronecker, remove_kronecker
 from tests.conftest import ROOT
 from toyworld.base_models import build_base, place_reserved_words, take_over
-from toyworld.pictures import render_batch, sample
-from toyworld.train_base import described, draw
-from toyworld.train_evaluators import build_clip, build_dino, retrieval, triples
-from toyworld.train_vae import psnr
+from toyworld.pictures import sample
 from toyworld.world import RESERVED, caption, named_characters
 
 MODELS = ROOT / "toyworld" / "models"
@@ -35,16 +31,6 @@ def test_the_models_are_small_and_hold_safetensors_only():
     assert {path.suffix for path in files} == {".safetensors", ".json"}
     for kind, limit in (("sd", 16.5e6), ("sdxl", 19e6), ("vae", 4e6), ("clip", 3e6), ("dino", 2e6)):
         assert sum(path.stat().st_size for path in files if path.is_relative_to(MODELS / kind)) < limit
-
-
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_base_model_draws_what_it_is_asked_for(kind):
-    pipeline = DiffusionPipeline.from_pretrained(MODELS / kind, dtype=torch.float32)
-    evaluators = load_evaluators(str(MODELS / "clip"), str(MODELS / "dino"), torch.device("cpu"))
-    prompts = described()
-    likeness = evaluators.clip_images(draw(pipeline, prompts)) @ evaluators.clip_texts(prompts).T
-    right = (likeness.argmax(1) == torch.arange(len(prompts))).sum()
-    assert right >= 26  # of 32; by chance it would be one
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -116,22 +102,3 @@ def test_sdxls_text_encoders_say_the_same_at_another_scale(vae, tokenizer):
     torch.testing.assert_close(scaled.text_embeds, original(**tokens).text_embeds, rtol=1e-4, atol=1e-4)
     assert 0.5 < scaled.hidden_states[-2].std() < 2
     assert original(**tokens, output_hidden_states=True).hidden_states[-2].std() > 10
-
-
-def test_the_autoencoder_keeps_the_details(vae):
-    assert psnr(vae, render_batch([sample("held out", i) for i in range(64)]).pixels) >= 29
-
-
-def test_clip_finds_the_caption_of_a_picture(tokenizer):
-    assert retrieval(CLIPModel.from_pretrained(MODELS / "clip", dtype=torch.float32), tokenizer) >= 0.8
-
-
-def test_dino_tells_characters_from_scenes():
-    dino = ViTModel.from_pretrained(MODELS / "dino", dtype=torch.float32, add_pooling_layer=False)
-    assert triples(dino) >= 0.85
-
-
-def test_untrained_evaluators_would_fail(tokenizer):
-    torch.manual_seed(0)
-    assert retrieval(build_clip().eval(), tokenizer) < 0.2
-    assert triples(build_dino().eval()) < 0.7

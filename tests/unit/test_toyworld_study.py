@@ -1,10 +1,16 @@
-"""The study: its table, and that every method can be without its adapter for a while."""
+"""The study: its tables, and a tiny run of it."""
+
+import argparse
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from toyworld.study import COLUMNS, METHODS, subjects_table, table
-from toyworld.tiny_pipeline import build_pipeline
+from dreambooth.errors import UserError
+from dreambooth.scoring.embeddings import load_evaluators
+from dreambooth.train import train
+from toyworld.study import COLUMNS, DRAWING, run_all, subjects_table, table
 
 
 def test_the_table_gives_means_over_all_runs_and_the_spread_of_the_seeds():
@@ -31,16 +37,48 @@ def test_the_table_gives_means_over_all_runs_and_the_spread_of_the_seeds():
     ]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_adapts_the_same_layers_and_can_be_switched_off(method):
-    unet = build_pipeline("sd").unet
-    inputs = torch.randn(1, 4, 8, 8), torch.tensor(10), torch.randn(1, 77, 64)
-    base = unet(*inputs).sample
-    adapter = METHODS[method](unet)
-    assert len(adapter.parameters) == 2 * 32
-    for parameter in adapter.parameters:
-        torch.nn.init.normal_(parameter, std=0.3)
-    assert not torch.equal(unet(*inputs).sample, base)
-    with adapter.without():
-        assert torch.equal(unet(*inputs).sample, base)
-    assert not torch.equal(unet(*inputs).sample, base)
+@pytest.fixture
+def study(tiny_sd, tiny_clip, tiny_dino, tmp_path, fresh_accelerator, monkeypatch):
+    """Run a tiny study of one method on one subject; return its records by the method's name."""
+    monkeypatch.setitem(DRAWING, "num_inference_steps", 1)
+    monkeypatch.setattr("toyworld.study.prompts", lambda subject: [f"a photo of sks {subject}"])
+    evaluators = load_evaluators(str(tiny_clip), str(tiny_dino), torch.device("cpu"))
+
+    def run(**options):
+        defaults = {"family": "sd", "base": str(tiny_sd), "output_dir": tmp_path, "subjects": ["robot"], "seeds": [0]}
+        defaults |= {"methods": ["LoRA r=1"], "learning_rates": [0.1], "max_train_steps": 2, "train_batch_size": 1}
+        records = run_all(argparse.Namespace(**defaults | options), evaluators, tmp_path / "runs.jsonl")
+        return {record["method"]: record for record in records}
+
+    return run
+
+
+def scores(record):
+    return {name: record[name] for name in COLUMNS}
+
+
+def test_a_run_trains_and_is_not_repeated(study, tmp_path, monkeypatch):
+    records = study()
+    assert scores(records["LoRA r=1"]) != scores(records["base model"])
+    assert records["LoRA r=1"]["parameters"] == 3 * 1024 + 1920  # d_in + d_out of every layer
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "runs.jsonl"}
+    monkeypatch.setattr("toyworld.study.train", None)
+    monkeypatch.setattr("toyworld.study.draw_all", None)
+    assert study() == records
+
+
+def test_what_is_scored_is_the_saved_file(study, monkeypatch):
+    def train_and_empty(family, method, config):
+        train(family, method, config)
+        path = Path(config.output_dir) / method.weights_name
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
+
+    monkeypatch.setattr("toyworld.study.train", train_and_empty)
+    records = study()
+    assert scores(records["LoRA r=1"]) == scores(records["base model"])
+
+
+def test_runs_with_other_settings_are_refused(study, tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"family": "sd", "max_train_steps": 300}\n')
+    with pytest.raises(UserError, match="--base .* --output_dir"):
+        study()
