@@ -10,7 +10,7 @@ from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
 from kron_formats.lora import kronecker_to_lora
 from kron_formats.names import Layer
-from kron_formats.reading import PEFT_WEIGHTS, Factors
+from kron_formats.reading import PEFT_WEIGHTS, Factors, LowRank
 from kron_formats.strength import PEFT_PREFIX
 from kron_formats.writing import cast, file_metadata, file_names, prefixed, shape_metadata, write_tensors
 
@@ -107,23 +107,41 @@ def write_lora(
 
     Every alpha is 1, with √r in both sides instead: diffusers mis-scales silently if alphas differ between layers.
     """
-    tensors, report = {}, {}
-    names = file_names(layers, kohya_names)
-    for key, layer in names.items():
-        lora, error = kronecker_to_lora(layers[layer], rank)
+    low_rank, report = {}, {}
+    for layer, factors in layers.items():
+        lora, error = kronecker_to_lora(factors, rank)
         r = lora.down.shape[0]
-        up, down = ((side * r**0.5).to(dtype).contiguous() for side in (lora.up, lora.down))
+        low_rank[layer] = LowRank(lora.up * r**0.5, lora.down * r**0.5)
+        report[layer] = (r, error)
+    shapes = shape_metadata({key: layers[layer] for key, layer in file_names(layers, kohya_names).items()})
+    write_low_rank(path, low_rank, 1.0, family, {**metadata, **shapes}, dtype, kohya_names)
+    return report
+
+
+def write_low_rank(
+    path: Path,
+    layers: Mapping[Layer, LowRank],
+    alpha: float,
+    family: Family | None,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+    kohya_names: bool = False,
+) -> None:
+    """Write a LoRA of which every tool takes alpha / r · up · down, under kohya's names.
+
+    Raises KroneckerError, with nothing written, if `dtype` cannot hold it.
+    """
+    tensors = {}
+    for key, layer in file_names(layers, kohya_names).items():
+        up, down = (side.detach().cpu().to(dtype).contiguous() for side in (layers[layer].up, layers[layer].down))
         up, down = up[(..., *[None] * len(layer.kernel))], down.unflatten(1, (-1, *layer.kernel))
         if not (up.isfinite().all() and down.isfinite().all()):
             raise KroneckerError(f"the LoRA of {key} is not finite in {dtype}; nothing was written")
         tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
-        tensors[f"{key}.alpha"] = torch.tensor(1.0, dtype=dtype)
-        report[layer] = (r, error)
-    shapes = shape_metadata({key: layers[layer] for key, layer in names.items()})
-    network = {"ss_network_module": "networks.lora", "ss_network_alpha": "1.0"}
-    network["ss_network_dim"] = str(max(r for r, _ in report.values()))
-    write_tensors(path, tensors, file_metadata({**metadata, **shapes}, family, network))
-    return report
+        tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+    network = {"ss_network_module": "networks.lora", "ss_network_alpha": str(alpha)}
+    network["ss_network_dim"] = str(max(lora.down.shape[0] for lora in layers.values()))
+    write_tensors(path, tensors, file_metadata(metadata, family, network))
 
 
 def total_error(layers: Layers, report: Mapping[Layer, tuple[int, float]]) -> float:

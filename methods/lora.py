@@ -25,9 +25,10 @@ from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state
 from dreambooth.seeds import Stream, seed_of, torch_seed
+from kron_formats.export import write_low_rank
 from kron_formats.names import components, find_layers
-from kron_formats.reading import AdapterFile
-from kron_formats.writing import prefixed, write_tensors
+from kron_formats.names import family as family_of
+from kron_formats.reading import AdapterFile, LowRank
 from methods.options import LoraOptions
 
 ADAPTER = "default"  # the name under which peft keeps what trains
@@ -61,15 +62,16 @@ class AttachedLora:
             set_peft_model_state_dict(model, state[name], ADAPTER)
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-        """Write a file for `pipeline.load_lora_weights`: <component>.<layer>.lora_A.weight and .lora_B.weight."""
-        tensors = {}
+        """Write a file under kohya's names, which `pipeline.load_lora_weights` and every LoRA tool read."""
+        layers = {}
         for layer in find_layers(self.models):
-            model, wrapper = self.models[layer.component], layer.path.removesuffix(".base_layer")
-            if wrapper != layer.path:
-                for side in ("lora_A", "lora_B"):
-                    weight = getattr(model.get_submodule(wrapper), side)[ADAPTER].weight
-                    tensors[f"{layer.dotted}.{side}.weight"] = weight.detach().cpu().to(dtype).contiguous()
-        write_tensors(path, tensors, {"format": "pt", **prefixed(metadata)})
+            wrapper = self.models[layer.component].get_submodule(layer.path.removesuffix(".base_layer"))
+            if isinstance(wrapper, LoraLinear):
+                sides = (getattr(wrapper, side)[ADAPTER].weight for side in ("lora_B", "lora_A"))
+                layers[layer] = LowRank(*sides)
+        (r,) = {lora.down.shape[0] for lora in layers.values()}
+        metadata = {"modelspec.description": "LoRA", **metadata}
+        write_low_rank(path, layers, float(r), family_of(self.models), metadata, dtype)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         kinds = Counter(

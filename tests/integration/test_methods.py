@@ -274,7 +274,7 @@ def test_two_processes_train_what_one_does(method, name, base, dog_photos, tmp_p
     expected, trained = (load_file(folder / method.weights_name) for folder in (one, two))
     assert expected.keys() == trained.keys()
     assert all(torch.allclose(trained[key], expected[key], atol=1e-5) for key in expected)
-    assert max(tensor.abs().max() for key, tensor in trained.items() if key.endswith(("w2", "lora_B.weight"))) > 1e-4
+    assert max(tensor.abs().max() for key, tensor in trained.items() if key.endswith(("w2", "lora_up.weight"))) > 1e-4
 
 
 @pytest.mark.parametrize(
