@@ -24,6 +24,7 @@ class Family:
     pipeline_class: type[DiffusionPipeline]
     denoiser: str  # the component that predicts
     text_encoders: tuple[str, ...]  # components
+    tokenizers: tuple[str, ...]  # components
     targets: Mapping[str, tuple[str, ...]]  # component -> its attention projections, by the ends of their paths
     component_titles: Mapping[str, str]  # component -> its name in messages and on the model card
 
@@ -36,11 +37,6 @@ class Family:
 
     # Additional arguments of pipeline_class.from_pretrained
     loading: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def tokenizers(self) -> tuple[str, ...]:
-        """The components that tokenize for the text encoders, in the same order."""
-        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
     def trained_models(self, components: Mapping[str, Any], with_text: bool) -> dict[str, nn.Module]:
         """Return the components that a method may train: the denoiser, then, if `with_text`, the text encoders."""

@@ -53,7 +53,7 @@ def match_layers(file: AdapterFile, models: Models) -> MatchedAdapter:
     if len(file.layers) < file.layout.number:
         problems.append(f"the file holds {len(file.layers)} of its {file.layout.number} layers")
     if len(given) > len(set(given)):
-        problems.append("some layers are there twice, under different names")
+        problems.append("some layers are in it twice, under different names")
     problems += [
         f"{layer.native} holds factors for {entry.size[1]} to {entry.size[0]} features, "
         f"the model's layer maps {layer.size[1]} to {layer.size[0]}"

@@ -229,7 +229,7 @@ def _check_class(component: str, model: nn.Module) -> None:
 def _unknown(what: str) -> KroneckerError:
     known = "; ".join(f"{component} ({' or '.join(classes)})" for component, classes in COMPONENT_CLASSES.items())
     return KroneckerError(
-        f"adapter files have no names for the layers of {what}. They have for: {known}. Pass those alone, as in "
+        f"adapter files have no names for the layers of {what}. They have names for: {known}. Pass only those, as in "
         '{"unet": pipeline.unet}; factors of other models can be kept with kronecker_state_dict'
     )
 

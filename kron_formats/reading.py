@@ -177,7 +177,7 @@ def read_adapter(path: str | os.PathLike, allow_pickle: bool = False) -> Adapter
     parts = defaultdict(dict)
     for (name, role), (key, tensor) in zip(names_and_roles, tensors.items()):
         if role in parts[name]:
-            raise KroneckerError(f"{path}: {name} is there twice, under different names, for example {key}")
+            raise KroneckerError(f"{path}: {name} is in it twice, under different names, for example {key}")
         parts[name][role] = _checked(tensor, role, f"{path}: {key}")
     reference_is_lora = all(
         part["reference_down"].shape[0] == part["reference_up"].shape[-1]

@@ -110,7 +110,7 @@ def inconsistency(arguments: argparse.Namespace) -> str | None:
         given = {name: value for name, value in vars(arguments).items() if name not in ("inspect", "allow_pickle")}
         if extra := [name for name, value in given.items() if value is not None]:
             flags = ", ".join("INPUT" if name == "input" else f"--{name}" for name in extra)
-            return f"--inspect FILE stands alone, but is given with {flags}"
+            return f"--inspect FILE cannot be combined with {flags}"
         return None
     if not (arguments.input and arguments.to and arguments.output):
         return "give INPUT, --to and --output, or --inspect FILE"
@@ -118,7 +118,7 @@ def inconsistency(arguments: argparse.Namespace) -> str | None:
         if getattr(arguments, flag) is not None and arguments.to not in formats:
             return f"--{flag} is for --to {' and --to '.join(formats)}, not for --to {arguments.to}"
     if (arguments.kron_a1 is None) != (arguments.kron_a2 is None):
-        return "--kron_a1 and --kron_a2 go together"
+        return "--kron_a1 and --kron_a2 must be given together"
     if arguments.output.exists():
         return f"--output {arguments.output} exists already; choose another path"
     if arguments.to == "fused":

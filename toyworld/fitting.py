@@ -5,7 +5,6 @@ the same result as if it had never stopped.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 from tqdm import tqdm
+
+from kron_formats.files import whole_file
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -166,10 +167,9 @@ class _group_norm_in_fp32:
 
 
 def _save(state: Path, model: nn.Module, average: AveragedModel, optimizers: list, step: int) -> None:
-    unfinished = state.with_suffix(".tmp")
     tensors = [part.state_dict() for part in (model, average, *optimizers)]
-    torch.save({"step": step, "parts": tensors}, unfinished)
-    os.replace(unfinished, state)
+    with whole_file(state) as unfinished:
+        torch.save({"step": step, "parts": tensors}, unfinished)
 
 
 def _resume(state: Path, model: nn.Module, average: AveragedModel, optimizers: list) -> int:

@@ -65,7 +65,9 @@ def check_family(family: Family, config: BaseModelOptions) -> None:
     with _readable_base(name):
         found = _load_index(config).get("_class_name")
     if found != expected:
-        raise UserError(f"--pretrained_model_name_or_path {name} is a {found}, but this script trains a {expected}")
+        raise UserError(
+            f"--pretrained_model_name_or_path {name} is a {found}, but this script trains a {expected} ({family.title})"
+        )
 
 
 def _load_index(config: BaseModelOptions) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dreambooth.data.crops import Crop, Crops
 from dreambooth.data.noise import Draw
 from dreambooth.data.order import GlobalSampler, batch_unit, order_of_pass, samples_of_step, samples_per_pass
-from dreambooth.data.photos import Photo, prior_from_base_model
+from dreambooth.data.photos import Photo
 from dreambooth.data.sizes import Size
 from dreambooth.options.steps import BatchOptions
 from dreambooth.options.training import TrainingConfig
@@ -60,7 +60,7 @@ class DreamBoothDataset(Dataset):
         dropped = generator_of(config.seed, Stream.CAPTION_DROPOUT, k).random() < config.caption_dropout_probability
         crop = self.crops.draw(False, number, shape, k)
         rows = [self._row(crop, "" if dropped else photo.prompt, seed_of(config.seed, Stream.INSTANCE_NOISE, k))]
-        if prior_from_base_model(config):
+        if config.uses_base_model_prior:
             assert photo.class_prompt is not None  # the prior needs --class_prompt: PriorOptions.check
             # The class is not confined to the subject's mask.
             rows.append(replace(rows[0], prompt_row=self.prompt_row[photo.class_prompt], loss_weights=None))
@@ -179,6 +179,6 @@ def build_loader(
 def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
     """Return every prompt of a run once, in order of first use, always including the empty prompt."""
     prompts = [photo.prompt for photo in (*photos, *class_photos)]
-    if prior_from_base_model(config):
+    if config.uses_base_model_prior:
         prompts += [photo.class_prompt for photo in photos if photo.class_prompt is not None]
     return list(dict.fromkeys([*prompts, *config.validation_prompt, ""]))

@@ -15,7 +15,6 @@ from dreambooth.data.captions import MASK_SUFFIX, METADATA, caption_of, read_cap
 from dreambooth.data.sizes import Size, class_size, instance_size
 from dreambooth.errors import UserError
 from dreambooth.options.data import ImageOptions
-from dreambooth.options.drawing import PriorOptions
 from dreambooth.options.photos import PhotoOptions
 from kron_formats.files import check_regular, printable
 
@@ -67,14 +66,9 @@ def read_instance_photos(config: ImageOptions) -> list[Photo]:
         photos = _read_folder(folder, "--instance_data_dir", config.instance_prompt, instance_size, config)
         if config.caption_column is not None and not (Path(folder) / METADATA).exists():
             raise UserError(f"--caption_column {config.caption_column}: --instance_data_dir {folder} has no {METADATA}")
-    if not prior_from_base_model(config) and any(photo.class_prompt != config.class_prompt for photo in photos):
+    if not config.uses_base_model_prior and any(photo.class_prompt != config.class_prompt for photo in photos):
         logger.warning("Class prompts of single photos are only used with --prior_source base_model")
     return photos
-
-
-def prior_from_base_model(config: PriorOptions) -> bool:
-    """Whether the prior is the base model's prediction for the instance photos with their class prompts."""
-    return config.with_prior_preservation and config.prior_source == "base_model"
 
 
 def read_class_photos(config: ImageOptions) -> list[Photo]:

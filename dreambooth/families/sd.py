@@ -27,6 +27,7 @@ SD = Family(
     pipeline_class=StableDiffusionPipeline,
     denoiser="unet",
     text_encoders=("text_encoder",),
+    tokenizers=("tokenizer",),
     targets={"unet": ATTENTION_TARGETS, "text_encoder": TEXT_ENCODER_TARGETS},
     component_titles={"unet": "UNet", "text_encoder": "text encoder"},
     encode_prompts=encode_prompts,

@@ -45,6 +45,7 @@ SDXL = Family(
     pipeline_class=StableDiffusionXLPipeline,
     denoiser="unet",
     text_encoders=("text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
     targets={
         "unet": ATTENTION_TARGETS,
         "text_encoder": TEXT_ENCODER_TARGETS,

@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth.base_model.process import NoiseProcess
 from dreambooth.data.dataset import Batch
-from dreambooth.data.photos import prior_from_base_model
 from dreambooth.family import Embeddings
 from dreambooth.loop.health import StepReport, is_sound, read_reports
 from dreambooth.loop.losses import dreambooth_losses, row_losses
@@ -86,7 +85,7 @@ def train_steps(
         with accelerator.accumulate():
             noised = process.noise(latents_of(batch), batch.noise, batch.timesteps)
             inputs, target = (noised.latents, noised.timesteps, batch.prompt_rows, batch.size_conditions), noised.target
-            if prior_from_base_model(config):
+            if config.uses_base_model_prior:
                 prior_inputs = [tensor[batch.num_instances :] for tensor in inputs]
                 with torch.no_grad(), without(), accelerator.autocast():
                     prior = denoiser(*prior_inputs)

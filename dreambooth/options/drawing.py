@@ -48,6 +48,11 @@ class PriorOptions(SampleBatchOptions):
     prior_negative_prompt: str = option("Negative prompt for class images.", "", decides_result=False)
 
     @property
+    def uses_base_model_prior(self) -> bool:
+        """Whether the prior is what the base model predicts for the instance images under their class prompts."""
+        return self.with_prior_preservation and self.prior_source == "base_model"
+
+    @property
     def uses_class_images(self) -> bool:
         """Whether the prior is learned from class images."""
         return self.with_prior_preservation and self.prior_source == "images"

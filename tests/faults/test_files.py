@@ -127,7 +127,7 @@ MALFORMED = {  # kind: content, words of the refusal
     "LoRA that does not go": (build([*lora(r=2)[:1], *lora(r=3)[1:]]), "is not a product"),
     "factors and a LoRA in a layer": (build([*lokr(), *lora()[:2]]), "."),
     "layer under two names": (build([tensor("x.to_q.lora_down.weight", 2, 4), tensor("x.to_q.lora_A.weight", 2, 4)]),
-                              "x.to_q is there twice"),
+                              "x.to_q is in it twice"),
     "name twice": (TWICE, "its header has lora_unet_mid_block.* twice"),
     "keys of a language model": (build([tensor("model.layers.0.self_attn.q_proj.weight", 4, 4)]), "have other names"),
     "keys of a whole checkpoint": (build([tensor("model.diffusion_model.out.2.weight", 4, 4)]), "a whole Stable"),

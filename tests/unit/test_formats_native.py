@@ -241,5 +241,5 @@ def test_a_layer_that_is_there_twice_is_refused(sdxl, tmp_path):
     tensors = load_file(tmp_path / "a.safetensors")
     again = {name.replace("middle_block_1", "mid_block_attentions_0"): tensor for name, tensor in tensors.items()}
     save_file({**tensors, **{name: tensor.clone() for name, tensor in again.items()}}, tmp_path / "a.safetensors")
-    with pytest.raises(KroneckerError, match="some layers are there twice, under different names"):
+    with pytest.raises(KroneckerError, match="some layers are in it twice"):
         load_kronecker(plain_pipeline("sdxl"), tmp_path / "a.safetensors")
