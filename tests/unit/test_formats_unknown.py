@@ -26,7 +26,7 @@ from kron_formats.names import component_of, components, family, find_layers, is
 from kron_formats.reading import read_adapter
 from tests.adapters import adapted_pipeline, plain_pipeline
 
-KNOWN = r"unet \(UNet2DConditionModel\); text_encoder \(.*\); text_encoder_2 \(.*Pass those alone"
+KNOWN = r"unet \(UNet2DConditionModel\); text_encoder \(.*\); text_encoder_2 \(.*Pass only those"
 
 
 class Pipeline:
