@@ -5,4 +5,5 @@ source "$(dirname "$0")/venv.sh" requirements.txt tests/requirements.txt
 ruff check
 ruff format --check
 basedpyright
-exec python -m pytest "$@"
+export OMP_NUM_THREADS=1  # each test process has one thread, and there is one process per core
+exec python -m pytest --numprocesses logical --dist load --maxschedchunk 1 "$@"
