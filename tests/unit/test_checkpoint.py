@@ -5,11 +5,14 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from dreambooth.errors import SaveError, UserError
 from dreambooth.layout import list_checkpoints
-from dreambooth.output.checkpoint import _join, _split
-from tests.faults.checkpoints import Training, content
+from dreambooth.loop.optimizers import build_optimizer
+from dreambooth.method import Group
+from dreambooth.output.checkpoint import _distinct, _join, _split
+from tests.faults.checkpoints import Training, content, make_config
 
 
 def test_an_optimizer_s_state_goes_through_json_and_tensors_unchanged():
@@ -110,3 +113,18 @@ def test_a_checkpoint_of_other_factors_is_refused_where_they_do_not_fit(tmp_path
     path = Training(tmp_path / "a").save(1)
     with pytest.raises(UserError, match="checkpoint-1 cannot be resumed here: "):
         Training(tmp_path / "b", kron_factors=["to_q=1,1"]).load(path)
+
+
+def test_the_state_of_an_8_bit_optimizer_whose_tables_are_shared_is_kept(tmp_path):
+    """From 4,096 numbers on bitsandbytes quantises, and all parameters' states hold the same two tables."""
+    parameters = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+    group = Group("UNet", parameters, learning_rate=1e-2, weight_decay=0.0)
+    optimizer = build_optimizer([group], make_config(tmp_path, use_8bit_adam=True), 1)
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, number + 1.0)
+    optimizer.step()
+    tensors, rest = _split(optimizer.state_dict())
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors)
+    kept, _ = _split(_join(load(save(_distinct(tensors))), rest))
+    assert kept.keys() == tensors.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
