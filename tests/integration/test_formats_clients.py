@@ -303,10 +303,12 @@ def test_generate_refuses_a_lora_as_peft_saves_it_and_says_what_to_do(tmp_path, 
 
     from dreambooth.drawing.pipelines import load_adapted_pipeline
     from dreambooth.errors import UserError
+    from methods.readers import READERS
 
     get_peft_model(plain_pipeline("sd").unet, LoraConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a LoRA in peft's layout, .* fuse it with scripts/convert.py"):
-        load_adapted_pipeline(AdaptedModelOptions(pretrained_model_name_or_path=str(tiny_sd), adapter=[str(tmp_path)]))
+        config = AdaptedModelOptions(pretrained_model_name_or_path=str(tiny_sd), adapter=[str(tmp_path)])
+        load_adapted_pipeline(config, READERS)
 
 
 def test_an_adapter_s_colon_is_a_strength_only_before_a_number():
