@@ -142,12 +142,9 @@ def save_base(pipeline: DiffusionPipeline, average: Models, folder: Path) -> Dif
 def draw(pipeline: DiffusionPipeline, prompts: list[str], seed: int = 0) -> list[Image.Image]:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = build_sampler(pipeline.scheduler)
+    seeds = range(seed, seed + len(prompts))
     arguments = {"height": PIXELS, "width": PIXELS, "num_inference_steps": 20, "guidance_scale": GUIDANCE}
-    return [
-        image
-        for number, prompt in enumerate(prompts)
-        for image in draw_images(pipeline, [seed + number], 1, prompt=prompt, negative_prompt="", **arguments)
-    ]
+    return draw_images(pipeline, seeds, 16, prompt=prompts, negative_prompt=[""] * len(prompts), **arguments)
 
 
 def described() -> list[str]:

@@ -10,7 +10,9 @@ from dreambooth.base_model.latents import denormalise
 
 
 def draw_images(pipeline: Any, seeds: Sequence[int], batch_size: int, **arguments) -> list[Image.Image]:
-    """Return an image of one prompt for each seed, drawn `batch_size` at once. `arguments` are the pipeline's own.
+    """Return an image for each seed, drawn `batch_size` at once. `arguments` are the pipeline's own.
+
+    They hold one prompt for all images, or, as lists, a prompt and a negative prompt for each.
 
     The VAE decodes one image at a time, in its own precision, which may differ from the denoiser's. Images that the
     pipeline's safety checker rejects are black; training and scoring use pipelines without one.
@@ -21,8 +23,11 @@ def draw_images(pipeline: Any, seeds: Sequence[int], batch_size: int, **argument
 def draw_batches(pipeline: Any, seeds: Sequence[int], batch_size: int, **arguments) -> Iterator[list[Image.Image]]:
     """Yield the images of `draw_images`, batch by batch."""
     for start in range(0, len(seeds), batch_size):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        yield _draw(pipeline, num_images_per_prompt=len(generators), generator=generators, **arguments)
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        prompts = {name: value[part] for name, value in arguments.items() if isinstance(value, list)}
+        copies = 1 if prompts else len(generators)
+        yield _draw(pipeline, num_images_per_prompt=copies, generator=generators, **arguments | prompts)
 
 
 @torch.no_grad()
