@@ -124,7 +124,6 @@ class Lora:
     def attach(self, family: Family, models: Mapping[str, nn.Module], config: LoraOptions) -> AttachedLora:
         parameters: dict[str, list[nn.Parameter]] = {}
         for number, (name, model) in enumerate(models.items()):
-            model.requires_grad_(False)
             lora = LoraConfig(
                 r=config.rank,
                 lora_alpha=config.rank,

@@ -6,7 +6,7 @@ kind="${1:-sd}"
 case "$kind" in
     sd) script=train_dreambooth_kronecker.py ;;
     sdxl) script=train_dreambooth_kronecker_sdxl.py ;;
-    *) echo "error: '$kind' is no base model of the quickstart; there are sd and sdxl" >&2 && exit 2 ;;
+    *) echo "error: '$kind' is not a base model of the quickstart; choose sd or sdxl" >&2 && exit 2 ;;
 esac
 source "$(dirname "$0")/venv.sh" requirements.txt
 

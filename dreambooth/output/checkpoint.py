@@ -113,8 +113,7 @@ def save_checkpoint(
     path = checkpoint_path(output, step)
 
     def write() -> None:
-        tensors, rest = _split(state.state_dict() | {"step": step})
-        contents = {TENSORS_NAME: save(_distinct(tensors)), STATE_NAME: _json(rest), RUN_NAME: _json(run)}
+        contents = {**pack(state.state_dict() | {"step": step}), RUN_NAME: _json(run)}
         with saving(path), _unfinished(path, contents) as folder:
             write_result(folder / weights_name, state, step, config)
             save_config(config, folder / CONFIG_NAME)
@@ -233,7 +232,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
     with --allow_config_change. Raises UserError if the state does not fit.
     """
     try:
-        saved = _join(load((path / TENSORS_NAME).read_bytes()), json.loads((path / STATE_NAME).read_bytes()))
+        saved = unpack({name: (path / name).read_bytes() for name in (TENSORS_NAME, STATE_NAME)})
         state.load_state_dict(saved)
     except Exception as error:
         raise UserError(
@@ -241,6 +240,17 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
         ) from error
     logger.info("Resuming from %s", path)
     return saved["step"]
+
+
+def pack(tree: Any) -> dict[str, bytes]:
+    """Return name -> content of the two files that hold nested dicts and lists of tensors and plain values."""
+    tensors, rest = _split(tree)
+    return {TENSORS_NAME: save(_distinct(tensors)), STATE_NAME: _json(rest)}
+
+
+def unpack(contents: Mapping[str, bytes]) -> Any:
+    """Return what was packed, except that tuples come back as lists."""
+    return _join(load(contents[TENSORS_NAME]), json.loads(contents[STATE_NAME]))
 
 
 def _split(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:

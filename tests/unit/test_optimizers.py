@@ -1,7 +1,6 @@
 """Optimizers over many small factors, against the same ones over single tensors; what is saved, resumed and refused."""
 
 import copy
-import json
 import logging
 import sys
 from dataclasses import replace
@@ -10,7 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreambooth.errors import UserError
@@ -19,7 +17,7 @@ from dreambooth.families.sdxl import SDXL
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, evaluating
 from dreambooth.method import Group, adapter_groups
 from dreambooth.options.checking import check_options
-from dreambooth.output.checkpoint import _join, _split
+from dreambooth.output.checkpoint import pack, unpack
 from kron_adapter import (
     inject_kronecker,
     kronecker_parameters,
@@ -316,9 +314,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     train_three(step, lr_scheduler)
     factors = {f"{name}.{i}": factor for name, group in model.factors.items() for i, factor in enumerate(group)}
     state = {"factors": factors, "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
-    found, rest = _split(state)
-    save_file(found, tmp_path / "state.safetensors")
-    (tmp_path / "state.json").write_text(json.dumps(rest))
+    packed = pack(state)
     with evaluating(optimizer):  # samples drawn in between
         model(X)
     train_three(step, lr_scheduler)
@@ -326,7 +322,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     optimizer_state = tensors(optimizer.state_dict()["state"])
 
     model, optimizer, lr_scheduler, step = start()
-    state = _join(load_file(tmp_path / "state.safetensors"), json.loads((tmp_path / "state.json").read_text()))
+    state = unpack(packed)
     with torch.no_grad():
         for name, group in model.factors.items():
             for i, factor in enumerate(group):
