@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 def run(module: str, *arguments, steps: int = 2) -> str:
     command = [sys.executable, "-m", f"toyworld.{module}", *map(str, arguments), "--steps", str(steps)]
-    command += ["--batch_size", "16", "--save_every", "1"]
+    command += ["--batch_size", "16", "--save_every", "2"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
