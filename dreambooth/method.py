@@ -104,6 +104,11 @@ class Method(Protocol):
         ...
 
 
+def trained_parameters(attached: Attached) -> list[nn.Parameter]:
+    """Return all that trains, group after group."""
+    return [parameter for group in attached.groups for parameter in group.parameters]
+
+
 def check_state(own: Mapping[str, Mapping[str, Tensor]], given: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise ValueError unless both states, component -> name -> tensor, have the same names and shapes."""
     for component, tensors in own.items():

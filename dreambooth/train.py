@@ -106,7 +106,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         if accelerator.is_main_process:
             save_curves(config)
             save_card(path, attached, family, total_steps, config)
-            progress.say_closing_line(attached.groups, path)
+            progress.say_closing_line(attached, path)
         progress.close()
         if accelerator.is_main_process:
             push_to_hub(path, config)  # last: the other processes do not wait for it

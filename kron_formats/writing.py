@@ -18,7 +18,6 @@ from torch import Tensor
 
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
-from kron_formats.files import flush as flush  # dreambooth takes it from here
 from kron_formats.files import whole_file
 from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS
 from kron_formats.names import Layer

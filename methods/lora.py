@@ -23,7 +23,7 @@ from dreambooth.drawing.pipelines import Adapter
 from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
-from dreambooth.method import Description, Group, adapter_groups, check_state
+from dreambooth.method import Description, Group, adapter_groups, check_state, trained_parameters
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_formats.export import write_low_rank
 from kron_formats.names import components, find_layers
@@ -79,7 +79,7 @@ class AttachedLora:
             for name, model in self.models.items()
             for layer in _lora_layers(model)
         )
-        parameters = sum(parameter.numel() for group in self.groups for parameter in group.parameters)
+        parameters = sum(parameter.numel() for parameter in trained_parameters(self))
         rows = "".join(
             f"| {part} | {d_in:,} → {d_out:,} | {r} | {count} |\n"
             for (part, d_in, d_out, r), count in sorted(kinds.items())

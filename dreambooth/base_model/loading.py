@@ -117,7 +117,7 @@ class BaseModel:
     def _load_pipeline(self) -> Any:
         """Return the pipeline without its VAE and text encoders."""
         family, config = self.family, self.config
-        with _readable_loading(config.pretrained_model_name_or_path):
+        with _readable_loading(_base_flag(config)):
             index = _load_index(config)
             components = {part for part, entry in index.items() if isinstance(entry, (list, tuple))}
             absent = dict.fromkeys(components - {family.denoiser, "scheduler", *family.tokenizers})
@@ -144,7 +144,9 @@ class BaseModel:
         """Return the VAE, in its own precision. Loads it if it is not loaded yet."""
         if self.pipeline.vae is not None:
             return self.pipeline.vae
-        vae = self._load_model(AutoencoderKL, DTYPES[self.config.vae_precision], **_vae_source(self.config))
+        with _readable_loading(_vae_flag(self.config)):
+            dtype = DTYPES[self.config.vae_precision]
+            vae: Any = AutoencoderKL.from_pretrained(**_vae_source(self.config), dtype=dtype)  # its `to` is mistyped
         if self.config.channels_last:
             vae.to(memory_format=torch.channels_last)
         self.pipeline.register_modules(vae=vae.to(self.device))
@@ -159,20 +161,11 @@ class BaseModel:
             library, class_name = index[part]
             if library is None:  # the base model lacks this one
                 continue
-            text_encoder = self._load_model(
-                getattr(transformers, class_name),
-                self.dtype,
-                pretrained_model_name_or_path=name,
-                subfolder=part,
-                variant=config.variant,
-                **hub_arguments(config),
-            )
+            with _readable_loading(_base_flag(config)):
+                text_encoder = getattr(transformers, class_name).from_pretrained(
+                    name, subfolder=part, dtype=self.dtype, variant=config.variant, **hub_arguments(config)
+                )
             self.pipeline.register_modules(**{part: text_encoder.to(self.device)})
-
-    def _load_model(self, model_class: Any, dtype: torch.dtype, **source: Any) -> Any:
-        """Return a model with its weights, on the CPU. `source` are arguments of from_pretrained."""
-        with _readable_loading(self.config.pretrained_model_name_or_path):
-            return model_class.from_pretrained(**source, dtype=dtype)
 
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """Return the embeddings of prompts, one row each, on the device."""
@@ -208,7 +201,7 @@ def _frozen_dtype(config: FrozenModelOptions, accelerator: Accelerator) -> torch
 def _load_vae_config(config: FrozenModelOptions) -> dict[str, Any]:
     """Return the VAE's configuration, including defaults. It says how latents are scaled. Reads no weights."""
     source = {name: value for name, value in _vae_source(config).items() if name != "variant"}
-    with _readable_loading(config.pretrained_model_name_or_path), init_empty_weights():
+    with _readable_loading(_vae_flag(config)), init_empty_weights():
         vae = AutoencoderKL.from_config(_load_config(AutoencoderKL, **source))
     return dict(cast(AutoencoderKL, vae).config)  # from_config returns a tuple only if asked for unused arguments
 
@@ -228,14 +221,23 @@ def _vae_source(config: FrozenModelOptions) -> dict[str, Any]:
     }
 
 
+def _base_flag(config: BaseModelOptions) -> str:
+    return f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
+
+
+def _vae_flag(config: FrozenModelOptions) -> str:
+    """Return the flag that says where the VAE is, with its value."""
+    other = config.pretrained_vae_model_name_or_path
+    return f"--pretrained_vae_model_name_or_path {other}" if other else _base_flag(config)
+
+
 @contextmanager
-def _readable_loading(name: str) -> Iterator[None]:
-    """Turn errors of loading a base model into UserErrors."""
+def _readable_loading(flag: str) -> Iterator[None]:
+    """Turn errors of loading what `flag` names into UserErrors."""
     try:
         yield
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {reason}") from error
+        raise UserError(f"{flag} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _enable_xformers(denoiser: Any) -> None:

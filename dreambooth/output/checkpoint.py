@@ -32,6 +32,7 @@ from dreambooth.layout import (
     list_checkpoints,
 )
 from dreambooth.loop.state import TrainingState
+from dreambooth.method import trained_parameters
 from dreambooth.options.output import OutputOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
@@ -84,8 +85,7 @@ def verify_checkpoint(path: Path) -> None:
 
 def check_room(state: TrainingState, config: OutputOptions) -> None:
     """Raise SaveError if the disk has no room for a checkpoint and the result. Called before training."""
-    trained = [parameter for group in state.attached.groups for parameter in group.parameters]
-    size = sum(parameter.nbytes for parameter in trained)
+    size = sum(parameter.nbytes for parameter in trained_parameters(state.attached))
     needed = 5 * size  # two results, the state, and an optimizer's two moments
     free = shutil.disk_usage(config.output_dir).free
     if free < needed:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from dreambooth.data.dataset import DreamBoothDataset
 from dreambooth.errors import UserError
 from dreambooth.layout import METRICS_NAME
 from dreambooth.loop.health import StepReport, is_sound, read_reports, what_to_try
-from dreambooth.method import Group
+from dreambooth.method import Attached, trained_parameters
 from dreambooth.options.training import TrainingConfig
 from dreambooth.report.closing import closing_line, compile_seconds
 from dreambooth.report.metrics import MetricsFile
@@ -104,9 +104,9 @@ class Progress:
         self.bar.close()
         raise UserError(f"{what}. Its result was not saved. {what_to_try(self.config)}")
 
-    def say_closing_line(self, groups: Sequence[Group], path: Path) -> None:
+    def say_closing_line(self, attached: Attached, path: Path) -> None:
         """Print what was trained, how long it took, and where the result is."""
-        parameters = [parameter for group in groups for parameter in group.parameters]
+        parameters = trained_parameters(attached)
         steps = self.total_steps - self.first_step
         self.bar.clear()
         print(

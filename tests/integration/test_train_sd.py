@@ -235,6 +235,11 @@ def test_bad_input_is_refused_before_anything_is_loaded(change, words, options, 
     assert not options["output_dir"].exists()
 
 
+def test_a_vae_that_is_not_there_is_refused_under_its_own_flag(options, run_main):
+    with pytest.raises(ValueError, match="^--pretrained_vae_model_name_or_path ./nowhere "):
+        run_main(sd, **options, pretrained_vae_model_name_or_path="./nowhere")
+
+
 def test_an_sdxl_model_is_sent_to_the_other_script(options, tiny_sdxl, run_main):
     with pytest.raises(ValueError, match="is a StableDiffusionXLPipeline, but this script trains a StableDiffusionPip"):
         run_main(sd, **{**options, "pretrained_model_name_or_path": tiny_sdxl})
