@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreambooth.data.photos import Photo, resize
+from dreambooth.data.images import resize
+from dreambooth.data.photos import Photo
 from dreambooth.data.sizes import Size, cover, shape_of
 from dreambooth.options.data import DataOptions
 from dreambooth.seeds import Stream, generator_of

@@ -2,21 +2,22 @@
 
 import io
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
 from dreambooth.data.captions import MASK_SUFFIX, METADATA, caption_of, read_captions
+from dreambooth.data.images import decode_image, read_image, read_mask, resize
 from dreambooth.data.sizes import Size, class_size, instance_size
+from dreambooth.data.tables import load_table, undecoded
 from dreambooth.errors import UserError
 from dreambooth.options.data import ImageOptions
 from dreambooth.options.photos import PhotoOptions
-from kron_formats.files import check_regular, printable
+from kron_formats.files import printable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,20 +25,7 @@ TrainingSize = Callable[[Size, PhotoOptions], Size]  # an image's original size 
 
 # The last two are not decoded, but are named in messages instead of being ignored.
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif".split())
-# The only formats that are decoded, whatever a file is called: Pillow would run Ghostscript on an EPS named photo.jpg.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-TURNS = {  # EXIF orientation -> what makes the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 LARGEST_SCALE = 32  # of --resolution to a photo's shorter side; smaller ones are icons and tracking pixels
-# Suffixes of table files and the builders of `datasets` that read them
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ def _read_folder(folder: str, flag: str, prompt: str, size: TrainingSize, config
 
     def read(path: Path) -> Photo:
         image = read_image(path)
-        mask = _read_mask(path.with_suffix(MASK_SUFFIX), image, source)
+        mask = read_mask(path.with_suffix(MASK_SUFFIX), image, source)
         return make_photo(path, image, captions[path.name].prompts(prompt, config), size, config, mask)
 
     return readable(((path.name, path) for path in paths), read, source)
@@ -145,12 +133,12 @@ def readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], sourc
 def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
     """Return the photos in the training split of a dataset, in its order."""
     source = f"--dataset_name {name}"
-    dataset = _load_dataset(name, config.dataset_config_name, source)
+    dataset = load_table(name, config.dataset_config_name, source)
     wanted = {"image_column": config.image_column, "caption_column": config.caption_column}
     for flag, column in wanted.items():
         if column is not None and column not in dataset.column_names:
             raise UserError(f"--{flag} {column}: {source} only has the columns {', '.join(dataset.column_names)}")
-    dataset = _undecoded(dataset, config.image_column, source)
+    dataset = undecoded(dataset, config.image_column, source)
 
     def read(number: int) -> Photo:
         row = dataset[number]
@@ -164,32 +152,7 @@ def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
     return readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
 
 
-def _load_dataset(name: str, configuration: str | None, source: str) -> Any:
-    """Return the training split of a dataset on the Hub, in a folder or in a table file."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{source} needs the package datasets: pip install datasets") from error
-    builder = TABLES.get(Path(name).suffix.lower())
-    try:
-        if Path(name).is_file() and builder:
-            return datasets.load_dataset(builder, data_files=name, split="train")
-        return datasets.load_dataset(name, configuration, split="train")
-    except Exception as error:  # it can fail in many ways: no network, an unknown name, a damaged file
-        raise UserError(f"{source} cannot be loaded: {error or type(error).__name__}") from error
-
-
-def _undecoded(dataset: Any, column: str, source: str) -> Any:
-    """Return a dataset with its images as encoded files, for `decode_image`, which treats all images alike."""
-    from datasets import Image as ImageColumn
-
-    try:
-        return dataset.cast_column(column, ImageColumn(decode=False))
-    except Exception as error:  # pyarrow and datasets raise many kinds if the column cannot be cast
-        raise UserError(f"--image_column {column}: that column of {source} does not contain images") from error
-
-
-# ---- images ----
+# ---- one photo ----
 
 
 def make_photo(
@@ -208,90 +171,3 @@ def make_photo(
     pixels = resize(np.asarray(image), training_size, config.image_interpolation_mode)
     mask_pixels = None if mask is None else resize(np.asarray(mask), training_size, "bilinear")
     return Photo(path, pixels, *prompts, original_size, mask_pixels)
-
-
-def resize(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
-    """Return an 8-bit image, (height, width) or (height, width, 3), resized to `size`."""
-    if pixels.shape[:2] == size:
-        return pixels
-    height, width = size
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling[interpolation.upper()]))
-
-
-def read_image(path: Path, background: str = "white") -> Image.Image:
-    """Return an image file as upright 8-bit RGB: its first frame, with transparent parts on `background`.
-
-    Raises OSError, ValueError or anything else that Pillow raises for damaged files, and ValueError for sizes that
-    cannot be a photo's.
-    """
-    check_regular(path)
-    # Opened here because Pillow memory-maps uncompressed TIFFs that it opens itself, and scrambles rotated ones.
-    with path.open("rb") as data:
-        return decode_image(data, background)
-
-
-def decode_image(data: BinaryIO, background: str = "white") -> Image.Image:
-    """Return an open image file as `read_image` does."""
-    try:
-        file = Image.open(data, formats=FORMATS)
-    except UnidentifiedImageError:
-        data.seek(4)
-        if data.read(4) == b"ftyp":
-            raise ValueError("HEIC is not supported; convert it to JPEG or PNG") from None
-        raise ValueError("it is not an image, or its beginning is damaged") from None
-    with file:
-        # Resizing it could take any amount of memory: 24 GB for 30,000 x 1 px.
-        if max(file.size) > 100 * min(file.size):
-            raise ValueError(f"{file.width} x {file.height} px is too elongated")
-        file.load()
-        image = _upright(file)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Return an image turned upright by its EXIF orientation, or as it is stored if that is missing or unreadable.
-
-    Pillow's exif_transpose also rewrites the rest of the EXIF data, and fails if they are damaged.
-    """
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data raise many kinds of errors, but the pixels are intact
-        orientation = None
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image.copy()
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Return a 16-bit, 32-bit or floating-point grey image in 8 bits.
-
-    Its full range is the smallest of the usual ones that its values fit in, or else its largest value.
-    """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    full = next((top for top in ranges if values.max() <= top), values.max())
-    return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
-
-
-def _read_mask(path: Path, image: Image.Image, source: str) -> Image.Image | None:
-    """Return the mask of a photo, 8-bit grey and of any size, or None if there is none. Transparent parts are outside.
-
-    Raises UserError if it cannot be read, has another aspect ratio than the photo or is black everywhere.
-    """
-    if not os.path.lexists(path):
-        return None
-    try:
-        mask = read_image(path, background="black").convert("L")
-    except Exception as error:  # without its mask, the photo would teach what was to be masked
-        raise UserError(f"{source}: {printable(path.name)}: {error or type(error).__name__}") from error
-    if abs(mask.height - mask.width * image.height / image.width) > 1:
-        raise UserError(
-            f"{source}: {path.name} is {mask.width} x {mask.height} px, which is not the aspect ratio of its photo, "
-            f"{image.width} x {image.height} px"
-        )
-    if np.asarray(mask).max() <= 1:
-        raise UserError(f"{source}: {path.name} is black everywhere; white (255) marks what is trained on")
-    return mask

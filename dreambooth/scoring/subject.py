@@ -5,7 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth.data.photos import image_files, read_image, readable
+from dreambooth.data.images import read_image
+from dreambooth.data.photos import image_files, readable
 from dreambooth.errors import UserError
 
 PLACEHOLDER = "{}"  # stands for the subject in a prompt

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth.data.photos import NoPhotosError, read_class_photos, read_image, read_instance_photos
+from dreambooth.data.images import read_image
+from dreambooth.data.photos import NoPhotosError, read_class_photos, read_instance_photos
 from dreambooth.data.sizes import buckets, shape_of
 from dreambooth.errors import UserError
 from dreambooth.options.training import TrainingConfig
