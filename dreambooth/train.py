@@ -20,7 +20,7 @@ from dreambooth.loop.steps import Denoiser, count_steps, train_steps
 from dreambooth.method import Method
 from dreambooth.options.training import TrainingConfig
 from dreambooth.output.checkpoint import check_room, load_checkpoint, save_checkpoint, save_result
-from dreambooth.output.folder import find_start, hold_folder, prepare_output
+from dreambooth.output.folder import check_start, find_start, hold_folder, prepare_output
 from dreambooth.output.identity import identify_run
 from dreambooth.report.card import push_to_hub, save_card
 from dreambooth.report.metrics import save_curves
@@ -49,6 +49,9 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         start = find_start(method, config, accelerator)
         check_optimizer(config)
         photos = read_instance_photos(config)
+        samples = samples_per_pass(photos, config)
+        total_steps = count_steps(samples, config, accelerator.num_processes)
+        check_start(start, method, total_steps, config, accelerator)
         check_family(family, config)
         text_trains = method.trains_text(config)
         empty = empty_models(config, (family.denoiser, *family.text_encoders))
@@ -70,8 +73,6 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         models = family.trained_models(pipeline.components, text_trains)
         attached = method.attach(family, models, config)
         base.prepare_training(models)
-        samples = samples_per_pass(photos, config)
-        total_steps = count_steps(samples, config, accelerator.num_processes)
         optimizer = build_optimizer(attached.groups, config, accelerator.num_processes)
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
         optimizer = accelerator.prepare_optimizer(optimizer)
@@ -80,7 +81,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
 
         check_room(state, config)
         prepare_output(method, config, start, accelerator)
-        first_step = load_checkpoint(start, state) if start else 0
+        step = first_step = load_checkpoint(start, state) if start else 0
         draw = noise_drawer(base.denoiser.config.in_channels, pipeline.vae_scale_factor, process.num_timesteps, config)
         dataset = DreamBoothDataset(crops, prompts, moments, config)
         batches = build_loader(dataset, draw, config, accelerator.process_index, accelerator.num_processes, first_step)
@@ -102,10 +103,10 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
                 progress.close()
                 stop.leave(step)
             show(step=step)
-        path = save_result(accelerator, state, method.weights_name, total_steps, config)
+        path = save_result(accelerator, state, method.weights_name, step, config)
         if accelerator.is_main_process:
             save_curves(config)
-            save_card(path, attached, family, total_steps, config)
+            save_card(path, attached, family, step, config)
             progress.say_closing_line(attached, path)
         progress.close()
         if accelerator.is_main_process:

@@ -242,6 +242,11 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
     return saved["step"]
 
 
+def saved_step(path: Path) -> int:
+    """Return the number of optimizer steps before a complete checkpoint, whatever its folder is called."""
+    return dict(json.loads((path / STATE_NAME).read_bytes())["dict"])["step"]
+
+
 def pack(tree: Any) -> dict[str, bytes]:
     """Return name -> content of the two files that hold nested dicts and lists of tensors and plain values."""
     tensors, rest = _split(tree)

@@ -23,10 +23,12 @@ from dreambooth.layout import (
 )
 from dreambooth.method import Method
 from dreambooth.options.output import OutputOptions
+from dreambooth.options.steps import BatchOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
-from dreambooth.output.checkpoint import latest_checkpoint, tidy_checkpoints, verify_checkpoint
+from dreambooth.output.checkpoint import latest_checkpoint, saved_step, tidy_checkpoints, verify_checkpoint
 from dreambooth.output.identity import refuse_other_options
+from dreambooth.output.result import result_step
 from dreambooth.runtime.ranks import on_main
 from kron_formats.files import UNFINISHED
 
@@ -170,25 +172,87 @@ def _existing_checkpoint(name: str, output: Path) -> Path:
     raise UserError(f"--resume_from_checkpoint {name}: there is no such checkpoint; {output} holds: {there}")
 
 
+def check_start(
+    start: Path | None, method: Method, total_steps: int, config: TrainingConfig, accelerator: Accelerator
+) -> None:
+    """Raise UserError if a run of `total_steps` cannot continue from `start`, or would lose what the folder holds.
+
+    Steps that are only trained again, with the same options, are not lost: they come out the same. That is a warning.
+    """
+    if start is not None:
+        on_main(accelerator, lambda: _check_start(start, method, total_steps, config))
+
+
+def _check_start(start: Path, method: Method, total_steps: int, config: TrainingConfig) -> None:
+    output, step = Path(config.output_dir), saved_step(start)
+    begins = f"--resume_from_checkpoint {start} is at step {step}"
+    if step > total_steps:
+        raise UserError(
+            f"{begins}, but this run ends after {total_steps} steps ({_length(config)}): train for more steps, name an "
+            "earlier checkpoint, or begin anew in another --output_dir"
+        )
+    if step == total_steps:
+        logger.info("%s, where this run ends: already trained, nothing is left but to write the result again", begins)
+    if config.overwrite_output_dir:
+        return
+    # `latest` passes over later checkpoints only if they are damaged
+    again = [] if config.resume_from_checkpoint == "latest" else [path.name for path in _not_before(start, output)]
+    lost = again if config.allow_config_change or not _is_in(output, start) else []
+    trained = result_step(output / method.weights_name)
+    if trained > (total_steps if _is_in(output, start) else 0):
+        lost = [*lost, f"{method.weights_name} of step {trained}"]
+    if lost:
+        raise UserError(
+            f"{begins}, and this run, of {total_steps} steps ({_length(config)}), would replace what --output_dir "
+            f"{output} holds ({', '.join(lost)}): continue with --resume_from_checkpoint latest and at least as many "
+            "steps, choose another folder, or allow it with --overwrite_output_dir"
+        )
+    if again:
+        logger.warning("%s: the steps after it are trained again, and replace %s", begins, ", ".join(again))
+
+
+def _length(config: BatchOptions) -> str:
+    """Return the option that says how many steps a run takes, as it is written on the command line."""
+    if config.max_train_steps is None and config.num_train_epochs is not None:
+        return f"--num_train_epochs {config.num_train_epochs}"
+    return (
+        "--max_train_steps by default"
+        if config.max_train_steps is None
+        else f"--max_train_steps {config.max_train_steps}"
+    )
+
+
+def _is_in(output: Path, start: Path) -> bool:
+    return start.parent.resolve() == output.resolve()
+
+
+def _not_before(start: Path | None, output: Path) -> list[Path]:
+    """Return the checkpoints in the output folder that are neither `start` nor what led to it."""
+    if start is None or not _is_in(output, start):
+        return list_checkpoints(output)
+    return [path for path in list_checkpoints(output) if checkpoint_step(path) > saved_step(start)]
+
+
 # ---- what is cleared ----
 
 
 def prepare_output(method: Method, config: TrainingConfig, start: Path | None, accelerator: Accelerator) -> None:
     """Write config.yaml, and remove samples of later steps than the one that the run continues from.
 
-    With --overwrite_output_dir, and unless it resumes, also remove an earlier run's checkpoints and result.
+    With --overwrite_output_dir, also remove the checkpoints that do not lead to that step, and the result of those.
     """
     output = Path(config.output_dir)
 
     def prepare() -> None:
-        if start is None and config.overwrite_output_dir:
-            for path in list_checkpoints(output):
+        others = _not_before(start, output)
+        if config.overwrite_output_dir and (others or start is None):
+            for path in others:
                 shutil.rmtree(path)
             (output / method.weights_name).unlink(missing_ok=True)
         for path in output.glob(UNFINISHED):  # left by a run that was killed while writing
             path.unlink()
-        first_step = checkpoint_step(start) if start else 0
-        if start is not None and start.parent.resolve() == output.resolve():
+        first_step = saved_step(start) if start else 0
+        if start is not None and _is_in(output, start):
             tidy_checkpoints(output, first_step, config)
         for path in list_sheets(output):
             if sheet_step(path) > first_step or start is None:

@@ -13,12 +13,24 @@ from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.state import TrainingState
 from dreambooth.options.field import public_options
 from dreambooth.options.training import TrainingConfig
+from kron_formats.errors import KroneckerError
+from kron_formats.files import open_safetensors
+from kron_formats.reading import METADATA_PREFIX
 
 
 def write_result(path: Path, state: TrainingState, step: int, config: TrainingConfig) -> None:
     """Write what `step` optimizer steps have trained, whole or not at all."""
     with evaluating(state.optimizer):
         state.attached.save(path, result_metadata(step, config), DTYPES[config.save_precision])
+
+
+def result_step(path: Path) -> int:
+    """Return the optimizer steps that a result was trained for; 0 if there is no file, or not one of ours."""
+    try:
+        with open_safetensors(path) as file:
+            return int((file.metadata() or {}).get(f"{METADATA_PREFIX}step", 0))
+    except (KroneckerError, ValueError):
+        return 0
 
 
 def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:

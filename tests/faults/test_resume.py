@@ -2,6 +2,8 @@
 
 import pytest
 
+from dreambooth.kronecker import KRONECKER
+
 
 @pytest.fixture
 def run(start_run):
@@ -18,6 +20,17 @@ def test_other_options_are_refused_with_the_difference(run, tiny_sd):
     assert ["then", "now"] in rows and ["seed", "0", "1"] in rows and ["learning_rate", "0.0005", "0.001"] in rows
     assert ["global", "batch", "(devices", "x", "accumulation", "x", "train_batch_size)", "1", "2"] in rows
     assert "--allow_config_change" in said
+    code, said = run.run(max_train_steps=1)
+    assert code == 2 and "Loading pipeline" not in said
+    assert "--resume_from_checkpoint out/checkpoint-2 is at step 2" in said and "--max_train_steps 1" in said
+    assert run.results() == before
+
+
+def test_a_run_that_is_done_is_done_again_without_training(run):
+    before = run.results()
+    (run.output / KRONECKER.weights_name).unlink()  # as if it had been killed before that was written
+    code, said = run.run()
+    assert code == 0 and "already trained" in said and "for 0 steps" in said
     assert run.results() == before
 
 

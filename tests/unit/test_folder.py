@@ -1,6 +1,7 @@
 """The output folder: who holds it, where a run in it starts, what is cleared."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from dreambooth.errors import UserError
 from dreambooth.kronecker import KRONECKER
 from dreambooth.layout import LOCK_NAME
-from dreambooth.output.folder import find_start, hold_folder, prepare_output
-from tests.faults.checkpoints import ALONE, Training, make_config
+from dreambooth.output.folder import check_start, find_start, hold_folder, prepare_output
+from tests.faults.checkpoints import ALONE, Training, content, make_config
 
 
 @pytest.fixture
@@ -94,6 +95,78 @@ def test_what_is_refused(output):
         find_start(KRONECKER, make_config(output, resume_from_checkpoint="latest"), ALONE)
 
 
+# ---- what a resumed run may replace ----
+
+
+def check(start, total_steps, output, **options):
+    config = make_config(output, resume_from_checkpoint=str(start), **options)
+    check_start(start, KRONECKER, total_steps, config, ALONE)
+
+
+@pytest.fixture
+def trained(output):
+    """A run that saved at steps 2, 4 and 6, and whose result is that of step 6."""
+    paths = save(output, 2, 4, 6)
+    shutil.copy(paths[-1] / KRONECKER.weights_name, output)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "options, flag",
+    [
+        ({"max_train_steps": 5}, "--max_train_steps 5"),
+        ({"num_train_epochs": 1}, "--num_train_epochs 1"),
+        ({}, "--max_train_steps"),
+    ],
+)
+def test_a_run_that_ends_before_its_checkpoint_is_refused(options, flag, output, trained):
+    before = content(trained[-1])
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=rf"checkpoint-6 is at step 6, .* after 5 steps .*{flag}"):
+            check(trained[-1], 5, output, overwrite_output_dir=overwrite, **options)
+    assert content(trained[-1]) == before
+
+
+def test_the_step_of_a_checkpoint_is_the_one_inside(output, trained):
+    renamed = trained[-1].rename(output / "checkpoint-2-best")
+    with pytest.raises(UserError, match="checkpoint-2-best is at step 6"):
+        check(renamed, 5, output)
+    prepare_output(KRONECKER, make_config(output), renamed, ALONE)
+
+
+def test_a_run_that_is_done_says_so(output, trained, caplog):
+    caplog.set_level("INFO")
+    check(trained[-1], 6, output)
+    assert "checkpoint-6 is at step 6" in caplog.text and "already trained" in caplog.text
+
+
+def test_going_back_is_told_and_replaces_only_what_comes_out_the_same(output, trained, caplog):
+    check(trained[-1], 8, output)
+    assert not caplog.text
+    check(trained[0], 6, output)
+    assert "checkpoint-2 is at step 2" in caplog.text and "replace checkpoint-4, checkpoint-6" in caplog.text
+    with pytest.raises(UserError, match=r"\(checkpoint-4, checkpoint-6\).*--overwrite_output_dir"):
+        check(trained[0], 6, output, allow_config_change=True)
+    with pytest.raises(UserError, match=rf"--max_train_steps 4\).*\({KRONECKER.weights_name} of step 6\)"):
+        check(trained[0], 4, output, max_train_steps=4)
+    check(trained[0], 4, output, allow_config_change=True, overwrite_output_dir=True)
+
+
+def test_latest_does_not_replace_a_result_of_more_steps(output, trained):
+    shutil.rmtree(trained[-1])
+    config = make_config(output, resume_from_checkpoint="latest")
+    check_start(trained[1], KRONECKER, 6, config, ALONE)
+    with pytest.raises(UserError, match="of step 6"):
+        check_start(trained[1], KRONECKER, 5, config, ALONE)
+
+
+def test_a_run_from_elsewhere_does_not_replace_what_is_there(output, trained, tmp_path):
+    check(trained[0], 9, tmp_path / "new")
+    (elsewhere,) = save(tmp_path / "other", 1)
+    with pytest.raises(UserError, match=f"checkpoint-2, .*{KRONECKER.weights_name} of step 6"):
+        check(elsewhere, 9, output)
+
+
 # ---- what is cleared ----
 
 
@@ -110,6 +183,14 @@ def test_overwriting_clears_an_earlier_run_and_keeps_other_files(output):
     prepare_output(KRONECKER, make_config(output, overwrite_output_dir=True), None, ALONE)
     assert sorted(os.listdir(output)) == ["config.yaml", "notes.txt", "samples"]
     assert os.listdir(output / "samples") == ["mine.png"]
+
+
+def test_going_back_with_overwriting_clears_what_does_not_lead_there(output, trained, tmp_path):
+    for start, left in ((trained[1], ["checkpoint-2", "checkpoint-4", "config.yaml"]), (tmp_path, ["config.yaml"])):
+        if start == tmp_path:
+            (start,) = save(tmp_path / "other", 1)
+        prepare_output(KRONECKER, make_config(output, overwrite_output_dir=True), start, ALONE)
+        assert sorted(os.listdir(output)) == left
 
 
 def test_resuming_clears_what_comes_later_and_what_was_cut_off(output):
