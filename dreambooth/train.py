@@ -14,7 +14,7 @@ from dreambooth.data.order import samples_per_pass
 from dreambooth.data.photos import read_instance_photos
 from dreambooth.drawing.class_images import ensure_class_images
 from dreambooth.family import Family
-from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer
+from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup
 from dreambooth.loop.state import TrainingState
 from dreambooth.loop.steps import Denoiser, count_steps, train_steps
 from dreambooth.method import Method
@@ -52,6 +52,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         samples = samples_per_pass(photos, config)
         total_steps = count_steps(samples, config, accelerator.num_processes)
         check_start(start, method, total_steps, config, accelerator)
+        check_warmup(config, total_steps)
         check_family(family, config)
         text_trains = method.trains_text(config)
         empty = empty_models(config, (family.denoiser, *family.text_encoders))

@@ -40,7 +40,7 @@ from dreambooth.drawing.sheet import draw_sheet
 from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
-from dreambooth.options.field import option
+from dreambooth.options.field import GIVEN, option
 from dreambooth.options.parsing import parse_options
 from dreambooth.scoring.subject import PLACEHOLDER, name_subject, read_prompts, read_subject_photos
 
@@ -63,8 +63,12 @@ class Config(AdaptedModelOptions, DrawingOptions):
     class_noun: str = option('Class of the subject, for example dog; {} in prompts then stands for "sks dog".')
     prompts: str | None = option("File with one prompt per line, for example configs/prompts/objects.txt.", None)
     prompt: list[str] = option("Prompts, instead of a file. Each has {} for the subject.", [])
-    class_prompt: str | None = option('Prompt of the class images. Default: "a photo of" and class_noun.', None)
-    num_class_images: int = option("Class images per model; 0 skips the prior.", 16, at_least=0)
+    class_prompt: str | None = option(
+        'Prompt of the class images. Default: "a photo of" and class_noun.', None, needs={"adapter": GIVEN}
+    )
+    num_class_images: int = option(
+        "Class images per model; 0 skips the prior.", 16, at_least=0, needs={"adapter": GIVEN}
+    )
     clip_model: str = option("CLIP to score with: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32")
     dino_model: str = option("DINO to score with: a name on the Hub, or a folder.", "facebook/dino-vits16")
     output_dir: str = option("Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation")

@@ -56,6 +56,8 @@ def read_instance_photos(config: ImageOptions) -> list[Photo]:
             raise UserError(f"--caption_column {config.caption_column}: --instance_data_dir {folder} has no {METADATA}")
     if not config.uses_base_model_prior and any(photo.class_prompt != config.class_prompt for photo in photos):
         logger.warning("Class prompts of single photos are only used with --prior_source base_model")
+    if config.unmasked_weight and all(photo.mask is None for photo in photos):
+        logger.warning("--unmasked_weight %g has no effect: no photo has a mask", config.unmasked_weight)
     return photos
 
 

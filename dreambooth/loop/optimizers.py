@@ -63,6 +63,17 @@ def check_optimizer(config: OptimizerOptions) -> None:
     _choose(config)
 
 
+def check_warmup(config: OptimizerOptions, total_steps: int) -> None:
+    """Warn if the learning rate is still warming up when the run ends."""
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= total_steps:
+        logger.warning(
+            "--lr_warmup_steps %d: the run ends after %d steps, before it has reached --learning_rate %g",
+            config.lr_warmup_steps,
+            total_steps,
+            config.learning_rate,
+        )
+
+
 def _choose(config: OptimizerOptions) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     name = config.optimizer_name()

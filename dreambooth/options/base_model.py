@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dreambooth.errors import UserError
-from dreambooth.options.field import option
+from dreambooth.options.field import GIVEN, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class AdaptedModelOptions(BaseModelOptions):
 
     adapter: list[str] = option("Adapter files, as FILE or FILE:SCALE. Default: none, only the base model.", [])
     adapter_scale: float = option(
-        "Multiplies the strength of every adapter: 0 gives the base model, 1 the adapter as trained.", 1.0
+        "Multiplies the strength of every adapter: 0 gives the base model, 1 the adapter as trained.",
+        1.0,
+        needs={"adapter": GIVEN},
     )
     dtype: Literal["fp32", "fp16", "bf16"] = option("Precision of the model.", "fp32")

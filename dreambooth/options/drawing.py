@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dreambooth.errors import UserError
-from dreambooth.options.field import option
+from dreambooth.options.field import GIVEN, option
+
+CLASS_IMAGES = {"with_prior_preservation": [True], "prior_source": ["images"]}
+SAMPLES = {"validation_prompt": GIVEN}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,12 @@ class PriorOptions(SampleBatchOptions):
         "needs no class images.",
         "images",
     )
-    prior_loss_weight: float = option("Weight of the prior's loss; the instance images' is 1.", 1.0, at_least=0)
+    prior_loss_weight: float = option(
+        "Weight of the prior's loss; the instance images' is 1.",
+        1.0,
+        at_least=0,
+        needs={"with_prior_preservation": [True]},
+    )
     class_data_dir: str | None = option(
         "Folder with the class images; the base model draws those that are missing.", None, decides_result=False
     )
@@ -40,12 +48,17 @@ class PriorOptions(SampleBatchOptions):
         100,
         at_least=1,
         decides_result=False,
+        needs=CLASS_IMAGES,
     )
-    prior_num_inference_steps: int = option("Denoising steps per class image.", 25, at_least=1, decides_result=False)
+    prior_num_inference_steps: int = option(
+        "Denoising steps per class image.", 25, at_least=1, decides_result=False, needs=CLASS_IMAGES
+    )
     prior_guidance_scale: float = option(
-        "Scale of classifier-free guidance for class images.", 7.5, decides_result=False
+        "Scale of classifier-free guidance for class images.", 7.5, decides_result=False, needs=CLASS_IMAGES
     )
-    prior_negative_prompt: str = option("Negative prompt for class images.", "", decides_result=False)
+    prior_negative_prompt: str = option(
+        "Negative prompt for class images.", "", decides_result=False, needs=CLASS_IMAGES
+    )
 
     @property
     def uses_base_model_prior(self) -> bool:
@@ -81,19 +94,28 @@ class SampleOptions(SampleBatchOptions):
     validation_prompt: list[str] = option(
         "Prompts to draw during training, each a row of the sheet. Default: none.", [], decides_result=False
     )
-    num_validation_images: int = option("Images per validation prompt.", 4, at_least=1, decides_result=False)
+    num_validation_images: int = option(
+        "Images per validation prompt.", 4, at_least=1, decides_result=False, needs=SAMPLES
+    )
     validation_epochs: int = option(
-        "Draw samples every this many passes over the instance images.", 50, at_least=1, decides_result=False
+        "Draw samples every this many passes over the instance images.",
+        50,
+        at_least=1,
+        decides_result=False,
+        needs={**SAMPLES, "validation_steps": [None]},
     )
     validation_steps: int | None = option(
         "Draw samples every this many optimizer steps. Overrides validation_epochs.",
         None,
         at_least=1,
         decides_result=False,
+        needs=SAMPLES,
     )
-    validation_num_inference_steps: int = option("Denoising steps per sample.", 25, at_least=1, decides_result=False)
+    validation_num_inference_steps: int = option(
+        "Denoising steps per sample.", 25, at_least=1, decides_result=False, needs=SAMPLES
+    )
     validation_guidance_scale: float = option(
-        "Scale of classifier-free guidance for samples.", 7.5, decides_result=False
+        "Scale of classifier-free guidance for samples.", 7.5, decides_result=False, needs=SAMPLES
     )
 
 

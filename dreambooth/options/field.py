@@ -6,12 +6,14 @@ A group of options is a frozen, keyword-only dataclass; a script's options inher
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+GIVEN = ()  # what an option `needs` of another that may have any value, as long as it has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Declaration:
     choices: tuple[str, ...] | None
     decides_result: bool
     secret: bool
+    needs: Mapping[str, Sequence[Any]]
 
 
 def option(
@@ -63,14 +66,17 @@ def option(
     choices: Sequence[str] | None = None,
     decides_result: bool = True,
     secret: bool = False,
+    needs: Mapping[str, Sequence[Any]] | None = None,
 ) -> Any:  # type checkers then accept it as the value of a field of any type
     """Return a dataclass field that becomes a flag. `help` says what it does, with its unit.
 
     The bounds apply to a number, or to each number of a list; None is always in range. `decides_result=False` marks an
-    option that may change when a run resumes. A secret is never written anywhere.
+    option that may change when a run resumes. A secret is never written anywhere. `needs` maps other options to the
+    values, or GIVEN, without which this one has no effect; setting it then is a warning.
     """
     bounds = Bounds(at_least=at_least, above=above, below=below, at_most=at_most, multiple_of=multiple_of)
-    declaration = Declaration(help, bounds, None if choices is None else tuple(choices), decides_result, secret)
+    offered = None if choices is None else tuple(choices)
+    declaration = Declaration(help, bounds, offered, decides_result, secret, needs or {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"option": declaration})
     return field(default=default, metadata={"option": declaration})

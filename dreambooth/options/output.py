@@ -67,13 +67,17 @@ class ReportOptions:
         "Upload the adapter and its model card to the Hub at the end.", False, decides_result=False
     )
     hub_model_id: str | None = option(
-        "Repository on the Hub. Default: the name of output_dir.", None, decides_result=False
+        "Repository on the Hub. Default: the name of output_dir.",
+        None,
+        decides_result=False,
+        needs={"push_to_hub": [True]},
     )
     hub_token: str | None = option(
         "Token for the Hub; `hf auth login` is safer. Never written to any file.",
         None,
         decides_result=False,
         secret=True,
+        needs={"push_to_hub": [True]},
     )
 
     def check(self) -> None:

@@ -1,6 +1,7 @@
 """Parse options from a YAML file and the command line, and check them."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 from dreambooth.errors import UserError
-from dreambooth.options.checking import check_options
+from dreambooth.options.checking import check_options, idle_options
 from dreambooth.options.field import Declaration, describe_group, groups_of, option_names
 from dreambooth.options.foreign import explain_unknown
 from dreambooth.options.yaml_file import flags_from_yaml
@@ -28,14 +29,18 @@ def parse_options(config_class: type[C], description: str | None, argv: Sequence
     """Return the options from `--config FILE`, overridden by the command line and checked by `check_options`.
 
     Reads only that file and writes nothing. If anything is wrong, exits with code 2 and a message that names the flags.
+    Options that were set and have no effect are warned of, by the first of several processes.
     """
     try:
         config = _parse(config_class, description, list(sys.argv[1:] if argv is None else argv))
         check_options(config)
-        return config
     except UserError as error:
         print(f"error: {error}\n{HINT}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in idle_options(config):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return config
 
 
 def _parse(config_class: type[C], description: str | None, argv: list[str]) -> C:

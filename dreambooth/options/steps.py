@@ -30,6 +30,7 @@ class LossOptions:
         "without noise.",
         0.1,
         above=0,
+        needs={"loss_type": ["huber"]},
     )
     min_timestep: int = option("Lowest training timestep.", 0, at_least=0)
     max_timestep: int | None = option("Highest training timestep. Default: the base model's.", None, at_least=0)
@@ -61,7 +62,10 @@ class BatchOptions(SeedOptions):
         "Optimizer steps to train. Default: computed from num_train_epochs if set, else 500.", None, at_least=1
     )
     num_train_epochs: int | None = option(
-        "Passes over the instance images. Ignored if max_train_steps is set.", None, at_least=1
+        "Passes over the instance images. Ignored if max_train_steps is set.",
+        None,
+        at_least=1,
+        needs={"max_train_steps": [None]},
     )
     dataloader_num_workers: int = option(
         "Processes that prepare batches; 0 prepares them in the training process.", 0, at_least=0, decides_result=False
@@ -78,10 +82,15 @@ class OptimizerOptions:
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = option("Schedule of the learning rate.", "constant")
     lr_warmup_steps: int = option(
-        "Warm-up of the learning rate, optimizer steps. Ignored by lr_scheduler constant.", 0, at_least=0
+        "Warm-up of the learning rate, optimizer steps. Ignored by lr_scheduler constant.",
+        0,
+        at_least=0,
+        needs={"lr_scheduler": ["constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]},
     )
-    lr_num_cycles: int = option("Cycles of lr_scheduler cosine_with_restarts.", 1, at_least=1)
-    lr_power: float = option("Exponent of lr_scheduler polynomial.", 1.0)
+    lr_num_cycles: int = option(
+        "Cycles of lr_scheduler cosine_with_restarts.", 1, at_least=1, needs={"lr_scheduler": ["cosine_with_restarts"]}
+    )
+    lr_power: float = option("Exponent of lr_scheduler polynomial.", 1.0, needs={"lr_scheduler": ["polynomial"]})
     optimizer: str = option("AdamW, Prodigy, Adafactor or ScheduleFreeAdamW.", "AdamW")
     use_8bit_adam: bool = option("AdamW with 8-bit state, from bitsandbytes.", False)
     adam_beta1: float = option("Beta 1 of Adam-like optimizers.", 0.9, at_least=0, below=1)

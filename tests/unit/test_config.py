@@ -289,6 +289,60 @@ def test_options_that_do_not_go_together_are_refused_by_name(capsys, flags, word
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    "flags, warning",
+    [
+        ("--lr_warmup_steps 10", "--lr_warmup_steps 10 .* with --lr_scheduler constant, only with .*linear, cosine"),
+        ("--lr_warmup_steps 10 --lr_scheduler cosine", None),
+        ("--lr_power 2 --lr_scheduler cosine", "--lr_power 2.0 .* with --lr_scheduler cosine, only with polynomial$"),
+        ("--lr_num_cycles 2", "--lr_num_cycles 2 .* with --lr_scheduler constant, only with cosine_with_restarts$"),
+        ("--huber_c 0.2", "--huber_c 0.2 .* with --loss_type mse, only with huber$"),
+        ("--huber_c 0.2 --loss_type huber", None),
+        ("--num_train_epochs 3 --max_train_steps 9", "--num_train_epochs 3 has no effect with --max_train_steps 9$"),
+        ("--num_train_epochs 3", None),
+        ("--validation_steps 5", "--validation_steps 5 has no effect without --validation_prompt$"),
+        ("--num_validation_images 1", "--num_validation_images 1 .* without --validation_prompt$"),
+        ("--validation_guidance_scale 1", "--validation_guidance_scale 1.0 .* without --validation_prompt$"),
+        (
+            "--validation_epochs 5 --validation_steps 5 --validation_prompt sks",
+            "5 has no .* with --validation_steps 5$",
+        ),
+        ("--validation_epochs 5 --validation_prompt sks", None),
+        ("--num_class_images 9", f"--num_class_images 9 has no effect without {PRIOR}$"),
+        ("--prior_loss_weight 0.5", f"--prior_loss_weight 0.5 has no effect without {PRIOR}$"),
+        (
+            f"--num_class_images 9 {PRIOR} --class_prompt dog --prior_source base_model",
+            "--num_class_images 9 has no effect with --prior_source base_model, only with images$",
+        ),
+        (f"--num_class_images 9 {PRIOR} --class_prompt dog --class_data_dir class", None),
+        ("--hub_model_id me/dog", "--hub_model_id me/dog has no effect without --push_to_hub$"),
+        ("--hub_token hf_secret", "--hub_token has no effect without --push_to_hub$"),
+        ("--validation_epochs 50 --lr_power 1", None),  # the defaults
+    ],
+)
+def test_an_option_without_effect_is_warned_of_once(capsys, monkeypatch, flags, warning):
+    parse(*flags.split())
+    said = capsys.readouterr().err
+    assert not said if warning is None else re.search(f"^warning: .*{warning}", said.removesuffix("\n"))
+    assert said.count("\n") == (warning is not None) and "hf_secret" not in said
+    monkeypatch.setenv("RANK", "1")
+    parse(*flags.split())
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config_class", SCRIPTS.values(), ids=SCRIPTS)
+def test_options_need_options_of_the_same_script_and_values_that_those_can_have(config_class):
+    kinds, declared = (
+        {field.name: str(field.type) for field in dataclasses.fields(config_class)},
+        declarations(config_class),
+    )
+    for name, declaration in declared.items():
+        for other, values in declaration.needs.items():
+            assert other in declared, f"{name} needs {other}"
+            offered = declared[other].choices or ()
+            assert all(value in offered or repr(value) in kinds[other] or value is True for value in values)
+
+
 def test_every_group_s_own_rules_are_checked_once_bases_first():
     called = []
 

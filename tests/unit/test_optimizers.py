@@ -14,7 +14,7 @@ from torch import nn
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
-from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, evaluating
+from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup, evaluating
 from dreambooth.method import Group, adapter_groups
 from dreambooth.options.checking import check_options
 from dreambooth.output.checkpoint import pack, unpack
@@ -418,6 +418,14 @@ def test_evaluating_changes_nothing_for_the_other_optimizers(name, fresh_acceler
     for optimizer in (plain, wrapped):
         with evaluating(optimizer):
             assert_equal(values(model), trained)
+
+
+@pytest.mark.parametrize("steps, warned", [(10, True), (11, False)])
+def test_a_warm_up_that_outlasts_the_run_is_warned_of(steps, warned, caplog):
+    check_warmup(config(lr_scheduler="cosine", lr_warmup_steps=10), steps)
+    assert ("--lr_warmup_steps 10" in caplog.text and f"{steps} steps" in caplog.text) is warned
+    check_warmup(config(lr_warmup_steps=10), 1)  # --lr_scheduler constant, which has another warning
+    assert caplog.text.count("--lr_warmup_steps") == warned
 
 
 # ---- what is refused ----

@@ -589,6 +589,16 @@ def test_masks_of_every_mode(tmp_path, mode):
     assert np.array_equal(read(tmp_path)[0].mask, np.asarray(half_mask(32, 16)))
 
 
+def test_the_weight_outside_masks_without_a_mask_is_warned_of(tmp_path, caplog):
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.png")
+    read(tmp_path, unmasked_weight=0.5)
+    assert "--unmasked_weight 0.5 has no effect" in caplog.text
+    caplog.clear()
+    half_mask(32, 16).save(tmp_path / "a.mask.png")
+    read(tmp_path, unmasked_weight=0.5)
+    assert not caplog.text
+
+
 def test_what_is_transparent_in_a_mask_is_outside(tmp_path):
     """The subject cut out: its colours, and nothing around it."""
     Image.new("RGB", (32, 16)).save(tmp_path / "a.jpg")

@@ -22,7 +22,7 @@ def command(path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_s_own_command_parses(path, monkeypatch):
+def test_a_recipe_s_own_command_parses_without_a_warning(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = command(path)
     assert words[:2] == ["accelerate", "launch"]
@@ -31,6 +31,7 @@ def test_a_recipe_s_own_command_parses(path, monkeypatch):
     assert arguments[arguments.index("--config") + 1] == f"configs/{path.name}"
     config = parse_options(SCRIPTS[script].Config, "", arguments)
     assert config.pretrained_model_name_or_path and config.instance_prompt
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
