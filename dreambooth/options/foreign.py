@@ -223,9 +223,12 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     ("log_with", "use --report_to"),
     (
-        "log_prefix log_tracker_name log_tracker_config log_config wandb_run_name",
+        "log_prefix log_tracker_config log_config",
         "logs are in --logging_dir or where --report_to sends them, with the tracker's own settings",
     ),
+    ("log_tracker_name tracker_name wandb_project project_name", "use --tracker_project_name"),
+    ("wandb_run_name run_name", "use --tracker_run_name"),
+    ("wandb_group", "use --tracker_group"),
     ("wandb_api_key", "run `wandb login` once, or set WANDB_API_KEY, and use --report_to wandb"),
     ("huggingface_repo_id hub_repo_id", "use --push_to_hub and --hub_model_id"),
     ("huggingface_token use_auth_token", "run `hf auth login` once, or use --hub_token"),

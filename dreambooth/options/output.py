@@ -62,7 +62,31 @@ class ReportOptions:
         at_least=1,
         decides_result=False,
     )
-    logging_dir: str = option("Folder for TensorBoard's files, inside output_dir.", "logs", decides_result=False)
+    logging_dir: str = option(
+        "Folder for TensorBoard's and wandb's files, inside output_dir.",
+        "logs",
+        decides_result=False,
+        needs={"report_to": ["tensorboard", "wandb"]},
+    )
+    tracker_project_name: str | None = option(
+        "Project in wandb and trackio; folder in TensorBoard. Default: WANDB_PROJECT in wandb, else "
+        "dreambooth-kronecker.",
+        None,
+        decides_result=False,
+        needs={"report_to": TRACKERS},
+    )
+    tracker_run_name: str | None = option(
+        "Name of the run in trackers. Default: one that the tracker makes up.",
+        None,
+        decides_result=False,
+        needs={"report_to": TRACKERS},
+    )
+    tracker_group: str | None = option(
+        "Group of the run in wandb and trackio. Default: none.",
+        None,
+        decides_result=False,
+        needs={"report_to": ["wandb", "trackio"]},
+    )
     push_to_hub: bool = option(
         "Upload the adapter and its model card to the Hub at the end.", False, decides_result=False
     )
@@ -81,6 +105,9 @@ class ReportOptions:
     )
 
     def check(self) -> None:
+        for name in ("tracker_project_name", "tracker_run_name"):
+            if "/" in (value := getattr(self, name) or "") or value in (".", ".."):
+                raise UserError(f"--{name} {value}: it names a folder too, so it must not be a path")
         if "none" in self.report_to:
             if len(self.report_to) > 1:
                 raise UserError("--report_to none does not work with other trackers")

@@ -16,6 +16,7 @@ from dreambooth.errors import UserError
 from dreambooth.layout import (
     CONFIG_NAME,
     LOCK_NAME,
+    TRACKERS_NAME,
     checkpoint_step,
     list_checkpoints,
     list_sheets,
@@ -239,7 +240,8 @@ def _not_before(start: Path | None, output: Path) -> list[Path]:
 def prepare_output(method: Method, config: TrainingConfig, start: Path | None, accelerator: Accelerator) -> None:
     """Write config.yaml, and remove samples of later steps than the one that the run continues from.
 
-    With --overwrite_output_dir, also remove the checkpoints that do not lead to that step, and the result of those.
+    With --overwrite_output_dir, also remove the checkpoints that do not lead to that step, their result, and what
+    trackers call that run.
     """
     output = Path(config.output_dir)
 
@@ -248,7 +250,8 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
         if config.overwrite_output_dir and (others or start is None):
             for path in others:
                 shutil.rmtree(path)
-            (output / method.weights_name).unlink(missing_ok=True)
+            for name in (method.weights_name, TRACKERS_NAME):
+                (output / name).unlink(missing_ok=True)
         for path in output.glob(UNFINISHED):  # left by a run that was killed while writing
             path.unlink()
         first_step = saved_step(start) if start else 0

@@ -1,9 +1,15 @@
-"""The trackers of --report_to. One that fails is dropped with a warning."""
+"""The trackers of --report_to. One that fails is dropped with a warning.
+
+A run that resumes continues its run in wandb and trackio, which OUTPUT_DIR/trackers.json remembers.
+"""
 
 import functools
 import importlib
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,24 +18,69 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
 from dreambooth.errors import warn_only
+from dreambooth.layout import TRACKERS_NAME
 from dreambooth.options.field import public_options
 from dreambooth.options.training import TrainingConfig
+from kron_formats.files import whole_file
 
 PROJECT = "dreambooth-kronecker"
+IDENTITY = {"wandb": "id", "trackio": "name"}  # what a tracker finds a run by: an attribute of its run, and a keyword
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig, first_step: int) -> None:
     """Start the trackers of --report_to and send them the options."""
-    extra: dict[str, dict[str, Any]] = {
-        # TensorBoard hides what an earlier run in this folder logged for the steps that this run trains.
-        "tensorboard": {"logging_dir": accelerator.logging_dir, "purge_step": first_step + 1 if first_step else 0},
-        # wandb also records the command line, which may contain the token.
-        "wandb": {"settings": {"x_disable_meta": True}} if config.hub_token else {},
-    }
+    path = Path(config.output_dir) / TRACKERS_NAME
     for name in map(str, accelerator.log_with):
-        accelerator.trackers.append(LOGGER_TYPE_TO_CLASS[name](PROJECT, **extra.get(name, {})))
+        project, keywords = _arguments(name, accelerator, config, first_step)
+        accelerator.trackers.append(LOGGER_TYPE_TO_CLASS[name](project, **keywords | _identity(name, path, first_step)))
     options = _flat(public_options(config))
     _each_tracker(accelerator, lambda tracker: (tracker.start(), tracker.store_init_configuration(options)))
+    _remember(accelerator, path)
+
+
+def _arguments(
+    name: str, accelerator: Accelerator, config: TrainingConfig, first_step: int
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the project and the keyword arguments of a tracker. wandb reads WANDB_* variables for what is None."""
+    project, logs = config.tracker_project_name, Path(accelerator.logging_dir)
+    names = {"name": config.tracker_run_name, "group": config.tracker_group}
+    if name == "wandb":
+        if "WANDB_DIR" not in os.environ:
+            with suppress(OSError):  # wandb then warns, and writes elsewhere
+                logs.mkdir(parents=True, exist_ok=True)
+            names["dir"] = str(logs)
+        # It also records the command line, which may contain the token
+        settings = {"settings": {"x_disable_meta": True}} if config.hub_token else {}
+        return project or (None if "WANDB_PROJECT" in os.environ else PROJECT), names | settings
+    if name == "trackio":
+        return project or PROJECT, names
+    folder = Path(project or PROJECT, config.tracker_run_name or "")
+    # TensorBoard hides what an earlier run in this folder logged for the steps that this run trains
+    return str(folder), {"logging_dir": str(logs), "purge_step": first_step + 1 if first_step else 0}
+
+
+def _identity(name: str, path: Path, first_step: int) -> dict[str, str]:
+    """Return the keyword arguments with which a tracker continues the run in the file `path`.
+
+    There are none if it does not resume, or if a sweep's agent or the user has chosen the run.
+    """
+    if not first_step or name == "wandb" and os.environ.keys() & {"WANDB_RUN_ID", "WANDB_SWEEP_ID"}:
+        return {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return {IDENTITY[name]: str(json.loads(path.read_text(encoding="utf-8"))[name]), "resume": "allow"}
+    return {}
+
+
+def _remember(accelerator: Accelerator, path: Path) -> None:
+    """Write {tracker: what it finds this run by}, if there is a tracker that continues runs."""
+    runs = {tracker.name: getattr(tracker, "run", None) for tracker in accelerator.trackers}
+    found = {name: getattr(runs.get(name), attribute, None) for name, attribute in IDENTITY.items()}
+    if found := {name: identity for name, identity in found.items() if isinstance(identity, str)}:
+        with (
+            warn_only(f"{path} was not written: a resumed run will be another run in the tracker"),
+            whole_file(path) as unfinished,
+        ):
+            unfinished.write_text(json.dumps(found), encoding="utf-8")
 
 
 def finish_trackers(accelerator: Accelerator) -> None:

@@ -272,6 +272,7 @@ PRIOR = "--with_prior_preservation"
             for entry in ("to_k", "to_k=", "to_k=8", "to_k=8,64,2", "=8,64", "to_k=a,b", "to_k=-8,64", "to_k=8,²")
         ),
         ("--compile --base_precision nf4", ["--compile", "--base_precision nf4"]),
+        ("--tracker_run_name ../rex", ["--tracker_run_name ../rex"]),
         ("--text_encoder_lr 1", ["--text_encoder_lr", "--train_text_encoder"]),
         ("--text_encoder_kron_a1 2", ["--text_encoder_kron_a1", "--train_text_encoder"]),
         ("--text_encoder_kron_a2 2", ["--text_encoder_kron_a2", "--train_text_encoder"]),
@@ -317,6 +318,9 @@ def test_options_that_do_not_go_together_are_refused_by_name(capsys, flags, word
         (f"--num_class_images 9 {PRIOR} --class_prompt dog --class_data_dir class", None),
         ("--hub_model_id me/dog", "--hub_model_id me/dog has no effect without --push_to_hub$"),
         ("--hub_token hf_secret", "--hub_token has no effect without --push_to_hub$"),
+        ("--tracker_group pets", "--tracker_group pets .* with --report_to tensorboard, only with wandb, trackio$"),
+        ("--tracker_group pets --report_to tensorboard wandb", None),
+        ("--tracker_run_name rex --report_to none", "--tracker_run_name rex .* with --report_to none, only with tens"),
         ("--validation_epochs 50 --lr_power 1", None),  # the defaults
     ],
 )
@@ -605,6 +609,7 @@ EVERYTHING = """
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
     --text_encoder_kron_a1 2 --text_encoder_kron_a2 16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
     --save_precision fp16 --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
+    --tracker_project_name dogs --tracker_run_name rex --tracker_group pets
     --push_to_hub --hub_model_id me/dog --cache_dir "~/hub" --logging_steps 4 --skip_nonfinite 2
 """
 # what does not work with the above

@@ -369,6 +369,79 @@ def test_tensorboard_shows_each_step_once_after_resuming(config, accelerate, tmp
     assert scalars(folder) == [(1, 0.5), (2, 0.75)]
 
 
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Return a function that starts fake trackers and returns {name: (its project, its keyword arguments)}."""
+    monkeypatch.setattr("os.environ", {})
+
+    def start(config, first_step, *names):
+        found = {}
+
+        def tracker_class(name):
+            def make(project, **keywords):
+                found[name] = (project, keywords)
+                tracker = FakeTracker(name)
+                tracker.run = SimpleNamespace(id="a1", name=keywords.get("name") or "sunny-1")
+                return tracker
+
+            return make
+
+        fakes = {name: tracker_class(name) for name in names}
+        monkeypatch.setattr("dreambooth.report.trackers.LOGGER_TYPE_TO_CLASS", fakes)
+        # accelerate's own drops a tracker whose package is not installed
+        accelerator = SimpleNamespace(log_with=names, logging_dir=str(tmp_path / "logs"), trackers=[])
+        start_trackers(accelerator, config, first_step)
+        assert found.keys() == set(names) == {tracker.name for tracker in accelerator.trackers}
+        return found
+
+    return start
+
+
+def test_a_run_is_called_what_the_options_say_and_its_files_are_in_the_output_folder(config, started, tmp_path):
+    plain = started(config, 0, "tensorboard", "wandb", "trackio")
+    assert {project for project, _ in plain.values()} == {"dreambooth-kronecker"}
+    config = dataclasses.replace(config, tracker_project_name="dogs", tracker_run_name="rex", tracker_group="pets")
+    named = started(config, 0, "tensorboard", "wandb", "trackio")
+    assert named["wandb"][0] == named["trackio"][0] == "dogs" and named["tensorboard"][0] == "dogs/rex"
+    for name in ("wandb", "trackio"):
+        assert (named[name][1]["name"], named[name][1]["group"]) == ("rex", "pets")
+    assert named["wandb"][1]["dir"] == named["tensorboard"][1]["logging_dir"] == str(tmp_path / "logs")
+
+
+def test_a_resumed_run_is_the_same_run_in_every_tracker(config, started):
+    identities = {"wandb": "id", "trackio": "name"}
+    for first_step, known in ((0, False), (4, True), (0, False)):
+        for name, (_, keywords) in started(config, first_step, "wandb", "trackio").items():
+            expected = {"wandb": "a1", "trackio": "sunny-1"}[name] if known else None
+            assert keywords.get(identities[name]) == expected and keywords.get("resume") == ("allow" if known else None)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"wandb": '])
+def test_without_a_known_run_a_resumed_one_is_a_new_one(content, config, started, tmp_path):
+    if content is not None:
+        (tmp_path / "trackers.json").write_text(content)
+    assert not started(config, 4, "wandb")["wandb"][1].keys() & {"id", "resume"}
+
+
+def test_the_run_of_a_sweep_s_agent_and_wandb_s_own_variables_are_respected(config, started, monkeypatch):
+    started(config, 0, "wandb")
+    for variable in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
+        monkeypatch.setattr("os.environ", {variable: "b2", "WANDB_PROJECT": "mine", "WANDB_DIR": "there"})
+        project, keywords = started(config, 4, "wandb")["wandb"]
+        assert project is None and not keywords.keys() & {"id", "resume", "dir"}
+
+
+def test_wandb_continues_its_run_in_the_output_folder(config, accelerate, offline_wandb, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_DIR")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = dataclasses.replace(config, tracker_run_name="rex", hub_token=None)
+    train(accelerate("wandb"), config, 0, 0.5)
+    train(accelerate("wandb"), config, 1, 0.25)
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len({path.name for path in files}) == 1 < len(files) and not any((tmp_path / "here").iterdir())
+
+
 def test_trackio_gets_pictures_of_its_own_kind(accelerate, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda image: ("picture", image.size)))
     accelerator = accelerate()
