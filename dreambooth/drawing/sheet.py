@@ -1,35 +1,63 @@
 """A labelled sheet: rows of images in one picture, each row under its label."""
 
 import bisect
+import logging
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from dreambooth.drawing.fonts import draw_text, legible, text_width
+from kron_formats.files import printable
+
+logger = logging.getLogger(__name__)
 
 SMALLEST, LARGEST = 192, 512  # px; smaller images are enlarged to be seen, larger ones shrunk to keep the file small
 GAP = 4  # px, between images
 LINE = 21  # px, height of a line of text
+LETTERS = 15  # px
 MOST_LINES = 4  # of a label; the rest of a prompt is cut off
 
 
 def draw_sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = "") -> Image.Image:
-    """Return one picture: each row of images under its label, the title above them all."""
+    """Return one picture: each row of images under its label, the title above them all.
+
+    A label that no installed font can write in full is numbered, and a warning has all of it.
+    """
     cells = [[_fitted(image) for image in row] for row in rows]
     width = max(sum(cell.width + GAP for cell in row) - GAP for row in cells)
-    texts = [_wrap(label, width - 12) for label in labels]
+    texts = [_wrap(_written(label, number), width - 12) for number, label in enumerate(labels, 1)]
     heights = [LINE * len(text) + 10 + max(cell.height for cell in row) for text, row in zip(texts, cells)]
     top = LINE + 8 if title else 0
     sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((6, 5), title, fill="#656d76", font=ImageFont.load_default(15))
+    draw_text(draw, 6, 5, title, "#656d76", LETTERS)
     for row, lines, height in zip(cells, texts, heights):
         for number, line in enumerate(lines):
-            draw.text((6, top + 4 + number * LINE), line, fill="black", font=ImageFont.load_default(15))
+            draw_text(draw, 6, top + 4 + number * LINE, line, "black", LETTERS)
         left = 0
         for cell in row:
             sheet.paste(cell, (left, top + LINE * len(lines) + 10))
             left += cell.width + GAP
         top += height
     return sheet
+
+
+_told: set[str] = set()  # labels that were warned of: the same ones are drawn again and again
+
+
+def _written(label: str, number: int) -> str:
+    """Return a label as it can be written: "2: a photo of …" if the rest is in a script that no font has."""
+    if (shown := legible(label, LETTERS)).count("…") == label.count("…"):
+        return shown
+    if label not in _told:
+        _told.add(label)
+        logger.warning(
+            'row %d of a sheet is "%s", which no font found here can write in full; install one that has its script, '
+            "for example Noto (Debian: fonts-noto-cjk, fonts-noto-core)",
+            number,
+            printable(label),
+        )
+    return f"{number}: {shown}"
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -42,11 +70,10 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 def _wrap(text: str, width: int) -> list[str]:
     """Return a text as at most MOST_LINES lines, broken between words if possible; "…" stands for the rest."""
-    font = ImageFont.load_default(15)
     lines, rest = [], " ".join(text.split())
     while rest:
         ends = range(1, len(rest) + 1)
-        end = max(1, bisect.bisect_right(ends, width, key=lambda end: font.getlength(rest[:end])))
+        end = max(1, bisect.bisect_right(ends, width, key=lambda end: text_width(rest[:end], LETTERS)))
         if end < len(rest) and " " in rest[: end + 1]:
             end = rest[: end + 1].rindex(" ")
         line, rest = rest[:end], rest[end:].lstrip()

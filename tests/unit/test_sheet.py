@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth.drawing.sheet import GAP, LINE, _wrap, draw_sheet
+from dreambooth.drawing import fonts
+from dreambooth.drawing.fonts import _font_of, _letters, _runs, legible
+from dreambooth.drawing.sheet import GAP, LETTERS, LINE, _wrap, draw_sheet
 
 
 def test_a_sheet_has_a_row_of_images_under_each_label():
@@ -47,3 +49,54 @@ def test_every_word_of_a_label_that_fits_is_there():
     assert " ".join(_wrap(text, 180)) == text and len(_wrap(text, 180)) > 1
     assert "".join(_wrap("x" * 50, 180)) == "x" * 50
     assert _wrap("word " * 100, 180)[-1].endswith("…")
+
+
+# ---- scripts that Pillow's own font lacks ----
+
+
+@pytest.fixture(params=[True, False], ids=["fonts of this machine", "no font"])
+def installed(request, monkeypatch):
+    caches = (fonts._installed, fonts._font_of)
+    if not request.param:
+        monkeypatch.setattr(fonts, "INSTALLED", [])
+    for cache in caches:
+        cache.cache_clear()
+    yield request.param
+    for cache in caches:
+        cache.cache_clear()
+
+
+SCRIPTS = [
+    "小狗在海滩上的照片", "子犬の写真", "강아지 사진", "фото собаки", "كلب صغير", "כלב קטן", "हिन्दी", "👨‍👩‍👧 ☀️",
+    "\ud800 \0 \u0301e",
+]  # fmt: skip
+
+
+def test_no_label_has_boxes_and_what_cannot_be_written_is_numbered_and_told_once(installed, caplog, monkeypatch):
+    monkeypatch.setattr("dreambooth.drawing.sheet._told", set())
+    images = [[Image.new("RGB", (192, 192))]] * len(SCRIPTS)
+    for _ in range(2):
+        draw_sheet(images, SCRIPTS)
+    for number, label in enumerate(SCRIPTS, 1):
+        shown = legible(label, LETTERS)
+        assert all(_font_of(letter, LETTERS) is not None for letter in _letters(shown))
+        assert caplog.text.count(f"row {number} of a sheet") == ("…" in shown)
+        if "…" in shown:
+            label = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in label)
+            assert f'"{label}"' in caplog.text
+        if not installed:
+            assert "".join(shown.split()).strip("…e") == ""
+
+
+def test_a_label_that_pillow_can_write_stays_as_it_is(caplog):
+    text = "a photo of sks dog…"
+    assert legible(text, LETTERS) == text and len(list(_runs(text, LETTERS))) == 1
+    draw_sheet([[Image.new("RGB", (192, 192))]], [text])
+    assert not caplog.text
+
+
+def test_a_mixed_label_is_written_in_two_fonts_on_one_line(installed):
+    if installed and _font_of("щ", LETTERS) is None:
+        pytest.skip("no font with Cyrillic is installed")
+    runs = [run for _, run in _runs(legible("Welpe щенок сидит, café", LETTERS), LETTERS)]
+    assert runs == (["Welpe ", "щенок сидит, café"] if installed else ["Welpe … …, caf…"])
