@@ -37,7 +37,7 @@ MODELS = Path(__file__).resolve().parent / "models"
 FAMILIES = {family.name: family for family in (SD, SDXL)}
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance works
 SNR_GAMMA = 5.0  # of the min-SNR weights
-GUIDANCE = 4.0  # of the sheets
+GUIDANCE, SAMPLER_STEPS = 4.0, 20  # of the sheets
 PIXELS = 64
 
 
@@ -143,7 +143,7 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], seed: int = 0) -> list
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = build_sampler(pipeline.scheduler)
     seeds = range(seed, seed + len(prompts))
-    arguments = {"height": PIXELS, "width": PIXELS, "num_inference_steps": 20, "guidance_scale": GUIDANCE}
+    arguments = {"height": PIXELS, "width": PIXELS, "num_inference_steps": SAMPLER_STEPS, "guidance_scale": GUIDANCE}
     return draw_images(pipeline, seeds, 16, prompt=prompts, negative_prompt=[""] * len(prompts), **arguments)
 
 

@@ -4,7 +4,9 @@ Trained through the scripts, drawn through the pipelines, scored by evaluators t
 pass for success is trained or broken here too.
 """
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from dreambooth.scoring.embeddings import load_evaluators
 from dreambooth.scoring.measures import PriorDrift, PromptScores, score_images, score_prior
 from dreambooth.scoring.subject import read_subject_photos
 from tests.conftest import ROOT, WEIGHTS
-from toyworld.study import draw_all, load
+from toyworld.study import Drawn, draw_all, load
 from toyworld.subjects import prompts
 
 MODELS = ROOT / "toyworld" / "models"
@@ -43,41 +45,35 @@ def photos():
 
 
 @pytest.fixture(scope="module")
-def examine(evaluators, photos):
+def examine(evaluators, photos, once):
     """Draw and score a base model with an adapter, or alone."""
-    before = {}
 
-    def examined(kind: str, adapter=None) -> Result:
-        drawn = draw_all(load(str(MODELS / kind), [adapter] if adapter else []), "robot", images=2, class_images=8)
-        before.setdefault(kind, drawn.class_images)
+    def draw(kind: str, adapter: Path | None) -> Drawn:
+        def make() -> Drawn:
+            return draw_all(load(str(MODELS / kind), [adapter] if adapter else []), "robot", images=2, class_images=8)
+
+        return once(f"drawn {kind} {adapter}", make)
+
+    def examined(kind: str, adapter: Path | None = None) -> Result:
+        drawn, before = draw(kind, adapter), draw(kind, None)
         texts = [prompt.replace("sks ", "") for prompt in prompts("robot")]
         return Result(
             score_images(drawn.rows, photos, texts, evaluators),
-            score_prior(before[kind], drawn.class_images, photos, evaluators),
+            score_prior(before.class_images, drawn.class_images, photos, evaluators),
         )
 
     return examined
 
 
-@pytest.fixture(scope="module")
-def base(examine):
-    return {kind: examine(kind) for kind in SCRIPTS}
-
-
-@pytest.fixture(scope="module")
-def trained_files():
-    """What was trained once serves every test that asks for the same."""
-    return {}
-
-
 @pytest.fixture
-def train(run_main, trained_files, tmp_path_factory):
-    """Train on the photos of the robot; return the adapter file."""
+def train(run_main, once, shared_folder):
+    """Train on the photos of the robot; return the adapter file. Tests that ask for the same share it."""
 
     def trained(kind="sd", **options):
-        key = (kind, *sorted(options.items()))
-        if key not in trained_files:
-            output = tmp_path_factory.mktemp("run")
+        name = f"{kind} {sorted(options.items())}"
+        output = shared_folder / hashlib.sha256(name.encode()).hexdigest()[:16]
+
+        def make() -> Path:
             defaults = {
                 "pretrained_model_name_or_path": MODELS / kind,
                 "instance_data_dir": PHOTOS,
@@ -93,8 +89,9 @@ def train(run_main, trained_files, tmp_path_factory):
                 "report_to": "none",
             }
             run_main(SCRIPTS[kind], **defaults | options)
-            trained_files[key] = output / WEIGHTS
-        return trained_files[key]
+            return output / WEIGHTS
+
+        return once(f"trained {name}", make)
 
     return trained
 
@@ -109,13 +106,13 @@ def learned(after: PromptScores, before: PromptScores) -> bool:
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_it_learns_the_subject_and_keeps_the_rest(kind, train, examine, base):
+def test_it_learns_the_subject_and_keeps_the_rest(kind, train, examine):
     result = examine(kind, train(kind, **PRIOR))
-    assert learned(result.scores, base[kind].scores)
+    assert learned(result.scores, examine(kind).scores)
     assert result.prior.diversity_after > 0.8 * result.prior.diversity_before
 
 
-def test_without_a_prior_the_class_becomes_the_subject(train, examine, base):
+def test_without_a_prior_the_class_becomes_the_subject(train, examine):
     with_prior = examine("sd", train(**PRIOR)).prior
     without = examine("sd", train()).prior
     drift = without.similarity_after - without.similarity_before
@@ -124,18 +121,18 @@ def test_without_a_prior_the_class_becomes_the_subject(train, examine, base):
     assert without.diversity_after < with_prior.diversity_after
 
 
-def test_prompts_paired_wrongly_teach_nothing_of_the_subject(train, examine, base):
+def test_prompts_paired_wrongly_teach_nothing_of_the_subject(train, examine):
     swapped = PRIOR | {"instance_prompt": "a photo of robot", "class_prompt": "a photo of sks robot"}
-    assert not learned(examine("sd", train(**swapped)).scores, base["sd"].scores)
+    assert not learned(examine("sd", train(**swapped)).scores, examine("sd").scores)
 
 
-def test_a_zero_learning_rate_changes_nothing(train, examine, base):
+def test_a_zero_learning_rate_changes_nothing(train, examine):
     after = examine("sd", train(learning_rate=0.0, max_train_steps=5)).scores
-    assert after == base["sd"].scores
-    assert not learned(after, base["sd"].scores)
+    assert after == examine("sd").scores
+    assert not learned(after, after)
 
 
-def test_a_broken_adapter_is_told_from_a_good_one(train, examine, base, tmp_path):
+def test_a_broken_adapter_is_told_from_a_good_one(train, examine, tmp_path):
     path = train(**PRIOR)
     tensors = load_file(path)
     generator = torch.Generator().manual_seed(0)
@@ -145,4 +142,4 @@ def test_a_broken_adapter_is_told_from_a_good_one(train, examine, base, tmp_path
             tensors[name] = tensor.flatten()[order].view_as(tensor)
     broken = tmp_path / "broken.safetensors"
     save_file(tensors, broken)
-    assert not learned(examine("sd", broken).scores, base["sd"].scores)
+    assert not learned(examine("sd", broken).scores, examine("sd").scores)

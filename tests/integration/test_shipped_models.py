@@ -44,7 +44,8 @@ def test_dino_tells_characters_from_scenes():
     assert triples(dino) >= 0.85
 
 
-def test_untrained_evaluators_would_fail(tokenizer):
+def test_untrained_evaluators_would_fail(tokenizer, monkeypatch):
+    monkeypatch.setattr("toyworld.train_evaluators.HELD_OUT", 256)  # a quarter: they are far from passing
     torch.manual_seed(0)
     assert retrieval(build_clip().eval(), tokenizer) < 0.2
     assert triples(build_dino().eval()) < 0.7

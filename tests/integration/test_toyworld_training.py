@@ -1,5 +1,6 @@
-"""The training programs through their command lines, a few steps each: they run, save and resume; the result loads."""
+"""The training programs, a few steps each: they run, save and resume; the result loads."""
 
+import importlib
 import subprocess
 import sys
 
@@ -11,19 +12,37 @@ from transformers import CLIPModel, ViTModel
 from tests.conftest import ROOT
 
 
-def run(module: str, *arguments, steps: int = 2) -> str:
-    command = [sys.executable, "-m", f"toyworld.{module}", *map(str, arguments), "--steps", str(steps)]
-    command += ["--batch_size", "16", "--save_every", "2"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr
+def words(*arguments, steps: int = 2) -> list[str]:
+    return [*map(str, arguments), "--steps", str(steps), "--batch_size", "16", "--save_every", "2"]
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    assert "PSNR" in run("train_vae", "--output_dir", folder)
-    return folder
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a program's main() in this process, its sheets drawn in a step: `run(module, *arguments, steps=2)`."""
+
+    def run_main(module: str, *arguments, steps: int = 2) -> str:
+        program = importlib.import_module(f"toyworld.{module}")
+        monkeypatch.setattr(sys, "argv", [module, *words(*arguments, steps=steps)])
+        monkeypatch.setattr("toyworld.train_base.SAMPLER_STEPS", 1)
+        program.main()
+        return "".join(capfd.readouterr())
+
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def vae(once, shared_folder):
+    """A folder with what train_vae writes, from its command line."""
+
+    def make():
+        folder = shared_folder / "vae"
+        command = [sys.executable, "-m", "toyworld.train_vae", *words("--output_dir", folder)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert "PSNR" in result.stdout
+        return folder
+
+    return once("vae", make)
 
 
 def test_the_autoencoder_has_white_latents(vae):
@@ -47,7 +66,7 @@ def test_whitening_changes_no_picture():
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_base_model(kind, vae, tmp_path):
+def test_a_base_model(kind, vae, run, tmp_path):
     arguments = (kind, "--vae", vae / "vae", "--pictures", 32, "--output_dir", tmp_path)
     run("train_base", *arguments)
     encoded = (tmp_path / "latents.safetensors").stat().st_mtime_ns
@@ -61,7 +80,7 @@ def test_a_base_model(kind, vae, tmp_path):
 
 
 @pytest.mark.parametrize("model, kind", [("clip", CLIPModel), ("dino", ViTModel)])
-def test_an_evaluator(model, kind, tmp_path):
+def test_an_evaluator(model, kind, run, tmp_path):
     assert "% of 1024" in run("train_evaluators", model, "--output_dir", tmp_path)
     kind.from_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "preprocessor_config.json").is_file() or (
