@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import UserError
-from dreambooth.options.field import Declaration, declarations
+from dreambooth.options.field import Declaration, declarations, defaults
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -43,20 +43,16 @@ def _check_value(name: str, value: Any, declared: Declaration) -> None:
         raise UserError(f"--{name} {value}: choose from {', '.join(declared.choices)}")
 
 
-def idle_options(config: "DataclassInstance") -> list[str]:
-    """Return a warning for each option that differs from its default but, because of another option, has no effect."""
-    values, declared = asdict(config), declarations(type(config))
-    defaults = {
-        entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
-        for entry in fields(config)
-    }
-    return [
-        f"--{name}{'' if declared[name].secret else f' {value}'} has no effect {lack}"
-        for name, value in values.items()
-        if value != defaults[name]
+def idle_options(config: "DataclassInstance") -> dict[str, str]:
+    """Return the options that differ from their defaults but have no effect, and why: because of which other option."""
+    values, declared, default = asdict(config), declarations(type(config)), defaults(type(config))
+    return {
+        name: lack
+        for name in values
+        if values[name] != default[name]
         for other, wanted in declared[name].needs.items()
         if (lack := _lack(other, values[other], wanted))
-    ]
+    }
 
 
 def _lack(name: str, value: Any, wanted: Sequence[Any]) -> str:

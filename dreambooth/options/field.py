@@ -122,6 +122,14 @@ def option_names(config_class: type["DataclassInstance"]) -> list[str]:
     return list(declarations(config_class))
 
 
+def defaults(config_class: type["DataclassInstance"]) -> dict[str, Any]:
+    """Return the default of every option, MISSING for those that have none."""
+    return {
+        entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+        for entry in fields(config_class)
+    }
+
+
 def public_options(config: "DataclassInstance") -> dict[str, Any]:
     """Return all options but secrets, which are never written, in the order of the groups."""
     values = asdict(config)

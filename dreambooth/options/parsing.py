@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from dreambooth.errors import UserError
 from dreambooth.options.checking import check_options, idle_options
-from dreambooth.options.field import Declaration, describe_group, groups_of, option_names
+from dreambooth.options.field import Declaration, describe_group, groups_of, option_names, public_options
 from dreambooth.options.foreign import explain_unknown
 from dreambooth.options.yaml_file import flags_from_yaml
 
@@ -38,8 +38,10 @@ def parse_options(config_class: type[C], description: str | None, argv: Sequence
         print(f"error: {error}\n{HINT}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     if os.environ.get("RANK", "0") == "0":
-        for warning in idle_options(config):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        public = public_options(config)
+        for name, lack in idle_options(config).items():
+            value = f" {_words(public[name])}" if name in public else ""
+            print(f"warning: --{name}{value} has no effect {lack}", file=sys.stderr, flush=True)
     return config
 
 

@@ -13,7 +13,8 @@ from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
 from dreambooth.layout import RUN_NAME
 from dreambooth.method import Method
-from dreambooth.options.field import result_options
+from dreambooth.options.checking import idle_options
+from dreambooth.options.field import defaults, result_options
 from dreambooth.options.output import OutputOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.runtime.ranks import on_main
@@ -25,7 +26,9 @@ CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not depend 
 
 def deciding_options(method: Method, config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Return the method's name and the options that decide the result, the batch size as one number for all devices."""
+    default = defaults(type(config))
     options = {"method": method.name, **result_options(config)}
+    options |= {name: default[name] for name in idle_options(config) if name in options}  # they decide nothing
     options["mixed_precision"] = accelerator.mixed_precision  # accelerate's if the option is not set
     batch, accumulation = options.pop("train_batch_size"), options.pop("gradient_accumulation_steps")
     options["global batch (devices x accumulation x train_batch_size)"] = (

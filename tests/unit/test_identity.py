@@ -24,6 +24,7 @@ def deciding_options(config, accelerator):
         {"checkpointing_steps": 9},
         {"hub_token": "t"},
         {"max_train_time": "1h"},
+        {"lr_warmup_steps": 3},  # --lr_scheduler is constant
     ],
 )
 def test_what_may_differ(changes, tmp_path):
