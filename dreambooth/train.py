@@ -1,6 +1,7 @@
 """Training, from options to the result: the steps of every run, whatever its base model and method."""
 
 import functools
+import logging
 
 from dreambooth.base_model.latents import latent_source
 from dreambooth.base_model.loading import BaseModel, check_family, empty_models
@@ -24,12 +25,15 @@ from dreambooth.output.folder import check_start, find_start, hold_folder, prepa
 from dreambooth.output.identity import identify_run
 from dreambooth.report.card import push_to_hub, save_card
 from dreambooth.report.metrics import save_curves
+from dreambooth.report.opening import opening_line
 from dreambooth.report.progress import Progress
 from dreambooth.report.samples import validate
 from dreambooth.runtime.accelerator import start_accelerator
 from dreambooth.runtime.memory import explain_out_of_memory
 from dreambooth.runtime.ranks import explain_lost_process
 from dreambooth.runtime.stopping import Stop
+
+logger = logging.getLogger(__name__)
 
 
 @explain_lost_process()
@@ -64,6 +68,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         pipeline.scheduler = build_sampler(pipeline.scheduler)
         class_photos = ensure_class_images(base, config) if config.uses_class_images else []
         run = identify_run(method, start, photos, class_photos, config, accelerator)
+        logger.info("%s", opening_line(photos, class_photos, samples, total_steps, accelerator.num_processes, config))
         prompts = prompts_of(photos, class_photos, config)
         crops = Crops(photos, class_photos, config)
         moments = cache_moments(crops, base.load_vae, config, accelerator)

@@ -1,6 +1,5 @@
 """Pixels of image files: decoded, upright, 8-bit RGB; and masks."""
 
-import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +11,9 @@ from dreambooth.errors import UserError
 from kron_formats.files import check_regular, printable
 
 # The only formats that are decoded, whatever a file is called: Pillow would run Ghostscript on an EPS named photo.jpg.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "DIB", "QOI", "PSD", "PCX", "SGI", "TGA"),
+)
 TURNS = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -90,12 +91,12 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
 
 
-def read_mask(path: Path, image: Image.Image, source: str) -> Image.Image | None:
+def read_mask(path: Path | None, image: Image.Image, source: str) -> Image.Image | None:
     """Return the mask of a photo, 8-bit grey and of any size, or None if there is none. Transparent parts are outside.
 
     Raises UserError if it cannot be read, has another aspect ratio than the photo or is black everywhere.
     """
-    if not os.path.lexists(path):
+    if path is None:
         return None
     try:
         mask = read_image(path, background="black").convert("L")

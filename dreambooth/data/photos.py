@@ -2,18 +2,19 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from dreambooth.data.captions import MASK_SUFFIX, METADATA, caption_of, read_captions
+from dreambooth.data.captions import CLASS_COLUMN, caption_of, read_captions, warn_of_missing_subject
+from dreambooth.data.folder import METADATA, Folder, NoPhotosError, listed
 from dreambooth.data.images import decode_image, read_image, read_mask, resize
 from dreambooth.data.sizes import Size, class_size, instance_size
-from dreambooth.data.tables import load_table, undecoded
+from dreambooth.data.tables import file_of, load_table, undecoded
 from dreambooth.errors import UserError
 from dreambooth.options.data import ImageOptions
 from dreambooth.options.photos import PhotoOptions
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 TrainingSize = Callable[[Size, PhotoOptions], Size]  # an image's original size -> the size to which it is resized
 
-# The last two are not decoded, but are named in messages instead of being ignored.
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif".split())
 LARGEST_SCALE = 32  # of --resolution to a photo's shorter side; smaller ones are icons and tracking pixels
 
 
@@ -38,10 +37,7 @@ class Photo:
     class_prompt: str | None
     original_size: Size  # (height, width) before resizing, upright
     mask: np.ndarray | None = None  # (height, width) uint8: 255 where the subject is
-
-
-class NoPhotosError(UserError):
-    """There is no readable image."""
+    has_caption: bool = False  # whether the prompt is its own
 
 
 def read_instance_photos(config: ImageOptions) -> list[Photo]:
@@ -52,13 +48,38 @@ def read_instance_photos(config: ImageOptions) -> list[Photo]:
     else:
         assert folder is not None  # PhotoOptions.check
         photos = _read_folder(folder, "--instance_data_dir", config.instance_prompt, instance_size, config)
-        if config.caption_column is not None and not (Path(folder) / METADATA).exists():
-            raise UserError(f"--caption_column {config.caption_column}: --instance_data_dir {folder} has no {METADATA}")
+        if config.caption_column is not None and not any((Path(folder) / name).exists() for name in METADATA):
+            raise UserError(
+                f"--caption_column {config.caption_column}: --instance_data_dir {folder} has no {' or '.join(METADATA)}"
+            )
+    captions = {photo.path.name: photo.prompt for photo in photos if photo.has_caption}
+    warn_of_missing_subject(
+        captions, f"--instance_data_dir {folder}" if folder else f"--dataset_name {config.dataset_name}", config
+    )
+    _warn_of_equal_prompts(photos, config)
     if not config.uses_base_model_prior and any(photo.class_prompt != config.class_prompt for photo in photos):
         logger.warning("Class prompts of single photos are only used with --prior_source base_model")
     if config.unmasked_weight and all(photo.mask is None for photo in photos):
         logger.warning("--unmasked_weight %g has no effect: no photo has a mask", config.unmasked_weight)
     return photos
+
+
+def _warn_of_equal_prompts(photos: Sequence[Photo], config: ImageOptions) -> None:
+    """Warn of a class prompt that is a prompt of the subject too: the prior would hold the subject back."""
+    if not config.with_prior_preservation:
+        return
+    same = [photo for photo in photos if photo.class_prompt and _normal(photo.class_prompt) == _normal(photo.prompt)]
+    if same:
+        logger.warning(
+            "the class prompt '%s' is the prompt of %s too, so that the prior holds the subject back; leave out of "
+            "--class_prompt what names the subject",
+            printable(same[0].class_prompt or ""),
+            listed([printable(photo.path.name) for photo in same]),
+        )
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def read_class_photos(config: ImageOptions) -> list[Photo]:
@@ -73,39 +94,20 @@ def read_class_photos(config: ImageOptions) -> list[Photo]:
 def _read_folder(folder: str, flag: str, prompt: str, size: TrainingSize, config: ImageOptions) -> list[Photo]:
     """Return the readable images in a folder in the order of their names; `flag` is the option that names the folder.
 
-    `prompt` is for images without a caption. Files that are not images, captions or masks are ignored.
+    `prompt` is for images without a caption. Warns of files that are not used.
     """
-    directory, source = Path(folder), f"{flag} {folder}"
-    paths = image_files(directory, source)
-    captions = read_captions(directory, [path.name for path in paths], source, config)
+    files = Folder(Path(folder), f"{flag} {folder}")
+    captions = read_captions(files, config)
+    files.warn_of_unused()
 
     def read(path: Path) -> Photo:
         image = read_image(path)
-        mask = read_mask(path.with_suffix(MASK_SUFFIX), image, source)
-        return make_photo(path, image, captions[path.name].prompts(prompt, config), size, config, mask)
+        mask = read_mask(files.mask_of(path), image, files.source)
+        caption = captions[path.name]
+        photo = make_photo(path, image, caption.prompts(prompt, config), size, config, mask)
+        return replace(photo, has_caption=caption.text is not None)
 
-    return readable(((path.name, path) for path in paths), read, source)
-
-
-def image_files(folder: Path, source: str) -> list[Path]:
-    """Return the image files in a folder in the order of their names; `source` is what messages call the folder."""
-    try:
-        if not folder.is_dir():
-            raise NoPhotosError(f"{source}: there is no such folder")
-        return [path for path in sorted(folder.iterdir()) if _is_photo(path)]
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}") from error
-
-
-def _is_photo(path: Path) -> bool:
-    """Whether a path is an image file by its name: not hidden, and not a mask."""
-    name = path.name.lower()
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES
-        and not name.startswith(".")
-        and not name.endswith(MASK_SUFFIX)
-        and not path.is_dir()
-    )
+    return readable(((path.name, path) for path in files.photos), read, files.source)
 
 
 def readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], source: str) -> list[T]:
@@ -140,6 +142,7 @@ def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
     for flag, column in wanted.items():
         if column is not None and column not in dataset.column_names:
             raise UserError(f"--{flag} {column}: {source} only has the columns {', '.join(dataset.column_names)}")
+    _warn_of_unused_texts(dataset, source, config)
     dataset = undecoded(dataset, config.image_column, source)
 
     def read(number: int) -> Photo:
@@ -147,11 +150,30 @@ def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
         stored = row[config.image_column]
         if stored is None:
             raise ValueError("there is no image")
-        image = decode_image(io.BytesIO(stored["bytes"])) if stored["bytes"] else read_image(Path(stored["path"]))
-        prompts = caption_of(row, config.caption_column).prompts(config.instance_prompt, config)
-        return make_photo(Path(stored["path"] or f"row {number}"), image, prompts, instance_size, config)
+        image = (
+            decode_image(io.BytesIO(stored["bytes"])) if stored["bytes"] else read_image(file_of(stored["path"], name))
+        )
+        caption = caption_of(row, config.caption_column)
+        label, prompts = Path(stored["path"] or f"row {number}"), caption.prompts(config.instance_prompt, config)
+        return replace(make_photo(label, image, prompts, instance_size, config), has_caption=caption.text is not None)
 
     return readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
+
+
+def _warn_of_unused_texts(dataset: Any, source: str, config: ImageOptions) -> None:
+    """Say so if a dataset has texts that are not used, since captions are only read if a column is named."""
+    kinds = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
+    used = {config.image_column, CLASS_COLUMN}
+    if config.caption_column is None and (
+        texts := [name for name in kinds if kinds[name] == "string" and name not in used]
+    ):
+        logger.warning(
+            "%s has texts that are not used: %s; --caption_column %s would take them as captions in place of "
+            "--instance_prompt",
+            source,
+            listed(texts),
+            texts[0],
+        )
 
 
 # ---- one photo ----

@@ -264,10 +264,11 @@ def test_what_cannot_be_trained_on_is_skipped_and_named_with_the_reason(photos, 
 
 
 @pytest.mark.parametrize("kind", IGNORED)
-def test_what_is_no_photo_is_ignored(photos, caplog, kind):
+def test_what_is_no_photo_is_ignored_and_named_unless_it_is_litter(photos, caplog, kind):
     IGNORED[kind](photos / "image")
     assert [photo.path.name for photo in read(photos)] == ["good.png"]
-    assert not warnings_in(caplog)
+    assert all("not used: " in warning for warning in warnings_in(caplog))
+    assert len(warnings_in(caplog)) == (kind in ("folder", "unfinished download"))
 
 
 def test_names_are_told_on_one_line_in_letters_alone(photos, caplog):
@@ -354,7 +355,8 @@ def test_the_evaluation_reads_the_same_photos(all_kinds, caplog):
     used = read_subject_photos(str(all_kinds))
     one_pixel = 1  # which only training, that enlarges photos, cannot use
     assert len(used) == len(USED) + 1 + one_pixel and {photo.mode for photo in used} == {"RGB"}
-    assert len(warnings_in(caplog)) == 1
+    unused, skipped = warnings_in(caplog)
+    assert "not used: " in unused and "skipped unreadable images" in skipped
 
 
 def test_a_folder_of_all_kinds_trains(all_kinds, options, run_main, capfd):
