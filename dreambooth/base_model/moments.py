@@ -42,8 +42,12 @@ def cache_moments(
         return None
     if config.cache_latents_to_disk:
         folder = Path(config.cache_latents_to_disk)
-        return _cache_to_disk(fixed, crops, load_vae, folder, vae_identity(config), accelerator)
-    return {crop: _encode(crop, crops, load_vae) for crop in _progress(fixed, accelerator)}
+        moments = _cache_to_disk(fixed, crops, load_vae, folder, vae_identity(config), accelerator)
+    else:
+        moments = {crop: _encode(crop, crops, load_vae) for crop in _progress(fixed, accelerator)}
+    for photo in (*crops.photos, *crops.class_photos):
+        photo.stored.release()  # from now on, its moments stand for it
+    return moments
 
 
 @torch.no_grad()

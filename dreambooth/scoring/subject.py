@@ -33,6 +33,6 @@ def name_subject(prompts: Sequence[str], subject: str) -> list[str]:
 
 
 def read_subject_photos(folder: str) -> list[Image.Image]:
-    """Return the photos of a folder uncropped, upright, in RGB. Raises UserError if none can be read."""
+    """Return the photos of a folder uncropped, upright, in sRGB. Raises UserError if none can be read."""
     source = f"--instance_data_dir {folder}"
     return readable(((path.name, path) for path in image_files(Path(folder), source)), read_image, source)
