@@ -112,6 +112,13 @@ def decode_picture(data: BinaryIO, background: str = "white", is_mask: bool = Fa
     return Picture(image, size[::-1] if orientation in SIDEWAYS else size, flaw)
 
 
+def read_text(path: Path, key: str) -> str | None:
+    """Return the text of a PNG under a key, from before its pixels; None if there is none. Decodes no pixels."""
+    with path.open("rb") as data, _own_limits(), _open(data) as file:
+        text = file.info.get(key) if file.format == "PNG" else None
+        return str(text) if isinstance(text, str) else None
+
+
 @contextmanager
 def _own_limits() -> Iterator[None]:
     """In this context Pillow's limits are those of this module.
