@@ -57,7 +57,8 @@ def colours_of(file: ImageFile, data: BinaryIO) -> bytes | None:
     if file.format == "PNG" and (content := _png_chunk(data, b"cICP")):
         return _coded(*content[:2])
     if "icc_profile" in file.info:
-        if not (profile := file.info["icc_profile"]):
+        profile = file.info["icc_profile"]
+        if not isinstance(profile, bytes) or not profile:
             raise ColourError("its colour profile is damaged")
         return profile
     if file.format == "PNG" and "srgb" not in file.info:
@@ -80,7 +81,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     if colours.mode == "L" and space == "RGB":
         colours = colours.convert("RGB")
     if space != colours.mode:
-        raise ColourError(f"its colour profile is for {printable_space(profile)}, but its colours are {colours.mode}")
+        raise ColourError(f"its colour profile is for {_space_of(profile)}, but its colours are {colours.mode}")
     transform = _transform(profile, colours.mode)
     if transform is None:
         return image
@@ -91,7 +92,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return converted
 
 
-def printable_space(profile: bytes) -> str:
+def _space_of(profile: bytes) -> str:
     """Return the name of the space that a profile is of."""
     return ascii(profile[16:20].decode("latin-1").strip())
 

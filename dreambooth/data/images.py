@@ -89,7 +89,7 @@ def decode_picture(data: BinaryIO, background: str = "white", is_mask: bool = Fa
     """Return an open image file as `read_picture` does."""
     profile = flaw = None
     with _own_limits(), _open(data) as file:
-        size = _check_size(file)
+        height, width = _check_size(file)
         _decode_at_a_fraction(file)
         try:
             profile = None if is_mask else colours_of(file, data)
@@ -109,7 +109,7 @@ def decode_picture(data: BinaryIO, background: str = "white", is_mask: bool = Fa
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image = image if image.mode == "RGB" else image.convert("RGB")
-    return Picture(image, size[::-1] if orientation in SIDEWAYS else size, flaw)
+    return Picture(image, (width, height) if orientation in SIDEWAYS else (height, width), flaw)
 
 
 def read_text(path: Path, key: str) -> str | None:

@@ -67,4 +67,4 @@ def _read_again(pixels: Pixels, name: str) -> np.ndarray:
 
 
 def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()

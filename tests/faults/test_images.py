@@ -165,6 +165,7 @@ FLAWED = {  # kind: maker. They are used with a warning, since their colours may
     "colour profile that is in pieces": file(".jpg", jpeg((0xE2, b"ICC_PROFILE\0\1\2" + SRGB))),
     "colour profile that is none, PNG": file(".png", with_chunk(chunk(b"iCCP", b"x\0\0garbage"))),
     "colour profile that is none, WebP": image(".webp", icc_profile=b"garbage", lossless=True),
+    "colour profile that is a number": image(".tif", tiffinfo={34675: 7}),
     "colour profile of inks": image(".tif", icc_profile=SRGB.replace(b"RGB ", b"CMYK")),
 }  # fmt: skip
 SKIPPED = {  # kind: maker, and the reason in the warning

@@ -134,6 +134,8 @@ def test_each_photo_is_decoded_once_more_for_its_latents_and_then_forgotten(
     moments = cache_moments(crops, lambda: VAE, options, ALONE)
     assert len(decoded) == 12 + (0 if room else 12)
     assert not any(is_held(photo, decoded) for photo in (*crops.photos, *crops.class_photos))
+    places = {(moments[crop].shape, moments[crop].untyped_storage().data_ptr()) for crop in moments}
+    assert len(places) == len({crop.shape for crop in moments})  # one tensor for each shape
     reference = cache_moments(crops_of(options), lambda: VAE, options, ALONE)
     assert moments.keys() == reference.keys()
     assert all(torch.equal(moments[crop], reference[crop]) for crop in moments)
