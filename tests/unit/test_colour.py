@@ -56,20 +56,21 @@ COLUMNS = {
     "Adobe": [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)],
     "sRGB": [(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141)],
 }
-SRGB_CURVE = [round(65535 * float(decoded(np.array(i / 1023)))) for i in range(1024)]
 
 
 def xyz(values):
     return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
 
 
-def curve(gamma=None):
-    numbers = SRGB_CURVE if gamma is None else [round(gamma * 256)]
+def curve(gamma=None, points=1024):
+    numbers = (
+        (65535 * decoded(np.linspace(0, 1, points))).round().astype(int) if gamma is None else [round(gamma * 256)]
+    )
     return b"curv\0\0\0\0" + struct.pack(f">I{len(numbers)}H", len(numbers), *numbers)
 
 
-def icc(space, tags, connection=b"XYZ ", kind=b"mntr", padding=0):
-    tags = {name: value + bytes(-len(value) % 4) for name, value in tags.items()} | {b"pad ": bytes(8 + padding)}
+def icc(space, tags, connection=b"XYZ ", kind=b"mntr"):
+    tags = {name: value + bytes(-len(value) % 4) for name, value in tags.items()}
     table, content, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
     for name, value in tags.items():
         table += name + struct.pack(">II", start + len(content), len(value))
@@ -78,9 +79,9 @@ def icc(space, tags, connection=b"XYZ ", kind=b"mntr", padding=0):
     return header.ljust(68, b"\0") + xyz(D50)[8:] + bytes(48) + table + content
 
 
-def rgb_profile(space, gamma=None, **how):
+def rgb_profile(space, gamma=None, points=1024):
     columns = {name: xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), COLUMNS[space])}
-    return icc(b"RGB ", columns | {name: curve(gamma) for name in (b"rTRC", b"gTRC", b"bTRC")}, **how)
+    return icc(b"RGB ", columns | {name: curve(gamma, points) for name in (b"rTRC", b"gTRC", b"bTRC")})
 
 
 def grey_profile(gamma):
@@ -138,6 +139,7 @@ def test_training_and_scoring_see_the_same_colours(tmp_path):
 SRGB = {
     "of LittleCMS": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
     "with a curve of 1,024 points": rgb_profile("sRGB"),
+    "with a curve of 26 points, as in small ones": rgb_profile("sRGB", points=26),
     "of primaries": matrix_profile(BT709, None),
 }
 
