@@ -4,6 +4,7 @@ Moments are the mean and log-variance of an image's latents. The latents are sam
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -22,6 +23,7 @@ from dreambooth.options.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 LoadVae = Callable[[], AutoencoderKL]
+MomentsOf = Callable[[Crop], Tensor]
 
 
 def cache_moments(
@@ -42,8 +44,12 @@ def cache_moments(
         return None
     if config.cache_latents_to_disk:
         folder = Path(config.cache_latents_to_disk)
-        return _cache_to_disk(fixed, crops, load_vae, folder, vae_identity(config), accelerator)
-    return {crop: _encode(crop, crops, load_vae) for crop in _progress(fixed, accelerator)}
+        moments = _cache_to_disk(fixed, crops, load_vae, folder, vae_identity(config), accelerator)
+    else:
+        moments = _gather(fixed, lambda crop: _encode(crop, crops, load_vae), accelerator)
+    for photo in (*crops.photos, *crops.class_photos):
+        photo.stored.release()  # from now on, its moments stand for it
+    return moments
 
 
 @torch.no_grad()
@@ -71,9 +77,21 @@ def _encode(crop: Crop, crops: Crops, load_vae: LoadVae) -> Tensor:
     return moments
 
 
-def _progress(crops: Sequence[Crop], accelerator: Accelerator) -> tqdm:
-    """Return crops under a progress bar, which only the main process shows."""
-    return tqdm(crops, desc="Latents", unit="image", disable=not accelerator.is_main_process)
+def _gather(crops: Sequence[Crop], moments_of: MomentsOf, accelerator: Accelerator) -> dict[Crop, Tensor]:
+    """Return the moments of crops, under a progress bar that only the main process shows.
+
+    Those of one shape are rows of one tensor. Kept singly, they would lie scattered among the larger, short-lived
+    tensors of the encoding, whose memory could then not be used again: several times their own size.
+    """
+    counts, rooms = Counter(crop.shape for crop in crops), {}
+    gathered = {}
+    quiet = not (crops and accelerator.is_main_process)
+    for crop in tqdm(crops, desc="Latents", unit="image", disable=quiet):
+        moments = moments_of(crop)
+        if crop.shape not in rooms:
+            rooms[crop.shape] = iter(moments.new_empty(counts[crop.shape], *moments.shape))
+        gathered[crop] = next(rooms[crop.shape]).copy_(moments)
+    return gathered
 
 
 # ---- in a folder ----
@@ -101,9 +119,9 @@ def _cache_to_disk(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mine = fixed[accelerator.process_index :: accelerator.num_processes]
-        moments = {crop: load_or_encode(crop) for crop in _progress(mine, accelerator)}
+        moments = _gather(mine, load_or_encode, accelerator)
         accelerator.wait_for_everyone()
         # The others' shares are read; if the processes do not share the folder, they are encoded here too.
-        return moments | {crop: load_or_encode(crop) for crop in fixed if crop not in moments}
+        return moments | _gather([crop for crop in fixed if crop not in moments], load_or_encode, accelerator)
     except OSError as error:
         raise UserError(f"--cache_latents_to_disk {folder}: {error}") from error

@@ -73,8 +73,7 @@ class Crops:
         """Return a crop of photo `number`, at random by `index` unless crops are fixed."""
         photo = (self.class_photos if is_class else self.photos)[number]
         stream = Stream.CLASS_CROP if is_class else Stream.INSTANCE_CROP
-        height, width = photo.pixels.shape[:2]
-        resized = (height, width)
+        resized = photo.size
         if is_class and self.config.aspect_ratio_buckets:
             resized = cover(resized, shape)
         spare = np.subtract(resized, shape)

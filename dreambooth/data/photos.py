@@ -1,5 +1,6 @@
 """Photos from files or rows of a dataset: decoded, upright, resized, with their prompts and masks."""
 
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,16 @@ from PIL import Image
 
 from dreambooth.data.captions import CLASS_COLUMN, caption_of, read_captions, warn_of_missing_subject
 from dreambooth.data.folder import METADATA, Folder, NoPhotosError, listed
-from dreambooth.data.images import decode_image, read_image, read_mask, resize
+from dreambooth.data.images import (
+    Picture,
+    decode_picture,
+    read_mask,
+    read_picture,
+    resize,
+    resize_image,
+    warn_of_flaw,
+)
+from dreambooth.data.pixels import Held, Pixels
 from dreambooth.data.sizes import Size, class_size, instance_size
 from dreambooth.data.tables import file_of, load_table, undecoded
 from dreambooth.errors import UserError
@@ -23,21 +33,32 @@ from kron_formats.files import printable
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 TrainingSize = Callable[[Size, PhotoOptions], Size]  # an image's original size -> the size to which it is resized
+Decode = Callable[[], Picture]  # reads an image from where it is; can be pickled, for workers of the data loader
 
 LARGEST_SCALE = 32  # of --resolution to a photo's shorter side; smaller ones are icons and tracking pixels
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image for training: upright RGB, resized to hold a crop of its training shape."""
+    """An image for training: upright sRGB, resized to hold a crop of its training shape."""
 
     path: Path  # a label if there is no file
-    pixels: np.ndarray  # (height, width, 3) uint8
+    stored: Pixels
     prompt: str
     class_prompt: str | None
     original_size: Size  # (height, width) before resizing, upright
     mask: np.ndarray | None = None  # (height, width) uint8: 255 where the subject is
     has_caption: bool = False  # whether the prompt is its own
+
+    @property
+    def size(self) -> Size:
+        """Height and width of its training pixels."""
+        return self.stored.size
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """Its training pixels, (height, width, 3) uint8. Raises UserError if they have to be read again and differ."""
+        return self.stored.get(str(self.path))
 
 
 def read_instance_photos(config: ImageOptions) -> list[Photo]:
@@ -83,15 +104,22 @@ def _normal(text: str) -> str:
 
 
 def read_class_photos(config: ImageOptions) -> list[Photo]:
-    """Return the class images in class_data_dir. Raises NoPhotosError if none is readable."""
+    """Return the first num_class_images of the class images in class_data_dir, or all if there are fewer.
+
+    Others are not decoded. Raises NoPhotosError if none is readable.
+    """
     assert config.class_data_dir is not None and config.class_prompt is not None  # PriorOptions.check
-    return _read_folder(config.class_data_dir, "--class_data_dir", config.class_prompt, class_size, config)
+    return _read_folder(
+        config.class_data_dir, "--class_data_dir", config.class_prompt, class_size, config, config.num_class_images
+    )
 
 
 # ---- folders ----
 
 
-def _read_folder(folder: str, flag: str, prompt: str, size: TrainingSize, config: ImageOptions) -> list[Photo]:
+def _read_folder(
+    folder: str, flag: str, prompt: str, size: TrainingSize, config: ImageOptions, at_most: int | None = None
+) -> list[Photo]:
     """Return the readable images in a folder in the order of their names; `flag` is the option that names the folder.
 
     `prompt` is for images without a caption. Warns of files that are not used.
@@ -100,23 +128,29 @@ def _read_folder(folder: str, flag: str, prompt: str, size: TrainingSize, config
     captions = read_captions(files, config)
     files.warn_of_unused()
 
+    held = Held()
+
     def read(path: Path) -> Photo:
-        image = read_image(path)
-        mask = read_mask(files.mask_of(path), image, files.source)
-        caption = captions[path.name]
-        photo = make_photo(path, image, caption.prompts(prompt, config), size, config, mask)
+        decode, caption = functools.partial(read_picture, path), captions[path.name]
+        mask_of = functools.partial(read_mask, files.mask_of(path), source=files.source)
+        photo = make_photo(path, decode, caption.prompts(prompt, config), size, config, mask_of)
+        held.add(photo.stored)
         return replace(photo, has_caption=caption.text is not None)
 
-    return readable(((path.name, path) for path in files.photos), read, files.source)
+    return readable(((path.name, path) for path in files.photos), read, files.source, at_most)
 
 
-def readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], source: str) -> list[T]:
-    """Return read(entry) of each (name, entry). Those that cannot be read are skipped with a warning.
+def readable(
+    entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], source: str, at_most: int | None = None
+) -> list[T]:
+    """Return read(entry) of each (name, entry), up to a number. Those that cannot be read are skipped with a warning.
 
     `source` is what messages call the folder or dataset. Raises NoPhotosError if none can be read.
     """
     photos, unreadable = [], []
     for name, entry in entries:
+        if len(photos) == at_most:
+            break
         try:
             photos.append(read(entry))
         except UserError:
@@ -145,17 +179,17 @@ def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
     _warn_of_unused_texts(dataset, source, config)
     dataset = undecoded(dataset, config.image_column, source)
 
+    held = Held()
+
     def read(number: int) -> Photo:
         row = dataset[number]
-        stored = row[config.image_column]
-        if stored is None:
-            raise ValueError("there is no image")
-        image = (
-            decode_image(io.BytesIO(stored["bytes"])) if stored["bytes"] else read_image(file_of(stored["path"], name))
-        )
+        decode = functools.partial(_picture_of_row, dataset, config.image_column, number, name)
         caption = caption_of(row, config.caption_column)
-        label, prompts = Path(stored["path"] or f"row {number}"), caption.prompts(config.instance_prompt, config)
-        return replace(make_photo(label, image, prompts, instance_size, config), has_caption=caption.text is not None)
+        label = (row[config.image_column] or {}).get("path") or f"row {number}"
+        prompts = caption.prompts(config.instance_prompt, config)
+        photo = make_photo(Path(label), decode, prompts, instance_size, config)
+        held.add(photo.stored)
+        return replace(photo, has_caption=caption.text is not None)
 
     return readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
 
@@ -176,22 +210,44 @@ def _warn_of_unused_texts(dataset: Any, source: str, config: ImageOptions) -> No
         )
 
 
+def _picture_of_row(dataset: Any, column: str, number: int, name: str) -> Picture:
+    """Return the image in a row of the dataset `name`."""
+    stored = dataset[number][column]
+    if stored is None:
+        raise ValueError("there is no image")
+    return (
+        decode_picture(io.BytesIO(stored["bytes"])) if stored["bytes"] else read_picture(file_of(stored["path"], name))
+    )
+
+
 # ---- one photo ----
 
 
 def make_photo(
     path: Path,
-    image: Image.Image,
+    decode: Decode,
     prompts: tuple[str, str | None],
     size: TrainingSize,
     config: PhotoOptions,
-    mask: Image.Image | None = None,
+    mask_of: Callable[[Size], Image.Image | None] = lambda size: None,
 ) -> Photo:
-    """Return a photo, resized for training. Raises ValueError if it is too small."""
-    if config.resolution > LARGEST_SCALE * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} px is too small for --resolution {config.resolution}")
-    original_size = (image.height, image.width)
-    training_size = size(original_size, config)
-    pixels = resize(np.asarray(image), training_size, config.image_interpolation_mode)
+    """Return a photo, resized for training.
+
+    `decode` reads it, now and whenever its pixels are needed again; `mask_of` reads the mask for its size. Raises
+    ValueError if it is too small.
+    """
+    picture = decode()
+    mask = mask_of(picture.size)
+    height, width = picture.size
+    if config.resolution > LARGEST_SCALE * min(picture.size):
+        raise ValueError(f"{width} x {height} px is too small for --resolution {config.resolution}")
+    warn_of_flaw(picture, path)
+    training_size, interpolation = size(picture.size, config), config.image_interpolation_mode
+    pixels = resize_image(picture.image, training_size, interpolation)
     mask_pixels = None if mask is None else resize(np.asarray(mask), training_size, "bilinear")
-    return Photo(path, pixels, *prompts, original_size, mask_pixels)
+    again = functools.partial(_pixels_again, decode, training_size, interpolation)
+    return Photo(path, Pixels(pixels, again), *prompts, picture.size, mask_pixels)
+
+
+def _pixels_again(decode: Decode, size: Size, interpolation: str) -> np.ndarray:
+    return resize_image(decode().image, size, interpolation)

@@ -1,24 +1,30 @@
 """Class images: drawn by the base model for the class prompt, and kept in a folder that is topped up if short."""
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from dreambooth.base_model.loading import BaseModel
-from dreambooth.data.photos import NoPhotosError, Photo, read_class_photos
+from dreambooth.data.folder import Folder, NoPhotosError
+from dreambooth.data.images import read_text
+from dreambooth.data.photos import Photo, read_class_photos
 from dreambooth.drawing.draw import draw_batches
 from dreambooth.options.training import TrainingConfig
 from dreambooth.seeds import Stream, seed_of
-from kron_formats.files import whole_file
+from kron_formats.files import excerpt, whole_file
 
 logger = logging.getLogger(__name__)
 
+PROMPT_KEY = "class_prompt"  # in the text of an image that is drawn here: what it was drawn for
+
 
 def ensure_class_images(base: BaseModel, config: TrainingConfig) -> list[Photo]:
-    """Return the class photos, once all processes together have drawn those that the folder lacks.
+    """Return num_class_images class photos, once all processes together have drawn those that the folder lacks.
 
     Image i is drawn from a seed of its own, so no two processes and no later top-up draw the same image.
     All processes must call this.
@@ -29,8 +35,18 @@ def ensure_class_images(base: BaseModel, config: TrainingConfig) -> list[Photo]:
     photos = _read(config)
     missing = _missing_indices(photos, config.num_class_images)
     accelerator.wait_for_everyone()  # all must count before the first new image appears
-    if not missing:
-        return photos
+    _warn_of_other_prompts(photos, config)
+    if missing:
+        _draw_missing(missing, base, config)
+        photos = _read(config)
+    _say_which(photos, config)
+    return photos
+
+
+def _draw_missing(missing: Sequence[int], base: BaseModel, config: TrainingConfig) -> None:
+    """Draw the missing images into the folder, each process its share."""
+    assert config.class_data_dir is not None  # PriorOptions.check requires it
+    accelerator, folder = base.accelerator, Path(config.class_data_dir)
     logger.info("Drawing %d class images for '%s' into %s", len(missing), config.class_prompt, folder)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(total=len(mine), desc="Class images", unit="image", disable=not accelerator.is_local_main_process)
@@ -38,14 +54,13 @@ def ensure_class_images(base: BaseModel, config: TrainingConfig) -> list[Photo]:
     for batch in _draw(base, mine, config):
         for image, index in zip(batch, indices):  # batch first: zip would else consume an index of the next batch
             with whole_file(folder / _name(index)) as unfinished:
-                image.save(unfinished, format="PNG")
+                image.save(unfinished, format="PNG", pnginfo=_origin(index, config))
         progress.update(len(batch))
     progress.close()
     accelerator.wait_for_everyone()
-    return _read(config)
 
 
-def _draw(base: BaseModel, indices: list[int], config: TrainingConfig) -> Iterator[list[Image.Image]]:
+def _draw(base: BaseModel, indices: Sequence[int], config: TrainingConfig) -> Iterator[list[Image.Image]]:
     base.load_vae()
     base.load_text_encoders()
     base.pipeline.set_progress_bar_config(disable=True)
@@ -60,6 +75,39 @@ def _draw(base: BaseModel, indices: list[int], config: TrainingConfig) -> Iterat
         num_inference_steps=config.prior_num_inference_steps,
         guidance_scale=config.prior_guidance_scale,
     )
+
+
+def _origin(index: int, config: TrainingConfig) -> PngInfo:
+    """Return what is written into an image: what it was drawn for, by which base model and from which seed."""
+    text = PngInfo()
+    for name, value in {
+        PROMPT_KEY: config.class_prompt,
+        "negative_prompt": config.prior_negative_prompt,
+        "base_model": config.pretrained_model_name_or_path,
+        "seed": seed_of(config.seed, Stream.CLASS_IMAGE, index),
+    }.items():
+        text.add_itxt(name, str(value))
+    return text
+
+
+def _say_which(photos: Sequence[Photo], config: TrainingConfig) -> None:
+    """Log how many class images are used, and whether the folder has more."""
+    count = len(Folder(Path(config.class_data_dir or ""), f"--class_data_dir {config.class_data_dir}").photos)
+    more = f", the first of {count} in the order of their names (--num_class_images)" if count > len(photos) else ""
+    logger.info("Using %d class images from %s%s", len(photos), config.class_data_dir, more)
+
+
+def _warn_of_other_prompts(photos: Sequence[Photo], config: TrainingConfig) -> None:
+    """Warn if class images were drawn for another prompt than theirs. Those that do not say what for are the user's."""
+    drawn_for = (read_text(photo.path, PROMPT_KEY) for photo in photos if photo.prompt == config.class_prompt)
+    others = Counter(prompt for prompt in drawn_for if prompt not in (None, config.class_prompt))
+    if others:
+        logger.warning(
+            "--class_data_dir %s: %d of %d class images were drawn for another prompt than --class_prompt '%s': %s. "
+            "Name another folder, or remove them to have new ones drawn: training takes what they show for the class",
+            *(config.class_data_dir, others.total(), len(photos), config.class_prompt),
+            ", ".join(f"{count} for '{excerpt(str(prompt))}'" for prompt, count in others.most_common()),
+        )
 
 
 def _read(config: TrainingConfig) -> list[Photo]:

@@ -44,7 +44,7 @@ class PriorOptions(SampleBatchOptions):
     )
     class_prompt: str | None = option('Prompt for the class, for example "a photo of dog".', None)
     num_class_images: int = option(
-        "Number of class images; only those missing from class_data_dir are drawn.",
+        "Number of class images: the first of class_data_dir in the order of their names; those missing are drawn.",
         100,
         at_least=1,
         decides_result=False,

@@ -69,7 +69,7 @@ def identify_run(
 
 
 def _describe(photo: Photo) -> dict[str, str | None]:
-    digest = hashlib.sha256(f"{photo.original_size} {photo.pixels.shape}".encode() + photo.pixels.tobytes())
+    digest = hashlib.sha256(f"{photo.original_size} {photo.size} {photo.stored.digest}".encode())
     if photo.mask is not None:
         digest.update(photo.mask.tobytes())
     return {"image": digest.hexdigest()[:16], "prompt": photo.prompt, "class prompt": photo.class_prompt}

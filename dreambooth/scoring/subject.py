@@ -34,7 +34,7 @@ def name_subject(prompts: Sequence[str], subject: str) -> list[str]:
 
 
 def read_subject_photos(folder: str) -> list[Image.Image]:
-    """Return the photos of a folder uncropped, upright, in RGB. Raises UserError if none can be read."""
+    """Return the photos of a folder uncropped, upright, in sRGB. Raises UserError if none can be read."""
     files = Folder(Path(folder), f"--instance_data_dir {folder}")
     files.warn_of_unused()
     return readable(((path.name, path) for path in files.photos), read_image, files.source)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image, ImageCms
 
 import train_dreambooth_kronecker as sd
+from dreambooth.data.images import read_picture
 from dreambooth.data.photos import read_instance_photos
 from dreambooth.errors import UserError
 from dreambooth.options.training import TrainingConfig
@@ -126,6 +127,7 @@ def beside(name, content=b"no photo"):
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n"
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><rect width="40" height="30"/></svg>'
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 BOMB_TEXT = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(80 * 2**20), 9))
 VEILED = Image.new("P", SIZE, 1)
 VEILED.putpalette([*RED, *ORANGE])
@@ -147,9 +149,9 @@ USED = {  # kind: maker. They are orange
     "EXIF data that are none": file(".jpg", jpeg((0xE1, b"Exif\0\0" + bytes(range(200))))),
     "EXIF data of 60 KB": file(".jpg", jpeg((0xE1, exif((0x927C, 7, 60000, 26)) + bytes(60000)))),
     "EXIF data that loop": file(".jpg", jpeg((0xE1, exif((0x8769, 4, 1, 8))))),
-    "colour profile that is none, JPEG": file(".jpg", jpeg((0xE2, b"ICC_PROFILE\0\1\1" + b"garbage" * 100))),
-    "colour profile that is none, PNG": file(".png", with_chunk(chunk(b"iCCP", b"x\0\0garbage"))),
-    "colour profile": image(".png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    "colour profile of 3 MiB": image(".png", icc_profile=SRGB.ljust(3 * 2**20, b"\0")),
+    "text of 2 MiB": file(".png", with_chunk(chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2 * 2**20))))),
+    "colour profile": image(".png", icc_profile=SRGB),
     "bytes behind the end": file(".jpg", encoded("JPEG", quality=100) + b"MotionPhoto" * 1000),
     "PNG called JPEG": file(".jpg", encoded("PNG")),
     "JPEG called PNG, in capitals": file(".PNG", encoded("JPEG", quality=100)),
@@ -157,6 +159,14 @@ USED = {  # kind: maker. They are orange
     "name that is not UTF-8": called(b"\xff\xfe.png"),
     "name in other letters": called("-собака-犬-🐕.png".encode()),
     "name of 200 characters": called(b"a" * 200 + b".png"),
+}  # fmt: skip
+FLAWED = {  # kind: maker. They are used with a warning, since their colours may be others than they seem
+    "colour profile that is none, JPEG": file(".jpg", jpeg((0xE2, b"ICC_PROFILE\0\1\1" + b"garbage" * 100))),
+    "colour profile that is in pieces": file(".jpg", jpeg((0xE2, b"ICC_PROFILE\0\1\2" + SRGB))),
+    "colour profile that is none, PNG": file(".png", with_chunk(chunk(b"iCCP", b"x\0\0garbage"))),
+    "colour profile that is none, WebP": image(".webp", icc_profile=b"garbage", lossless=True),
+    "colour profile that is a number": image(".tif", tiffinfo={34675: 7}),
+    "colour profile of inks": image(".tif", icc_profile=SRGB.replace(b"RGB ", b"CMYK")),
 }  # fmt: skip
 SKIPPED = {  # kind: maker, and the reason in the warning
     "JPEG cut at its beginning": (cut("JPEG", ".jpg", 0.005), "it is not an image|Truncated"),
@@ -180,7 +190,7 @@ SKIPPED = {  # kind: maker, and the reason in the warning
     "PSD": (file(".jpg", b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 30, 40, 8, 3)), "it is not an image"),
     "HEIC": (file(".heic", b"\0\0\0\x18ftypheic" + bytes(99)), "HEIC is not supported; convert it to JPEG or PNG"),
     "HEIC called JPEG": (file(".jpg", b"\0\0\0\x18ftypheic" + bytes(99)), "HEIC is not supported"),
-    "bomb, PNG": (file(".png", png(60000, 60000, chunk(b"IDAT", zlib.compress(bytes(9))))), "3600000000 pixels"),
+    "bomb, PNG": (file(".png", png(60000, 60000, chunk(b"IDAT", zlib.compress(bytes(9))))), "268,435,456 pixels"),
     "bomb, GIF": (file(".gif", b"GIF89a\xff\xff\xff\xff\0\0\0;"), "."),
     "bomb, TIFF": (file(".tif", tiff(2**31 - 1, 2**31 - 1)), "."),
     "bomb of text in a PNG": (file(".png", with_chunk(BOMB_TEXT)), "too large"),
@@ -234,6 +244,15 @@ def test_what_can_be_seen_is_used_as_it_looks(photos, caplog, kind):
     assert good.path.name == "good.png" and used.path.name.startswith("image")
     assert np.abs(used.pixels.astype(int) - ORANGE).max() <= 4
     assert not warnings_in(caplog)
+
+
+@pytest.mark.parametrize("kind", FLAWED)
+def test_what_may_have_other_colours_is_used_and_named(photos, caplog, kind):
+    FLAWED[kind](photos / "image")
+    used, good = sorted(read(photos), key=lambda photo: photo.path.name == "good.png")
+    assert good.path.name == "good.png" and np.abs(used.pixels.astype(int) - ORANGE).max() <= 4
+    (warning,) = warnings_in(caplog)
+    assert warning.startswith(f"{photos}/image.") and "colour profile" in warning
 
 
 DAMAGED_EXIF = {  # entries beside the orientation
@@ -317,6 +336,63 @@ def test_a_folder_that_may_not_be_read_is_refused(nobody):
         read(directory)
 
 
+# ---- very large photos ----
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Limits as if a pixel were a hundred thousand."""
+    monkeypatch.setattr("dreambooth.data.images.LARGEST", 4000)
+    monkeypatch.setattr("dreambooth.data.images.LARGEST_WHOLE", 1500)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_large_jpeg_is_decoded_at_a_half_and_keeps_its_size(
+    photos, caplog, recwarn, small_limits, orientation, progressive
+):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    picture = (
+        TILTED.resize((71, 53)).transpose(Image.Transpose.ROTATE_90) if orientation == 6 else TILTED.resize((71, 53))
+    )
+    picture.save(photos / "image.jpg", exif=tags, quality=100, progressive=progressive)
+    picture = read_picture(photos / "image.jpg")
+    assert picture.size == (53, 71) and picture.image.size == (36, 27)
+    left, right = picture.image.getpixel((3, 13)), picture.image.getpixel((32, 13))
+    assert left[0] > 200 > 50 > left[2] and right[2] > 200 > 50 > right[0]
+    _, photo = read(photos)
+    assert photo.original_size == (53, 71) and photo.size == (64, 86)
+    assert not warnings_in(caplog) and not recwarn.list and Image.MAX_IMAGE_PIXELS == 500
+
+
+def test_a_jpeg_that_is_not_as_large_keeps_its_bits(photos, small_limits):
+    NOISE.resize((30, 30)).save(photos / "image.jpg")
+    assert np.array_equal(
+        np.asarray(read_picture(photos / "image.jpg").image), np.asarray(Image.open(photos / "image.jpg"))
+    )
+
+
+def test_large_images_of_other_kinds_are_decoded_whole_up_to_a_limit_that_is_named(
+    photos, caplog, recwarn, small_limits
+):
+    NOISE.save(photos / "image.png")
+    NOISE.resize((80, 60)).save(photos / "larger.png")
+    NOISE.resize((90, 100)).save(photos / "largest.jpg")
+    assert [photo.path.name for photo in read(photos)] == ["good.png", "image.png"]
+    (warning,) = warnings_in(caplog)
+    assert "larger.png: 80 x 60 px is more than the 4,000 pixels" in warning and "largest.jpg: " in warning
+    assert not recwarn.list
+
+
+def test_a_large_jpeg_that_is_cut_is_skipped(photos, caplog, small_limits):
+    content = encoded("JPEG", NOISE)
+    (photos / "image.jpg").write_bytes(content[: len(content) // 2])
+    assert [photo.path.name for photo in read(photos)] == ["good.png"]
+    assert "image.jpg: image file is truncated" in warnings_in(caplog)[0]
+
+
 # ---- what lies beside photos ----
 
 BESIDE = {  # name, maker and words of the refusal: without them, other things would be taught than were meant
@@ -346,7 +422,9 @@ def test_what_lies_beside_a_photo_is_read_or_refused_by_name(photos, kind):
 
 @pytest.fixture
 def all_kinds(photos):
-    for number, make in enumerate([*USED.values(), *(make for make, _ in SKIPPED.values()), *IGNORED.values()]):
+    for number, make in enumerate(
+        [*USED.values(), *FLAWED.values(), *(make for make, _ in SKIPPED.values()), *IGNORED.values()]
+    ):
         make(photos / f"{number:02d}")
     return photos
 
@@ -354,9 +432,9 @@ def all_kinds(photos):
 def test_the_evaluation_reads_the_same_photos(all_kinds, caplog):
     used = read_subject_photos(str(all_kinds))
     one_pixel = 1  # which only training, that enlarges photos, cannot use
-    assert len(used) == len(USED) + 1 + one_pixel and {photo.mode for photo in used} == {"RGB"}
-    unused, skipped = warnings_in(caplog)
-    assert "not used: " in unused and "skipped unreadable images" in skipped
+    assert len(used) == len(USED) + len(FLAWED) + 1 + one_pixel and {photo.mode for photo in used} == {"RGB"}
+    unused, *_, skipped = said = warnings_in(caplog)
+    assert "not used: " in unused and "skipped unreadable images" in skipped and len(said) == 2 + len(FLAWED)
 
 
 def test_a_folder_of_all_kinds_trains(all_kinds, options, run_main, capfd):

@@ -15,6 +15,7 @@ from dreambooth.data.dataset import DreamBoothDataset, build_loader, collate, pr
 from dreambooth.data.noise import draw_noise, noise_drawer
 from dreambooth.data.order import GlobalSampler, samples_of_step, samples_per_pass
 from dreambooth.data.photos import Photo
+from dreambooth.data.pixels import Pixels
 from dreambooth.data.sizes import cover, shape_of
 from dreambooth.options.training import TrainingConfig
 
@@ -34,7 +35,9 @@ def make_photo(number, height=24, width=40, original_size=None, prompt=None, mas
     rows, columns = np.indices((height, width))
     pixels = np.stack([np.full_like(rows, number), rows, columns], -1).astype(np.uint8)
     prompt = f"photo {number}" if prompt is None else prompt
-    return Photo(Path(f"{number}.png"), pixels, prompt, f"class of {number}", original_size or (height, width), mask)
+    return Photo(
+        Path(f"{number}.png"), Pixels(pixels), prompt, f"class of {number}", original_size or (height, width), mask
+    )
 
 
 def make_photos(numbers):
@@ -116,7 +119,7 @@ def test_every_row_has_the_prompt_of_its_photo(batch_size, classes):
 
 def test_a_batch_is_what_the_training_step_expects():
     halves = np.array([[(0,) * 3, (255,) * 3]], np.uint8).repeat(20, 0).repeat(10, 1)
-    photo = Photo(Path("halves.png"), halves, "", None, (40, 40), np.full((20, 20), 255, np.uint8))
+    photo = Photo(Path("halves.png"), Pixels(halves), "", None, (40, 40), np.full((20, 20), 255, np.uint8))
     config = make_config(center_crop=True)
     dataset = DreamBoothDataset(Crops([photo], [], config), [""], None, config)
     batch = collate([dataset[0], dataset[1]], drawer(dataset.config))

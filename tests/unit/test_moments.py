@@ -19,6 +19,7 @@ from dreambooth.data.crops import Crops
 from dreambooth.data.dataset import DreamBoothDataset, build_loader, prompts_of
 from dreambooth.data.noise import noise_drawer
 from dreambooth.data.photos import Photo
+from dreambooth.data.pixels import Pixels
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
 from dreambooth.options.training import TrainingConfig
@@ -34,7 +35,7 @@ def make_config(**options):
 
 def make_photo(number, height=64, width=64):
     pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
-    return Photo(Path(f"{number}.png"), pixels, f"photo {number}", "a dog", (height, width))
+    return Photo(Path(f"{number}.png"), Pixels(pixels), f"photo {number}", "a dog", (height, width))
 
 
 PHOTOS = [make_photo(0, 64, 80), make_photo(1, 72, 64), make_photo(2)]
@@ -194,7 +195,10 @@ def test_a_folder_that_nothing_can_be_kept_in_is_worth_a_warning(make_vae, tmp_p
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_latents_that_are_not_finite_are_an_error_that_names_the_photo(make_vae, tmp_path, value):
-    photos = [PHOTOS[2], dataclasses.replace(PHOTOS[2], path=Path("overflows.png"), pixels=PHOTOS[2].pixels // 2)]
+    photos = [
+        PHOTOS[2],
+        dataclasses.replace(PHOTOS[2], path=Path("overflows.png"), stored=Pixels(PHOTOS[2].pixels // 2)),
+    ]
     vae = make_vae()
     encode = vae.encode
 
@@ -267,7 +271,7 @@ def test_a_photo_that_changed_by_one_pixel_is_encoded_again(run):
     run()
     pixels = PHOTOS[1].pixels.copy()
     pixels[20, 20, 1] ^= 1
-    changed = [PHOTOS[0], dataclasses.replace(PHOTOS[1], pixels=pixels), PHOTOS[2]]
+    changed = [PHOTOS[0], dataclasses.replace(PHOTOS[1], stored=Pixels(pixels)), PHOTOS[2]]
     count, moments = run(changed)
     assert count == 1
     assert_same_moments(moments, run(changed, cache_latents_to_disk=None)[1])

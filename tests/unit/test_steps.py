@@ -15,6 +15,7 @@ from dreambooth.data.crops import Crops
 from dreambooth.data.dataset import DreamBoothDataset, build_loader
 from dreambooth.data.noise import draw_noise, noise_drawer
 from dreambooth.data.photos import Photo
+from dreambooth.data.pixels import Pixels
 from dreambooth.loop.health import read_reports
 from dreambooth.loop.steps import Denoiser, count_steps, train_steps
 from dreambooth.options.training import TrainingConfig
@@ -91,7 +92,7 @@ def step_on_meta(fresh_accelerator):
     def run(scheduler, **options):
         settings = config(resolution=64, train_batch_size=2, gradient_accumulation_steps=2, **options)
         photo = Photo(
-            Path("a.png"), np.zeros((64, 80, 3), np.uint8), "", "", (64, 80), np.full((64, 80), 255, np.uint8)
+            Path("a.png"), Pixels(np.zeros((64, 80, 3), np.uint8)), "", "", (64, 80), np.full((64, 80), 255, np.uint8)
         )
         crops = Crops([photo], [photo] * settings.uses_class_images, settings)
         dataset = DreamBoothDataset(crops, [""], None, settings)
