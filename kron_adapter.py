@@ -23,7 +23,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kron_formats.attach import attach_to_diffusers
+from kron_formats.attach import attach_to_diffusers, check_not_fused
 from kron_formats.errors import KroneckerError, naming
 from kron_formats.families import ATTENTION_TARGETS
 from kron_formats.matching import MatchedAdapter, differences, match_layers
@@ -346,6 +346,7 @@ class KroneckerLinear(nn.Module):
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit. Raises KroneckerError, with nothing changed, if it cannot be done."""
         self.check_unmerges()
+        assert self._unmerged_weight is not None
         weight = self.innermost.weight
         weight.data = self._unmerged_weight.to(weight.device, weight.dtype)
         self._unmerged_weight = None
@@ -356,7 +357,8 @@ class KroneckerLinear(nn.Module):
         """Raise KroneckerError if the adapter is not merged, or the base has been offloaded or quantised since."""
         if self._unmerged_weight is None:
             raise KroneckerError("the adapter is not merged")
-        check_takes_delta(self.innermost)
+        with naming("the unmerged weight cannot be put back"):
+            check_takes_delta(self.innermost)
 
     def _with_those_beneath(self) -> "list[KroneckerLinear]":
         layers: list[KroneckerLinear] = [self]
@@ -417,7 +419,7 @@ def inject_kronecker(
         raise KroneckerError(f"factors are given for {', '.join(unknown)}, but the targets are {', '.join(targets)}")
     if kronecker_layers(model):
         raise KroneckerError("the model has Kronecker adapters already; call remove_kronecker first")
-    _check_not_fused([model])
+    check_not_fused([model])
     linears = linear_modules(model)
     found = {name: (path, target) for path, name, _ in linears if (target := match_target(name, targets))}
     if missing := [target for target in targets if target not in {selected for _, selected in found.values()}]:
@@ -471,7 +473,7 @@ def set_kronecker_scale(models: Models, scale: float | Mapping[str, float]) -> N
     names = kronecker_adapters(models)
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them before changing their scale")
-    _check_not_fused(given_modules(models).values())
+    check_not_fused(given_modules(models).values())
     given = scale if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
     scales = {name: check_strength(strength, f'the adapter "{name}"') for name, strength in given.items()}
     if unknown := [name for name in scales if name not in names]:
@@ -486,7 +488,7 @@ def disable_kronecker(models: Models) -> Iterator[None]:
     layers = _layers(models)
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them to get the base model")
-    _check_not_fused(given_modules(models).values())
+    check_not_fused(given_modules(models).values())
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -532,7 +534,7 @@ def remove_kronecker(models: Models, adapter: str | None = None) -> None:
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them before removing one")
     if any(not layer.merged for layer in _layers(models)):
-        _check_not_fused(given_modules(models).values())
+        check_not_fused(given_modules(models).values())
     for model in given_modules(models).values():
         for path, layer in reversed(kronecker_layers(model, adapter).items()):  # inner ones first
             model.set_submodule(path, layer.base)
@@ -671,7 +673,7 @@ def add_kronecker(models: Models, adapter: MatchedAdapter, scale: float = 1.0, n
             f"{path} was matched with another model: {len(misfits)} of its layers are missing here or have another "
             f"size ({', '.join(misfits[:3])}{', ...' if len(misfits) > 3 else ''})"
         )
-    _check_not_fused(parts.values())
+    check_not_fused(parts.values())
     scale = check_strength(scale, f"{path}: the scale")
     added: dict[tuple[str, str], KroneckerLinear] = {}  # by component and path
     for matched, factors in adapter.factors.items():
@@ -742,8 +744,8 @@ def _guard_methods(model: nn.Module) -> None:
 def _guard(owner: nn.Module, name: str, around: Callable[..., Any], adapted: bool) -> None:
     if adapted and hasattr(type(owner), name):
         vars(owner)[name] = _Guarded(owner, name, around)
-    else:
-        vars(owner).pop(name, None)
+    elif isinstance(vars(owner).get(name), _Guarded):
+        del vars(owner)[name]
 
 
 def _save_plain(model: nn.Module, save: Callable[..., Any], /, *args, **kwargs) -> Any:
@@ -773,24 +775,6 @@ def _fuse_merged(attention: nn.Module, fuse: Callable[..., Any], /, *args, **kwa
         return fuse(*args, **kwargs)
     finally:
         unmerge_kronecker(attention)
-
-
-def _check_not_fused(models: Iterable[nn.Module]) -> None:
-    """Raise KroneckerError if an attention computes q, k and v from one fused weight, where adapters have no effect."""
-    for model in models:
-        if any(_is_fused(module) for module in model.modules()):
-            raise KroneckerError(
-                f"the {type(model).__name__} computes q, k and v from one fused weight, which adapters cannot reach: call "
-                "unfuse_qkv_projections before, and fuse_qkv_projections again after"
-            )
-
-
-def _is_fused(module: nn.Module) -> bool:
-    if not getattr(module, "fused_projections", False):
-        return False
-    # The UNet's own unfusing leaves that flag set, and changes the processor back
-    resets_flag, processor = hasattr(module, "unfuse_projections"), type(getattr(module, "processor", None)).__name__
-    return resets_flag or processor.startswith("Fused")
 
 
 def _refuse_scale_of_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dreambooth.drawing.pipelines import Adapter, Delta
+from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state
@@ -145,7 +145,7 @@ class KroneckerReader:
         for adapter in adapters:
             add_kronecker(pipeline, adapter.matched, adapter.scale, adapter.name)
 
-    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[nn.Module, Delta]]:
+    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
         for model in components(pipeline).values():
             for layer in kronecker_layers(model).values():
                 yield layer.innermost, lambda layer=layer: layer.delta_weight

@@ -23,7 +23,8 @@ def attach_to_diffusers(pipeline: Any, path: str | os.PathLike, adapter_name: st
     it, beside LoRAs too, and so does `enable_model_cpu_offload`. `load_kronecker` is faster and leaner: peft multiplies
     out A ⊗ B in every forward pass, and its LoKr layers cannot be offloaded sequentially.
 
-    Raises KroneckerError, with the pipeline untouched, if the file does not fit or the name is taken.
+    Raises KroneckerError, with the pipeline untouched, if the file does not fit, if its factors overflow the model's
+    dtype, if the name is taken and if q, k and v are fused.
     """
     parts = components(pipeline)
     layers = match_layers(read_kronecker(path), parts).factors
@@ -41,6 +42,7 @@ def attach_to_diffusers(pipeline: Any, path: str | os.PathLike, adapter_name: st
             f"the rows of {path} are in the order of the paper's code, which peft cannot express: use load_kronecker, "
             "or make a LoRA of it with scripts/convert.py --to lora"
         )
+    check_not_fused(parts.values())
     cast_layers = {layer: _cast_beside(layer, factors) for layer, factors in layers.items()}
     for component in dict.fromkeys(layer.component for layer in layers):
         part = {layer: factors for layer, factors in cast_layers.items() if layer.component == component}
@@ -56,6 +58,7 @@ def attach_lora(models: Models, layers: Mapping[Layer, Factors | LowRank], adapt
     The layers may have been matched with other models of the same architecture, for example without weights.
     """
     parts = components(models)
+    check_not_fused(parts.values())
     here = {layer: layer for layer in find_layers(parts)}  # equal to those that were matched, but of these models
     low_rank = {here[layer]: _low_rank(entry) for layer, entry in layers.items()}
     for component in dict.fromkeys(layer.component for layer in low_rank):
@@ -117,3 +120,21 @@ def _inject(model: nn.Module, config: Any, layers: Iterable[Layer], adapter_name
     wrappers = {layer: model.get_submodule(path) for layer, path in zip(layers, _targets(layers))}
     assert all(isinstance(wrapper, BaseTunerLayer) for wrapper in wrappers.values())
     return wrappers
+
+
+def check_not_fused(models: Iterable[nn.Module]) -> None:
+    """Raise KroneckerError if an attention computes q, k and v from one fused weight, where adapters have no effect."""
+    for model in models:
+        if any(_is_fused(module) for module in model.modules()):
+            raise KroneckerError(
+                f"the {type(model).__name__} computes q, k and v from one fused weight, which adapters cannot reach: "
+                "call unfuse_qkv_projections before, and fuse_qkv_projections again after"
+            )
+
+
+def _is_fused(module: nn.Module) -> bool:
+    if not getattr(module, "fused_projections", False):
+        return False
+    # The UNet's own unfusing leaves that flag set, and changes the processor back
+    resets_flag, processor = hasattr(module, "unfuse_projections"), type(getattr(module, "processor", None)).__name__
+    return resets_flag or processor.startswith("Fused")

@@ -16,14 +16,14 @@ def check_strength(strength: float, what: str) -> float:
     return float(strength)
 
 
-def has_plain_weight(layer: nn.Module) -> bool:
+def has_plain_weight(layer: nn.Linear | nn.Conv2d) -> bool:
     """Whether a layer is PyTorch's own with numbers for weights: not quantised, by another class or another tensor."""
     weight = layer.weight
     plain = type(layer) in (nn.Linear, nn.Conv2d) and type(weight) in (nn.Parameter, Tensor)
     return plain and weight.is_floating_point()
 
 
-def check_takes_delta(layer: nn.Module) -> None:
+def check_takes_delta(layer: nn.Linear | nn.Conv2d) -> None:
     """Raise KroneckerError, saying what to do, if the weight of a layer cannot be changed by a delta."""
     weight = layer.weight
     if weight.is_meta:

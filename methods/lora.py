@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dreambooth.drawing.pipelines import Adapter, Delta
+from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state, trained_parameters
@@ -163,9 +163,9 @@ class LoraReader:
             attach_lora(pipeline, adapter.matched.layers, adapter.name)
         pipeline.set_adapters([adapter.name for adapter in adapters], [adapter.scale for adapter in adapters])
 
-    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[nn.Module, Delta]]:
+    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
         for layer in _lora_layers(pipeline):
-            base = layer.get_base_layer()
+            base: Any = layer.get_base_layer()
             innermost = base.innermost if isinstance(base, KroneckerLinear) else base
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A:
@@ -181,5 +181,5 @@ def _lora_layers(pipeline: DiffusionPipeline) -> list[LoraLayer]:
     return [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def _dense_delta(layer: LoraLayer, adapter: str) -> Tensor:
+def _dense_delta(layer: Any, adapter: str) -> Tensor:
     return layer.get_delta_weight(adapter).flatten(1)  # some are kernels

@@ -18,6 +18,7 @@ from kron_formats.merging import check_strength, check_takes_delta, merged_weigh
 from kron_formats.names import find_layers
 from kron_formats.reading import AdapterFile, read_adapter
 
+BaseLayer = nn.Linear | nn.Conv2d
 Delta = Callable[[], Tensor]  # makes a layer's ΔW (d_out, d_in), large enough to make one at a time
 
 
@@ -41,7 +42,7 @@ class Reader(Protocol):
         """Put adapters into the base model. Later readers' layers may wrap these or go inside them."""
         ...
 
-    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[nn.Module, Delta]]:
+    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
         """Yield the base layer and the delta of every layer that this method's adapters change."""
         ...
 
@@ -66,7 +67,7 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
 
     Raises UserError or KroneckerError if one does not fit.
     """
-    models, adapters = empty_models(config, COMPONENTS), []
+    models, adapters = empty_models(config, COMPONENTS, quantised=True), []
     for number, entry in enumerate(config.adapter):
         path, scale = split_scale(entry)
         matched = match_layers(read_adapter(path), models)
@@ -122,7 +123,7 @@ def can_merge(pipeline: Any, readers: Sequence[Reader]) -> bool:
     return True
 
 
-def _deltas(pipeline: Any, readers: Sequence[Reader]) -> dict[nn.Module, list[Delta]]:
+def _deltas(pipeline: Any, readers: Sequence[Reader]) -> dict[BaseLayer, list[Delta]]:
     deltas = defaultdict(list)
     for reader in readers:
         for layer, delta in reader.deltas(pipeline):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from kron_adapter import (
     KroneckerError,
+    attach_to_diffusers,
     disable_kronecker,
     inject_kronecker,
     kronecker_layers,
@@ -85,10 +87,30 @@ def test_what_fused_projections_would_not_follow_is_refused(adapted, trained):
     assert same(draw(adapted), image)
     plain = plain_pipeline("sd")
     plain.fuse_qkv_projections()
-    for call in (lambda: load_kronecker(plain, path), lambda: inject_kronecker(plain.unet, 4, 64)):
+    for call in (
+        lambda: load_kronecker(plain, path),
+        lambda: inject_kronecker(plain.unet, 4, 64),
+        lambda: attach_to_diffusers(plain, path),
+    ):
         with pytest.raises(KroneckerError, match="the UNet2DConditionModel .*unfuse_qkv_projections"):
             call()
     assert not kronecker_layers(plain.unet) and not kronecker_layers(plain.text_encoder)
+    assert not any(isinstance(module, BaseTunerLayer) for module in plain.unet.modules())
+
+
+def test_an_adapter_that_fails_leaves_nothing_behind(tmp_path, trained):
+    strong = adapted_pipeline("sd", 4, 64, text=True)
+    kronecker_layers(strong.text_encoder).popitem()[1].B.data.fill_(1e25)
+    save_kronecker(strong, tmp_path / "strong.safetensors")
+    pipeline = plain_pipeline("sd").to(torch.float16)
+    with pytest.raises(KroneckerError, match="not all finite in torch.float16"):
+        attach_to_diffusers(pipeline, tmp_path / "strong.safetensors")
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(KroneckerError, match=f"dog.safetensors: the scale is {scale}"):
+            load_kronecker(pipeline, trained[0], scale)
+    for model in (pipeline.unet, pipeline.text_encoder):
+        assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        assert not kronecker_layers(model)
 
 
 # ---- saved, copied ----

@@ -1,6 +1,7 @@
 """LoRAs of other tools in base models: every layer has W + strength · ΔW as the file says, rounded once if merged."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -155,6 +156,15 @@ def test_what_cannot_be_merged_draws_unmerged(kind, pair, tiny_sd):
     assert len(kronecker_layers(pipeline.unet)) == 32 and (draw(pipeline) - base).abs().max() > 0.01
     with pytest.raises(KroneckerError, match="cannot take a merged delta"):
         merge_adapters(pipeline, READERS)
+
+
+def test_a_base_model_that_was_saved_quantised_is_matched_by_its_architecture(pair, tiny_sd, tmp_path):
+    shutil.copytree(tiny_sd, tmp_path / "base")
+    path = tmp_path / "base" / "unet" / "config.json"
+    quantised_by = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantised_by}))
+    (adapter,) = read_adapters(options(tmp_path / "base", pair[1]), READERS)
+    assert len(adapter.matched.layers) == 32
 
 
 @pytest.mark.parametrize("entry, scale", [(":nan", 1.0), (":inf", 1.0), (":1e300", 1e300)])
