@@ -18,21 +18,24 @@ Source: DiffuseKronA (arXiv 2402.17412), eq. 3 to 5. Needs torch and safetensors
 kron_formats, which holds the file formats: `pip install .`
 """
 
+import inspect
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kron_formats.attach import attach_to_diffusers
-from kron_formats.errors import KroneckerError
+from kron_formats.attach import attach_to_diffusers, check_not_fused
+from kron_formats.errors import KroneckerError, naming
 from kron_formats.families import ATTENTION_TARGETS
 from kron_formats.matching import MatchedAdapter, differences, match_layers
+from kron_formats.merging import check_strength, check_takes_delta, has_plain_weight, merged_weight
 from kron_formats.names import (
     Models,
     components,
@@ -43,6 +46,7 @@ from kron_formats.names import (
     linear_modules,
     match_target,
     matrix_size,
+    unwrapped,
 )
 from kron_formats.reading import Factors, read_kronecker
 from kron_formats.writing import write_native
@@ -239,11 +243,10 @@ class KroneckerLinear(nn.Module):
         return self.base.bias
 
     @property
-    def _innermost(self) -> nn.Linear | nn.Conv2d:
+    def innermost(self) -> nn.Linear | nn.Conv2d:
         """The layer beneath all adapters."""
-        layer = self.base
-        while isinstance(layer, KroneckerLinear):
-            layer = layer.base
+        layer = self._with_those_beneath()[-1].base
+        assert not isinstance(layer, KroneckerLinear)
         return layer
 
     @property
@@ -262,7 +265,7 @@ class KroneckerLinear(nn.Module):
         return Factors(A, self.B.detach(), self.transposed_rows).dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled or self.merged or self.scale == 0:
+        if not self.is_active or self.merged:
             return self.base(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -273,7 +276,7 @@ class KroneckerLinear(nn.Module):
         return _FrozenLinearPlusKronecker.apply(x, weight, self.base.bias, self.A, self.B, self.gain * self.scale)
 
     def _delta(self, x: Tensor) -> Tensor:
-        layer = self._innermost
+        layer = self.innermost
         if isinstance(layer, nn.Conv2d):  # adapters from files, which do not train: the dense kernel is good enough
             kernel = self.delta_weight.to(x.device, x.dtype).view(layer.out_channels, -1, *layer.kernel_size)
             return F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -282,6 +285,29 @@ class KroneckerLinear(nn.Module):
         if self.transposed_rows:
             delta = delta.unflatten(-1, (A.shape[0], B.shape[0])).transpose(-1, -2).flatten(-2)
         return delta
+
+    def _apply(self, fn, recurse=True):
+        """Move and cast the base; the factors move but lose no bits, since `model.to(dtype)` means the base."""
+        exact = self.A.data, self.B.data
+        super()._apply(fn, recurse)
+        for factor, data in zip((self.A, self.B), exact):
+            if factor.dtype.itemsize < data.dtype.itemsize:
+                factor.data = data.to(factor.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Load what `state_dict` returned; or the state dict of a plain model, which goes to the base alone."""
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        own = [key for key in keys if key in (f"{prefix}A", f"{prefix}B") or key.startswith(f"{prefix}base.")]
+        for key in set(keys) - set(own):
+            state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        if self.merged and keys:
+            error_msgs.append(f"{prefix.rstrip('.')}: its adapter is merged; call unmerge_kronecker before loading")
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += missing if own or not keys else []
 
     def _has_plain_base(self, x: Tensor) -> bool:
         """Whether the layer is just x Wᵀ + bias + (A ⊗ B) x with a frozen W on x's device.
@@ -292,10 +318,10 @@ class KroneckerLinear(nn.Module):
         base = self.base
         hooked = "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks
         return (
-            type(base) is nn.Linear
+            isinstance(base, nn.Linear)
+            and has_plain_weight(base)
             and not hooked
             and base.weight.device == x.device
-            and base.weight.is_floating_point()
             and not base.weight.requires_grad
             and not self.transposed_rows
         )
@@ -303,35 +329,47 @@ class KroneckerLinear(nn.Module):
     def merge(self) -> None:
         """Add this delta and those of the adapters beneath it to the base weight, rounding once.
 
-        The unmerged weight is kept for `unmerge`. Raises KroneckerError if the adapter is merged already or the base
-        is offloaded or quantised.
+        The unmerged weight is kept for `unmerge`. Raises KroneckerError, with nothing changed, if the adapter is merged
+        already, if the base is offloaded, quantised or in 8 bits, and if the sum is not finite.
         """
-        layers: list[KroneckerLinear] = [self]
-        while isinstance(base := layers[-1].base, KroneckerLinear):
-            layers.append(base)
-        base = self._innermost
+        base = self.innermost
+        layers = self._with_those_beneath()
         if any(layer.merged for layer in layers):
             raise KroneckerError("the adapter is merged already; unmerge it first")
-        if base.weight.is_meta:
-            raise KroneckerError("the base weights are offloaded; merge before offloading is enabled")
-        if type(base) not in (nn.Linear, nn.Conv2d) or not base.weight.is_floating_point():
-            raise KroneckerError(f"a {type(base).__name__} of {base.weight.dtype} cannot take a merged delta")
-        self._unmerged_weight = base.weight.detach().clone()
-        deltas = (layer._exact_delta.to(base.weight.device) for layer in layers if layer.enabled)
-        exact = sum(deltas, start=base.weight.detach().double().flatten(1))
-        base.weight.data = exact.view_as(base.weight).to(base.weight.dtype)
+        check_takes_delta(base)
+        deltas = (layer._exact_delta for layer in layers if layer.is_active)
+        merged = merged_weight(base.weight, deltas, base.weight.dtype, "the merged weight")
+        self._unmerged_weight, base.weight.data = base.weight.data, merged
         for layer in layers:
             layer.merged = True
 
     def unmerge(self) -> None:
-        """Restore the base weight, bit for bit."""
+        """Restore the base weight, bit for bit. Raises KroneckerError, with nothing changed, if it cannot be done."""
+        self.check_unmerges()
+        assert self._unmerged_weight is not None
+        weight = self.innermost.weight
+        weight.data = self._unmerged_weight.to(weight.device, weight.dtype)
+        self._unmerged_weight = None
+        for layer in self._with_those_beneath():
+            layer.merged = False
+
+    def check_unmerges(self) -> None:
+        """Raise KroneckerError if the adapter is not merged, or the base has been offloaded or quantised since."""
         if self._unmerged_weight is None:
             raise KroneckerError("the adapter is not merged")
-        self.weight.data = self._unmerged_weight.to(self.weight.device)
-        self._unmerged_weight = None
-        layer = self
-        while isinstance(layer, KroneckerLinear):
-            layer.merged, layer = False, layer.base
+        with naming("the unmerged weight cannot be put back"):
+            check_takes_delta(self.innermost)
+
+    def _with_those_beneath(self) -> "list[KroneckerLinear]":
+        layers: list[KroneckerLinear] = [self]
+        while isinstance(base := layers[-1].base, KroneckerLinear):
+            layers.append(base)
+        return layers
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the adapter changes what the base layer computes; its delta may be in the weight by now."""
+        return self.enabled and self.scale != 0
 
     def extra_repr(self) -> str:
         return f"{self.adapter}, a1={self.A.shape[0]}, a2={self.A.shape[1]}, scale={self.scale}, merged={self.merged}"
@@ -381,6 +419,7 @@ def inject_kronecker(
         raise KroneckerError(f"factors are given for {', '.join(unknown)}, but the targets are {', '.join(targets)}")
     if kronecker_layers(model):
         raise KroneckerError("the model has Kronecker adapters already; call remove_kronecker first")
+    check_not_fused([model])
     linears = linear_modules(model)
     found = {name: (path, target) for path, name, _ in linears if (target := match_target(name, targets))}
     if missing := [target for target in targets if target not in {selected for _, selected in found.values()}]:
@@ -395,6 +434,7 @@ def inject_kronecker(
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(found[name][0], layer)
+    _guard_methods(model)
     return layers
 
 
@@ -425,12 +465,17 @@ def set_kronecker_scale(models: Models, scale: float | Mapping[str, float]) -> N
     """Set the adapters' strength: 0 is the base model, 1 as trained.
 
     {"dog": 0.8, "style": 0.5} gives each adapter its own strength and turns off those that it does not name.
+
+    Raises KroneckerError, with nothing changed, if there is no such adapter, if a strength is not a finite number and
+    if the adapters are merged or fused.
     """
     layers = _adapted(models)
     names = kronecker_adapters(models)
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them before changing their scale")
-    scales = scale if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
+    check_not_fused(given_modules(models).values())
+    given = scale if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
+    scales = {name: check_strength(strength, f'the adapter "{name}"') for name, strength in given.items()}
     if unknown := [name for name in scales if name not in names]:
         raise KroneckerError(f"there is no adapter named {', '.join(unknown)}; there are: {', '.join(names)}")
     for layer in layers:
@@ -443,6 +488,7 @@ def disable_kronecker(models: Models) -> Iterator[None]:
     layers = _layers(models)
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them to get the base model")
+    check_not_fused(given_modules(models).values())
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -454,14 +500,29 @@ def disable_kronecker(models: Models) -> Iterator[None]:
 
 
 def merge_kronecker(models: Models) -> None:
-    """Add every delta to its base weight. `unmerge_kronecker` undoes it; `remove_kronecker` makes it final."""
-    for layer in _outermost(_adapted(models)):
-        layer.merge()
+    """Add every delta to its base weight. `unmerge_kronecker` undoes it; `remove_kronecker` makes it final.
+
+    Raises KroneckerError, with no layer merged, if one cannot be: see `KroneckerLinear.merge`.
+    """
+    merged: list[KroneckerLinear] = []
+    try:
+        for path, layer in _outermost(models).items():
+            with naming(path):
+                layer.merge()
+            merged.append(layer)
+    except BaseException:
+        for layer in merged:
+            layer.unmerge()
+        raise
 
 
 def unmerge_kronecker(models: Models) -> None:
-    """Restore the base weights, bit for bit."""
-    for layer in _outermost(_adapted(models)):
+    """Restore the base weights, bit for bit. Raises KroneckerError, with nothing changed, if one cannot be."""
+    layers = _outermost(models)
+    for path, layer in layers.items():
+        with naming(path):
+            layer.check_unmerges()
+    for layer in layers.values():
         layer.unmerge()
 
 
@@ -472,9 +533,12 @@ def remove_kronecker(models: Models, adapter: str | None = None) -> None:
         raise KroneckerError(f"there is no adapter named {adapter}; there are: {', '.join(kronecker_adapters(models))}")
     if any(layer.merged for layer in layers):
         raise KroneckerError("the adapters are merged; unmerge them before removing one")
+    if any(not layer.merged for layer in _layers(models)):
+        check_not_fused(given_modules(models).values())
     for model in given_modules(models).values():
         for path, layer in reversed(kronecker_layers(model, adapter).items()):  # inner ones first
             model.set_submodule(path, layer.base)
+        _guard_methods(model)
 
 
 def _layers(models: Models) -> list[KroneckerLinear]:
@@ -488,9 +552,15 @@ def _adapted(models: Models) -> list[KroneckerLinear]:
     return layers
 
 
-def _outermost(layers: Sequence[KroneckerLinear]) -> list[KroneckerLinear]:
-    wrapped = {id(layer.base) for layer in layers}
-    return [layer for layer in layers if id(layer) not in wrapped]
+def _outermost(models: Models) -> dict[str, KroneckerLinear]:
+    """Return "component.path" -> layer for those that no other adapter is around. Raises KroneckerError if none is."""
+    wrapped = {id(layer.base) for layer in _adapted(models)}
+    return {
+        f"{component}.{path}": layer
+        for component, model in given_modules(models).items()
+        for path, layer in kronecker_layers(model).items()
+        if id(layer) not in wrapped
+    }
 
 
 def kronecker_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -585,7 +655,8 @@ def add_kronecker(models: Models, adapter: MatchedAdapter, scale: float = 1.0, n
     by component and name, wherever wrappers have moved them since.
 
     Raises KroneckerError, with the models untouched, if the adapter is a LoRA, if the models lack one of its layers or
-    have it in another size, if the name is taken and if other adapters are merged.
+    have it in another size, if the name is taken, if the scale is not a finite number, if other adapters are merged and
+    if q, k and v are fused.
     """
     parts, path = components(models), adapter.file.path
     if name in kronecker_adapters(models):
@@ -602,16 +673,23 @@ def add_kronecker(models: Models, adapter: MatchedAdapter, scale: float = 1.0, n
             f"{path} was matched with another model: {len(misfits)} of its layers are missing here or have another "
             f"size ({', '.join(misfits[:3])}{', ...' if len(misfits) > 3 else ''})"
         )
+    check_not_fused(parts.values())
+    scale = check_strength(scale, f"{path}: the scale")
+    added: dict[tuple[str, str], KroneckerLinear] = {}  # by component and path
     for matched, factors in adapter.factors.items():
         layer = layers[matched]
-        model, around = parts[layer.component], _around(parts[layer.component], layer.path)
+        around = _around(parts[layer.component], layer.path)
         position, base = next(iter(around.items()), (layer.path, layer.module))
-        added = KroneckerLinear(base, *factors.A.shape, init=None, adapter=name)
-        added.A.data.copy_(factors.A)
-        added.B.data.copy_(factors.B)
-        added.transposed_rows = factors.transposed_rows
-        added.scale, added.target = float(scale), adapter.target(layer)
-        model.set_submodule(position, added)
+        wrapper = KroneckerLinear(base, *factors.A.shape, init=None, adapter=name)
+        wrapper.A.data.copy_(factors.A)
+        wrapper.B.data.copy_(factors.B)
+        wrapper.transposed_rows = factors.transposed_rows
+        wrapper.scale, wrapper.target = scale, adapter.target(layer)
+        added[layer.component, position] = wrapper
+    for (component, position), wrapper in added.items():
+        parts[component].set_submodule(position, wrapper)
+    for model in parts.values():
+        _guard_methods(model)
 
 
 def _around(model: nn.Module, path: str) -> dict[str, KroneckerLinear]:
@@ -623,3 +701,87 @@ def _around(model: nn.Module, path: str) -> dict[str, KroneckerLinear]:
         if isinstance(module, KroneckerLinear):
             found[path] = module
     return dict(reversed(found.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways of diffusers around the layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Guarded:
+    """A method of one object that goes through `around(object, method, ...)`; a deep copy of it is the copy's own."""
+
+    def __init__(self, owner: nn.Module, name: str, around: Callable[..., Any]):
+        self.owner, self.name, self.around = owner, name, around
+
+    @property
+    def _method(self) -> Callable[..., Any]:
+        return getattr(type(self.owner), self.name).__get__(self.owner)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._method)  # diffusers asks which arguments save_pretrained takes
+
+    def __call__(self, *args, **kwargs):
+        return self.around(self.owner, self._method, *args, **kwargs)
+
+
+def _guard_methods(model: nn.Module) -> None:
+    """Guard the methods of diffusers that know nothing of the adapters in `model`; leave them alone if it has none."""
+    model = unwrapped(model)
+    adapted = bool(kronecker_layers(model))
+    _guard(model, "save_pretrained", _save_plain, adapted)
+    for module in model.modules():
+        _guard(module, "fuse_projections", _fuse_merged, adapted)
+    hooks = [number for number, hook in model._forward_pre_hooks.items() if hook is _refuse_scale_of_call]
+    if adapted and not hooks:
+        model.register_forward_pre_hook(_refuse_scale_of_call, with_kwargs=True)
+    elif not adapted:
+        for number in hooks:
+            del model._forward_pre_hooks[number], model._forward_pre_hooks_with_kwargs[number]
+
+
+def _guard(owner: nn.Module, name: str, around: Callable[..., Any], adapted: bool) -> None:
+    if adapted and hasattr(type(owner), name):
+        vars(owner)[name] = _Guarded(owner, name, around)
+    elif isinstance(vars(owner).get(name), _Guarded):
+        del vars(owner)[name]
+
+
+def _save_plain(model: nn.Module, save: Callable[..., Any], /, *args, **kwargs) -> Any:
+    """Save the model as one without adapters, which loads anywhere: the weights, with what is merged into them."""
+    layers = kronecker_layers(model)
+    if left_out := sorted({layer.adapter for layer in layers.values() if layer.is_active and not layer.merged}):
+        warnings.warn(
+            f"the saved {type(model).__name__} is the base model, without its adapters ({', '.join(left_out)}): "
+            "call merge_kronecker first to have them in its weights, or save_kronecker to have them in a file",
+            stacklevel=3,
+        )
+    for path, layer in reversed(layers.items()):  # inner ones first
+        model.set_submodule(path, layer.base)
+    try:
+        return save(*args, **kwargs)
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)
+
+
+def _fuse_merged(attention: nn.Module, fuse: Callable[..., Any], /, *args, **kwargs) -> Any:
+    """Fuse the weights of q, k and v, which is all that diffusers looks at, with the deltas in them."""
+    if all(layer.merged for layer in kronecker_layers(attention).values()):
+        return fuse(*args, **kwargs)
+    merge_kronecker(attention)
+    try:
+        return fuse(*args, **kwargs)
+    finally:
+        unmerge_kronecker(attention)
+
+
+def _refuse_scale_of_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise KroneckerError if diffusers' scale of LoRAs in one call is given, which the adapters do not follow."""
+    scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale", 1.0)
+    if scale != 1.0:
+        raise KroneckerError(
+            f'cross_attention_kwargs={{"scale": {scale}}} has no effect on adapters from load_kronecker: use '
+            "set_kronecker_scale, or add them with attach_to_diffusers"
+        )

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dreambooth.drawing.pipelines import Adapter
+from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state
@@ -26,7 +26,6 @@ from kron_adapter import (
     kronecker_parameters,
     kronecker_state_dict,
     load_kronecker_state_dict,
-    merge_kronecker,
     remove_kronecker,
     save_kronecker,
 )
@@ -142,18 +141,14 @@ class KroneckerReader:
     def takes(self, file: AdapterFile) -> bool:
         return not file.is_lora
 
-    def check(self, file: AdapterFile) -> None:
-        pass
-
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             add_kronecker(pipeline, adapter.matched, adapter.scale, adapter.name)
 
-    def merge(self, pipeline: DiffusionPipeline) -> int:
-        layers = 0
+    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
         for model in components(pipeline).values():
-            if adapted := kronecker_layers(model):
-                layers += len(adapted)
-                merge_kronecker(model)
-                remove_kronecker(model)
-        return layers
+            for layer in kronecker_layers(model).values():
+                yield layer.innermost, lambda layer=layer: layer.delta_weight
+
+    def remove(self, pipeline: DiffusionPipeline) -> None:
+        remove_kronecker(pipeline)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kron_formats.errors import KroneckerError
 from kron_formats.families import FAMILIES, Family
 from kron_formats.files import open_safetensors
+from kron_formats.merging import merged_weight
 from kron_formats.names import Layer
 from kron_formats.reading import Factors, LowRank
 from kron_formats.writing import write_tensors
@@ -72,7 +73,4 @@ def fuse_pipeline(base: str, output: Path, layers: Mapping[Layer, Factors | LowR
 
 
 def _fused(weight: Tensor, entry: Factors | LowRank, dtype: torch.dtype, layer: Layer) -> Tensor:
-    fused = (weight.double() + entry.dense().view(weight.shape)).to(dtype)  # some weights are kernels
-    if not fused.isfinite().all():
-        raise KroneckerError(f"the fused weight of {layer.dotted} is not finite in {dtype}; nothing was written")
-    return fused
+    return merged_weight(weight, [entry.dense()], dtype, f"the fused weight of {layer.dotted}")

@@ -4,11 +4,11 @@ As diffusers' examples train it, and DiffuseKronA's paper compares with it: peft
 alpha = r.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dreambooth.drawing.pipelines import Adapter
-from dreambooth.errors import UserError
+from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
 from dreambooth.markdown import python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state, trained_parameters
 from dreambooth.seeds import Stream, seed_of, torch_seed
+from kron_adapter import KroneckerLinear
+from kron_formats.attach import attach_lora
 from kron_formats.export import write_low_rank
 from kron_formats.names import components, find_layers
 from kron_formats.names import family as family_of
@@ -44,7 +45,7 @@ class AttachedLora:
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        layers = [layer for model in self.models.values() for layer in _lora_layers(model)]
+        layers = [layer for model in self.models.values() for layer in _trained_layers(model)]
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -77,7 +78,7 @@ class AttachedLora:
         kinds = Counter(
             (self.family.component_titles[name], layer.in_features, layer.out_features, layer.r[ADAPTER])
             for name, model in self.models.items()
-            for layer in _lora_layers(model)
+            for layer in _trained_layers(model)
         )
         parameters = sum(parameter.numel() for parameter in trained_parameters(self))
         rows = "".join(
@@ -138,7 +139,7 @@ class Lora:
         return AttachedLora(family, models, adapter_groups(family, parameters, config))
 
 
-def _lora_layers(model: nn.Module) -> list[LoraLinear]:
+def _trained_layers(model: nn.Module) -> list[LoraLinear]:
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
 
 
@@ -157,25 +158,28 @@ class LoraReader:
     def takes(self, file: AdapterFile) -> bool:
         return file.is_lora
 
-    def check(self, file: AdapterFile) -> None:
-        if file.from_peft:
-            raise UserError(
-                f"{file.path} is a LoRA in peft's layout, which pipelines cannot load: fuse it with scripts/convert.py "
-                "--to fused, or save it with the pipeline's save_lora_weights"
-            )
-
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
-            folder, file_name = os.path.split(adapter.matched.file.path)
-            pipeline.load_lora_weights(folder, weight_name=file_name, adapter_name=adapter.name)
+            attach_lora(pipeline, adapter.matched.layers, adapter.name)
         pipeline.set_adapters([adapter.name for adapter in adapters], [adapter.scale for adapter in adapters])
 
-    def merge(self, pipeline: DiffusionPipeline) -> int:
-        models = components(pipeline)
-        adapted = [name for name, model in models.items() if getattr(model, "peft_config", None)]
-        if not adapted:
-            return 0
-        layers = sum(isinstance(module, BaseTunerLayer) for name in adapted for module in models[name].modules())
-        pipeline.fuse_lora(components=adapted)
-        pipeline.unload_lora_weights()
-        return layers
+    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
+        for layer in _lora_layers(pipeline):
+            base: Any = layer.get_base_layer()
+            innermost = base.innermost if isinstance(base, KroneckerLinear) else base
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    yield innermost, partial(_dense_delta, layer, adapter)
+
+    def remove(self, pipeline: DiffusionPipeline) -> None:
+        if _lora_layers(pipeline):
+            pipeline.unload_lora_weights()
+
+
+def _lora_layers(pipeline: DiffusionPipeline) -> list[LoraLayer]:
+    models = components(pipeline).values()
+    return [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _dense_delta(layer: Any, adapter: str) -> Tensor:
+    return layer.get_delta_weight(adapter).flatten(1)  # some are kernels

@@ -1,5 +1,6 @@
 """Pipelines with trained-looking adapters, and the dense weights that every other way has to give too."""
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -80,3 +81,15 @@ def draw(pipeline: DiffusionPipeline, **options) -> Tensor:
         return pipeline(
             "a photo of sks dog", num_inference_steps=2, generator=generator, output_type="pt", **options
         ).images.float()
+
+
+def quantised(linear: nn.Linear, kind: str) -> nn.Module:
+    """Return a layer quantised by bitsandbytes, "4-bit" or "8-bit"."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    if kind == "4-bit":
+        base = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
+    else:
+        base = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+    base.load_state_dict(linear.state_dict())
+    return base.to("cpu")

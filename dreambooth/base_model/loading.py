@@ -25,10 +25,11 @@ QUANTISED = ("nf4", "int8")
 # ---- before loading ----
 
 
-def empty_models(config: BaseModelOptions, components: Sequence[str]) -> dict[str, nn.Module]:
+def empty_models(config: BaseModelOptions, components: Sequence[str], quantised: bool = False) -> dict[str, nn.Module]:
     """Return the components that a base model has, without weights, for checks before loading.
 
-    The first component is the denoiser, which must exist. Raises UserError if the base model cannot be found or read.
+    The first component is the denoiser, which must exist; `quantised` says whether it may have been saved quantised.
+    Raises UserError if the base model cannot be found or read.
     """
     name, hub = config.pretrained_model_name_or_path, hub_arguments(config)
     denoiser, *encoders = components
@@ -44,7 +45,7 @@ def empty_models(config: BaseModelOptions, components: Sequence[str]) -> dict[st
             for part in encoders
             if part in classes
         }
-    if "quantization_config" in denoiser_config:
+    if "quantization_config" in denoiser_config and not quantised:
         raise UserError(
             f"--pretrained_model_name_or_path {name} was saved quantised; use the base model that it was made from, "
             "with --base_precision nf4 or int8"

@@ -1,17 +1,25 @@
 """Base models with adapters in them, for the scripts that draw and merge. Each file says which method it is of."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from dreambooth.base_model.loading import DTYPES, empty_models, hub_arguments
 from dreambooth.base_model.process import build_sampler
 from dreambooth.options.base_model import AdaptedModelOptions
+from kron_formats.errors import KroneckerError, naming
 from kron_formats.families import COMPONENTS
 from kron_formats.matching import MatchedAdapter, match_layers
+from kron_formats.merging import check_strength, check_takes_delta, merged_weight
+from kron_formats.names import find_layers
 from kron_formats.reading import AdapterFile, read_adapter
+
+BaseLayer = nn.Linear | nn.Conv2d
+Delta = Callable[[], Tensor]  # makes a layer's ΔW (d_out, d_in), large enough to make one at a time
 
 
 @dataclass(frozen=True)
@@ -30,16 +38,16 @@ class Reader(Protocol):
         """Whether this reader handles the file."""
         ...
 
-    def check(self, file: AdapterFile) -> None:
-        """Raise UserError if a file that this reader handles cannot be used. Called before weights are read."""
-        ...
-
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         """Put adapters into the base model. Later readers' layers may wrap these or go inside them."""
         ...
 
-    def merge(self, pipeline: DiffusionPipeline) -> int:
-        """Merge all of this method's adapters into the base weights for good; return the number of layers."""
+    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
+        """Yield the base layer and the delta of every layer that this method's adapters change."""
+        ...
+
+    def remove(self, pipeline: DiffusionPipeline) -> None:
+        """Remove all of this method's adapters."""
         ...
 
 
@@ -59,13 +67,12 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
 
     Raises UserError or KroneckerError if one does not fit.
     """
-    models, adapters = empty_models(config, COMPONENTS), []
+    models, adapters = empty_models(config, COMPONENTS, quantised=True), []
     for number, entry in enumerate(config.adapter):
         path, scale = split_scale(entry)
-        file = read_adapter(path)
-        matched = match_layers(file, models)
-        _reader_of(file, readers).check(file)
-        adapters.append(Adapter(matched, scale * config.adapter_scale, f"adapter-{number}"))
+        matched = match_layers(read_adapter(path), models)
+        strength = check_strength(scale * config.adapter_scale, f"--adapter {entry}: the strength")
+        adapters.append(Adapter(matched, strength, f"adapter-{number}"))
     return adapters
 
 
@@ -87,18 +94,52 @@ def add_adapters(pipeline: Any, adapters: Sequence[Adapter], readers: Sequence[R
 
 
 def merge_adapters(pipeline: Any, readers: Sequence[Reader]) -> int:
-    """Merge all adapters into the base weights for good; return the number of layers merged."""
-    return sum(reader.merge(pipeline) for reader in reversed(readers))
+    """Merge all adapters into the base weights for good, rounding once; return the number of layers merged.
+
+    Raises KroneckerError, with nothing merged, if a layer cannot take a delta or the sum is not finite.
+    """
+    names = {id(layer.module): layer.dotted for layer in find_layers(pipeline)}
+    merged = {}
+    for layer, deltas in _deltas(pipeline, readers).items():
+        name = names[id(layer)]
+        with naming(name):
+            check_takes_delta(layer)
+            parts = (delta() for delta in deltas)
+            merged[layer] = merged_weight(layer.weight, parts, layer.weight.dtype, "the merged weight")
+    for layer, weight in merged.items():
+        layer.weight.data = weight
+    for reader in reversed(readers):
+        reader.remove(pipeline)
+    return len(merged)
+
+
+def can_merge(pipeline: Any, readers: Sequence[Reader]) -> bool:
+    """Whether every adapted layer can take a delta; quantised ones and those in 8 bits cannot."""
+    try:
+        for layer in _deltas(pipeline, readers):
+            check_takes_delta(layer)
+    except KroneckerError:
+        return False
+    return True
+
+
+def _deltas(pipeline: Any, readers: Sequence[Reader]) -> dict[BaseLayer, list[Delta]]:
+    deltas = defaultdict(list)
+    for reader in readers:
+        for layer, delta in reader.deltas(pipeline):
+            deltas[layer].append(delta)
+    return deltas
 
 
 def prepare_drawing(pipeline: Any, readers: Sequence[Reader], config: AdaptedModelOptions) -> None:
     """Give the pipeline a fast solver and a VAE in fp32, since SDXL's gives NaN in fp16, and merge its adapters.
 
-    In bf16 adapters stay unmerged: its 8 bits of precision would round away much of a small delta.
+    In bf16 adapters stay unmerged: its 8 bits of precision would round away much of a small delta. So they do where a
+    base model cannot take them, as a quantised one.
     """
     pipeline.scheduler = build_sampler(pipeline.scheduler)
     pipeline.vae.float()
-    if config.dtype != "bf16":
+    if config.dtype != "bf16" and can_merge(pipeline, readers):
         merge_adapters(pipeline, readers)
 
 

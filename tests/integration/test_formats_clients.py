@@ -298,17 +298,18 @@ def test_merge_takes_loras_beside_kronecker_adapters(tmp_path, tiny_sd, run_main
     assert worst_error(plain_weights(merged), exact) < 2 * FUSED
 
 
-def test_generate_refuses_a_lora_as_peft_saves_it_and_says_what_to_do(tmp_path, tiny_sd):
+def test_a_lora_in_a_folder_that_peft_wrote_is_drawn_with_as_peft_does(tmp_path, tiny_sd):
     from peft import get_peft_model
 
     from dreambooth.drawing.pipelines import load_adapted_pipeline
-    from dreambooth.errors import UserError
     from methods.readers import READERS
 
-    get_peft_model(plain_pipeline("sd").unet, LoraConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="a LoRA in peft's layout, .* fuse it with scripts/convert.py"):
-        config = AdaptedModelOptions(pretrained_model_name_or_path=str(tiny_sd), adapter=[str(tmp_path)])
-        load_adapted_pipeline(config, READERS)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["to_q"], init_lora_weights=False)
+    pipe = plain_pipeline("sd")
+    get_peft_model(pipe.unet, config).save_pretrained(tmp_path)
+    options = AdaptedModelOptions(pretrained_model_name_or_path=str(tiny_sd), adapter=[str(tmp_path)])
+    ours, exact = peft_weights(load_adapted_pipeline(options, READERS)), peft_weights(pipe)
+    assert ours.keys() == exact.keys() and worst_error(ours, exact) < 1e-7  # the strength is in the factors
 
 
 def test_an_adapter_s_colon_is_a_strength_only_before_a_number():

@@ -1,5 +1,6 @@
 """The adapter's algebra and layer, against torch.kron, autograd and the plain linear layer."""
 
+import copy
 import math
 
 import pytest
@@ -438,3 +439,147 @@ def test_state_dict_is_strict_in_both_directions(model):
     with pytest.raises(KroneckerError, match=r"attn1.to_q.A is \(8, 4\), the model has \(4, 8\)"):
         load_kronecker_state_dict(model, {**state, "attn1.to_q.A": torch.zeros(8, 4)})
     assert all(torch.equal(tensor, before[name]) for name, tensor in kronecker_state_dict(model).items())
+
+
+# ---- all or nothing ----
+
+
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_merge_that_is_refused_half_way_merges_nothing(model, inputs):
+    layers = inject_kronecker(model, 4, 8)
+    train_a_little(model, inputs)
+    model.attn2.to_v.base.to(torch.float8_e4m3fn)
+    before = weights_of(model)
+    with pytest.raises(KroneckerError, match="attn2.to_v: a weight of torch.float8_e4m3fn cannot take a merged delta"):
+        merge_kronecker(model)
+    assert unchanged(model, before) and not any(layer.merged for layer in layers.values())
+
+
+@pytest.mark.parametrize("change", [lambda base: base.to("meta"), lambda base: base.to(torch.float8_e5m2)])
+def test_unmerging_what_was_offloaded_or_cast_since_is_refused_and_changes_nothing(model, inputs, change):
+    layers = inject_kronecker(model, 4, 8)
+    train_a_little(model, inputs)
+    merge_kronecker(model)
+    change(model.attn2.to_q.base)
+    before = weights_of(model.attn1)
+    with pytest.raises(KroneckerError, match="attn2.to_q: "):
+        unmerge_kronecker(model)
+    assert unchanged(model.attn1, before) and all(layer.merged for layer in layers.values())
+
+
+def test_a_merge_that_overflows_is_refused(model, inputs):
+    inject_kronecker(model, 4, 8)
+    train_a_little(model, inputs)
+    model.half()
+    before = weights_of(model)
+    set_kronecker_scale(model, 1e9)
+    with pytest.raises(KroneckerError, match="attn1.to_q: the merged weight is not finite in torch.float16"):
+        merge_kronecker(model)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), {"default": -float("inf")}])
+def test_a_scale_that_is_not_finite_is_refused_and_changes_nothing(model, scale):
+    layers = inject_kronecker(model, 4, 8)
+    with pytest.raises(KroneckerError, match='"default" is (nan|inf|-inf)'):
+        set_kronecker_scale(model, scale)
+    assert {layer.scale for layer in layers.values()} == {1.0}
+
+
+def test_casting_the_model_leaves_the_factors_every_bit_also_around_merging(model, inputs):
+    inject_kronecker(model, 4, 8)
+    train_a_little(model, inputs)
+    factors = {name: tensor.clone() for name, tensor in kronecker_state_dict(model).items()}
+    merge_kronecker(model)
+    model.to(torch.bfloat16)
+    unmerge_kronecker(model)
+    assert {layer.weight.dtype for layer in kronecker_layers(model).values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, factors[name]) for name, tensor in kronecker_state_dict(model).items())
+
+
+# ---- state dicts, copies ----
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_plain_state_dict_loads_into_an_adapted_model(model, inputs, whole):
+    torch.manual_seed(5)
+    plain = Model()
+    inject_kronecker(model, 4, 8)
+    train_a_little(model, inputs)
+    factors = {name: tensor.clone() for name, tensor in kronecker_state_dict(model).items()}
+    target, source = (model, plain) if whole else (model.attn1, plain.attn1)
+    target.load_state_dict(source.state_dict())  # strict
+    for name, layer in kronecker_layers(target).items():
+        assert torch.equal(layer.base.weight, source.get_submodule(name).weight)
+    assert all(torch.equal(tensor, factors[name]) for name, tensor in kronecker_state_dict(model).items())
+    broken = {name: tensor for name, tensor in plain.state_dict().items() if name != "attn1.to_q.weight"}
+    with pytest.raises(RuntimeError, match="attn1.to_q.base.weight"):
+        model.load_state_dict(broken)
+
+
+def test_an_adapted_model_loads_its_own_state_dict_and_a_merged_one_loads_none(model, inputs):
+    inject_kronecker(model, 4, 8)
+    train_a_little(model, inputs)
+    output, state = model(*inputs), weights_of(model)
+    torch.manual_seed(5)
+    other = Model()
+    inject_kronecker(other, 4, 8)
+    other.load_state_dict(state)
+    assert torch.equal(other(*inputs), output)
+    merge_kronecker(other)
+    with pytest.raises(RuntimeError, match="attn1.to_q: its adapter is merged; call unmerge_kronecker"):
+        other.load_state_dict(Model().state_dict())
+
+
+# ---- weights that are not plain tensors ----
+
+
+class Packed(torch.Tensor):
+    """A weight as torchao quantises it: it looks like floats, but only F.linear can multiply by it."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype, requires_grad=False)
+
+    def __init__(self, data):
+        self.packed = data.clone()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return F.linear(args[0], args[1].packed, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].packed)
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_of_another_tensor_class_run_their_own_forward_and_are_not_merged(model, inputs, when):
+    base = model(*inputs)
+    if when == "before":
+        model.attn1.to_q.weight = nn.Parameter(Packed(model.attn1.to_q.weight.data), requires_grad=False)
+    inject_kronecker(model, 4, 8)
+    torch.testing.assert_close(model(*inputs), base)
+    train_a_little(model, inputs)
+    expected = copy.deepcopy(model)(*inputs) if when == "after" else None
+    if when == "after":
+        model.attn1.to_q.base.weight = nn.Parameter(Packed(model.attn1.to_q.weight.data), requires_grad=False)
+        torch.testing.assert_close(model(*inputs), expected)
+    assert (model(*inputs) - base).abs().max() > 1e-3
+    before = weights_of(model.attn2)
+    with pytest.raises(
+        KroneckerError, match="attn1.to_q: a Linear with a weight of Packed.* cannot take a merged delta"
+    ):
+        merge_kronecker(model)
+    assert unchanged(model.attn2, before)

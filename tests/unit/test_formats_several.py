@@ -26,7 +26,7 @@ from kron_formats import matching, reading
 from kron_formats.matching import match_layers
 from kron_formats.names import components, find_layers, linear_modules
 from kron_formats.reading import read_adapter
-from tests.adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, worst_error
+from tests.adapters import adapted_pipeline, dense_weights, draw, plain_pipeline, plain_weights, quantised, worst_error
 
 FACTORS = {"dog": (4, 64), "style": (16, 16), "light": (64, 4)}
 
@@ -226,17 +226,6 @@ def test_a_compiled_unet_and_one_inside_peft_are_loaded_by_the_same_names(files)
     assert (draw(inside) - expected).abs().max() > 1e-3
     remove_kronecker(inside)
     assert torch.equal(draw(inside), with_lora)
-
-
-def quantised(linear, kind):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-    if kind == "4-bit":
-        base = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
-    else:
-        base = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-    base.load_state_dict(linear.state_dict())
-    return base.to("cpu")
 
 
 @pytest.mark.parametrize("kind", ["4-bit", "8-bit"])

@@ -1,0 +1,55 @@
+"""Deltas in the weights themselves: strengths, which layers can take one, and the sum, rounded once."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from kron_formats.errors import KroneckerError
+
+
+def check_strength(strength: float, what: str) -> float:
+    """Return a strength as a float. Raises KroneckerError, beginning with `what` it is of, if it is not finite."""
+    if not math.isfinite(strength):
+        raise KroneckerError(f"{what} is {strength}; it must be a finite number")
+    return float(strength)
+
+
+def has_plain_weight(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether a layer is PyTorch's own with numbers for weights: not quantised, by another class or another tensor."""
+    weight = layer.weight
+    plain = type(layer) in (nn.Linear, nn.Conv2d) and type(weight) in (nn.Parameter, Tensor)
+    return plain and weight.is_floating_point()
+
+
+def check_takes_delta(layer: nn.Linear | nn.Conv2d) -> None:
+    """Raise KroneckerError, saying what to do, if the weight of a layer cannot be changed by a delta."""
+    weight = layer.weight
+    if weight.is_meta:
+        raise KroneckerError("the base weights are offloaded; merge before offloading is enabled")
+    if not has_plain_weight(layer):
+        raise KroneckerError(
+            f"a {type(layer).__name__} with a weight of {type(weight).__name__}, {weight.dtype}, cannot take a merged "
+            "delta; leave the adapters unmerged, or merge into a base model that is not quantised"
+        )
+    if weight.itemsize == 1:
+        raise KroneckerError(
+            f"a weight of {weight.dtype} cannot take a merged delta, which its few bits would round away; merge before "
+            "layerwise casting is enabled, or leave the adapters unmerged"
+        )
+
+
+def merged_weight(weight: Tensor, deltas: Iterable[Tensor], dtype: torch.dtype, what: str) -> Tensor:
+    """Return weight + Σ deltas, each (d_out, d_in), summed in fp64 and rounded once to `dtype`; a kernel stays one.
+
+    Raises KroneckerError, calling the sum `what`, if it is not finite in `dtype`.
+    """
+    exact = sum((delta.to(weight.device, torch.float64) for delta in deltas), weight.detach().double().flatten(1))
+    merged = exact.view_as(weight).to(dtype)
+    if not merged.isfinite().all():
+        raise KroneckerError(
+            f"{what} is not finite in {dtype}; nothing was changed or written: give the adapter less strength, or use "
+            "a dtype of larger range"
+        )
+    return merged
