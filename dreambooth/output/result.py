@@ -18,7 +18,8 @@ from dreambooth.options.training import TrainingConfig
 def write_result(path: Path, state: TrainingState, step: int, config: TrainingConfig) -> None:
     """Write what `step` optimizer steps have trained, whole or not at all."""
     with evaluating(state.optimizer):
-        state.attached.save(path, result_metadata(step, config), DTYPES[config.save_precision])
+        metadata = {**result_metadata(step, config), **state.base_metadata}
+        state.attached.save(path, metadata, DTYPES[config.save_precision])
 
 
 def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:
