@@ -56,6 +56,8 @@ def check_parts(config: BaseModelOptions) -> None:
     _check_text(models["unet"].config, {part: models[part].config for part in encoders}, flag)
     for part in encoders:
         tokenizer, known = configurations.load(TEXT[part]), models[part].config.vocab_size
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without files
+            raise UserError(f"{configurations.flag} is not a base model: its {TEXT[part]} has no vocabulary")
         if len(tokenizer) > known:
             raise UserError(
                 f"{configurations.flag}: its {TEXT[part]} has {len(tokenizer):,} tokens, its {part} knows {known:,}"

@@ -43,6 +43,7 @@ class BaseModel:
         absent = dict.fromkeys(configurations.classes.keys() - family.tokenizers)
         pipeline = family.pipeline_class.from_pretrained(
             configurations.name,
+            variant=config.variant,
             **configurations.hub,
             **absent
             | dict(family.loading)

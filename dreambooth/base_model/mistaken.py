@@ -8,6 +8,7 @@ from kron_formats.files import printable
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAGIC = (b"PK\x03\x04", b"\x80")  # what pickles begin with: torch.save's archives, bare ones
+HEADER = b"{"  # what safetensors have after 8 bytes of any value, which may be those of a pickle
 SHOWN = 3  # names in a message
 
 
@@ -20,11 +21,14 @@ def explain_file(name: str) -> str | None:
     if re.match(r"\w+://", name):
         return "is an address; download the file first, or give the model's name on the Hub"
     if path.is_file():
-        with path.open("rb") as file:
-            beginning = file.read(4)
+        try:
+            with path.open("rb") as file:
+                beginning = file.read(9)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
         if not beginning:
             return "is empty"
-        if path.suffix in PICKLES or beginning.startswith(MAGIC):
+        if beginning[8:] != HEADER and (path.suffix in PICKLES or beginning.startswith(MAGIC)):
             return (
                 "is a pickle, which can run code when it is read; use the model's .safetensors file, or rewrite it as "
                 "safetensors with a tool that you trust"

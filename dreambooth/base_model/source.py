@@ -79,21 +79,21 @@ def load_scheduler(config: BaseModelOptions) -> Any:
     They count in this order. Raises UserError if none of them says what a Stable Diffusion 2 predicts.
     """
     source = base_source(config)
-    scheduler, file = source.configurations.load("scheduler"), source.file
-    prediction_type, zero_snr = config.prediction_type, config.rescale_betas_zero_snr
+    prediction_type, zero_snr, file = config.prediction_type, config.rescale_betas_zero_snr, source.file
     if file is not None:
-        if file.is_edm != (type(scheduler).__name__ in EDM) and file.is_edm:
-            raise UserError(
-                f"{file.path} was trained with EDM's noise, but {source.configurations.flag} has a "
-                f"{type(scheduler).__name__}"
-            )
         prediction_type = prediction_type or file.prediction_type
         zero_snr = zero_snr or file.has_zero_terminal_snr
-        if source.family is SD2 and prediction_type is None and config.base_config is None:
-            raise UserError(
-                f"{file.path} does not say what it predicts: give --prediction_type epsilon for a Stable Diffusion 2 "
-                "made at 512 px, v_prediction for one made at 768 px"
-            )
+    if source.family is SD2 and prediction_type is None and config.base_config is None:
+        raise UserError(
+            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path} does not say what it predicts: "
+            "give --prediction_type epsilon for a Stable Diffusion 2 made at 512 px, or v_prediction for one at 768 px"
+        )
+    scheduler = source.configurations.load("scheduler")
+    if file is not None and file.is_edm and type(scheduler).__name__ not in EDM:
+        raise UserError(
+            f"--pretrained_model_name_or_path {file.path} was trained with EDM's noise, but "
+            f"{source.configurations.flag} has a {type(scheduler).__name__}"
+        )
     return with_noise(scheduler, prediction_type, zero_snr)
 
 
