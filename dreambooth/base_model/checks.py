@@ -48,14 +48,14 @@ def check_parts(config: BaseModelOptions) -> None:
             f"{source.family.pipeline} ({source.family.title})"
         )
     encoders = [part for part in TEXT if part in configurations.classes]
-    models = empty_models(config, ("unet", *encoders))
+    settings: dict[str, Any] = {part: configurations.empty(part).config for part in ("unet", *encoders)}
     if "scheduler" not in configurations.classes:
         raise UserError(f"{configurations.flag} is not a base model: it has no scheduler")
     flag = f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
-    _check_latents(models["unet"].config, vae.configurations.empty("vae").config, flag, config)
-    _check_text(models["unet"].config, {part: models[part].config for part in encoders}, flag)
+    _check_latents(settings["unet"], vae.configurations.empty("vae").config, flag, config)
+    _check_text(settings["unet"], {part: settings[part] for part in encoders}, flag)
     for part in encoders:
-        tokenizer, known = configurations.load(TEXT[part]), models[part].config.vocab_size
+        tokenizer, known = configurations.load(TEXT[part]), settings[part].vocab_size
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without files
             raise UserError(f"{configurations.flag} is not a base model: its {TEXT[part]} has no vocabulary")
         if len(tokenizer) > known:

@@ -73,8 +73,7 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
 
 
 def load_base_pipeline(config: AdaptedModelOptions) -> Any:
-    """Return the base model without adapters. Raises UserError, before any weights are read, if parts do not fit."""
-    check_parts(config)
+    """Return the base model without adapters. `read_adapters` has checked that its parts are there and fit."""
     source, dtype = base_source(config), DTYPES[config.dtype]
     parts = [part for part in COMPONENTS if part in source.configurations.classes]
     components = {"scheduler": load_scheduler(config)}
