@@ -101,7 +101,7 @@ class Configurations:
             raise
         except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
             what = "a VAE" if self.is_vae else "a base model"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             problem = f"its {part} cannot be read: {reason}" if part else explain_folder(self.name) or reason
             raise UserError(f"{self.flag} is not {what}: {problem}{self.advice}") from error
 
