@@ -13,7 +13,7 @@ from torch import nn
 
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
-from dreambooth.markdown import python_string, size_in_words
+from dreambooth.markdown import loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state
 from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.seeds import Stream, seed_of, torch_seed
@@ -68,7 +68,7 @@ class AttachedKronecker:
         return Description(
             noun="Kronecker adapter",
             summary="`W + A ⊗ B` on the attention projections ([DiffuseKronA](https://arxiv.org/abs/2402.17412))",
-            usage=_usage(path.name, base_model, prompt),
+            usage=_usage(path.name, loading_lines(base_model, self.family.pipeline_class.__name__), prompt),
             contents=(size_in_words(path, sum(kinds.values()), parameters), table),
             tags=("kronecker", "lokr"),
         )
@@ -81,13 +81,13 @@ class AttachedKronecker:
                 yield self.family.component_titles[component], layer.target, a1, a2, b1, b2
 
 
-def _usage(file: str, base_model: str, prompt: str) -> str:
+def _usage(file: str, loading: tuple[str, str], prompt: str) -> str:
     return f"""```python
 import torch
-from diffusers import DiffusionPipeline
+{loading[0]}
 from kron_adapter import load_kronecker  # pip install . in a checkout of the training suite
 
-pipeline = DiffusionPipeline.from_pretrained({python_string(base_model)}, torch_dtype=torch.float16).to("cuda")
+{loading[1]}
 load_kronecker(pipeline, {python_string(file)}, scale=1.0)  # 0 is the base model, 1 as trained
 image = pipeline({python_string(prompt)}).images[0]
 ```

@@ -20,3 +20,12 @@ def code(text: str) -> str:
 def python_string(text: str) -> str:
     """Return a text as a Python string literal in double quotes."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def loading_lines(base_model: str, pipeline_class: str) -> tuple[str, str]:
+    """Return the Python lines that import and load a base model, which may be one file, in fp16 on a GPU."""
+    owner, function = "DiffusionPipeline", "from_pretrained"
+    if base_model.endswith(".safetensors"):
+        owner, function = pipeline_class, "from_single_file"
+    arguments = f"{python_string(base_model)}, torch_dtype=torch.float16"
+    return f"from diffusers import {owner}", f'pipeline = {owner}.{function}({arguments}).to("cuda")'

@@ -3,11 +3,13 @@
 import functools
 import logging
 
+from dreambooth.base_model.checks import check_family, check_parts, empty_models
 from dreambooth.base_model.latents import latent_source
-from dreambooth.base_model.loading import BaseModel, check_family, empty_models
+from dreambooth.base_model.loading import BaseModel
 from dreambooth.base_model.moments import cache_moments
-from dreambooth.base_model.process import build_sampler, noise_process
+from dreambooth.base_model.process import build_sampler, noise_metadata, noise_process
 from dreambooth.base_model.prompts import prompt_encoder
+from dreambooth.base_model.source import load_scheduler
 from dreambooth.data.crops import Crops
 from dreambooth.data.dataset import DreamBoothDataset, build_loader, prompts_of
 from dreambooth.data.noise import noise_drawer
@@ -58,13 +60,15 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         check_start(start, method, total_steps, config, accelerator)
         check_warmup(config, total_steps)
         check_family(family, config)
+        check_parts(config)
+        process = noise_process(load_scheduler(config), config)
         text_trains = method.trains_text(config)
         empty = empty_models(config, (family.denoiser, *family.text_encoders))
         method.check(family, family.trained_models(empty, text_trains), config)
 
         # The frozen model: class images, latents, distinct prompts. Components that are not needed are not read
         base = BaseModel(family, config, accelerator)
-        pipeline, process = base.pipeline, noise_process(base.pipeline.scheduler, config)
+        pipeline, base_metadata = base.pipeline, noise_metadata(base.pipeline.scheduler)
         pipeline.scheduler = build_sampler(pipeline.scheduler)
         class_photos = ensure_class_images(base, config) if config.uses_class_images else []
         run = identify_run(method, start, photos, class_photos, config, accelerator)
@@ -83,7 +87,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
         optimizer = accelerator.prepare_optimizer(optimizer)
         denoiser = Denoiser(base.denoiser, encode, family.condition)
-        state = TrainingState(attached, optimizer, lr_scheduler, accelerator.scaler)
+        state = TrainingState(attached, optimizer, lr_scheduler, accelerator.scaler, base_metadata)
 
         check_room(state, config)
         prepare_output(method, config, start, accelerator)

@@ -39,13 +39,17 @@ class Family:
     name: str
     title: str  # as people call it
     base_version: str  # kohya's metadata ss_base_model_version
+    base_version_v: str  # the same of models that predict the velocity
     v2: bool  # kohya's metadata ss_v2
     model_spec: str  # architecture in the Stability model spec
+    model_spec_v: str  # the same of models that predict the velocity
     context_width: int  # of the text embeddings that the UNet attends to
     sgm_names: bool  # whether tools expect the UNet's layers by their place in the tree of Stability's own code
     a1111_needs_version: bool  # whether A1111 hides files without ss_base_model_version
     text_encoders: tuple[TextEncoder, ...]
     published: str  # the model whose architecture is known
+    repository: str  # that model's name on the Hub
+    pipeline: str  # diffusers' class
     architecture: str  # its file in kron_formats/architectures/, without .json
 
     def text_encoder(self, component: str) -> TextEncoder:
@@ -61,8 +65,10 @@ SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
     base_version="sd_v1",
+    base_version_v="sd_v1_v",
     v2=False,
     model_spec="stable-diffusion-v1",
+    model_spec_v="stable-diffusion-v1",
     context_width=768,
     sgm_names=False,
     a1111_needs_version=False,
@@ -70,14 +76,18 @@ SD1 = Family(
         TextEncoder("text_encoder", "lora_te", "clip_l", "cond_stage_model.transformer.", other_prefixes=("lora_te1",)),
     ),
     published="SD 1.5",
+    repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    pipeline="StableDiffusionPipeline",
     architecture="sd15",
 )
 SD2 = Family(
     name="sd2",
     title="Stable Diffusion 2.x",
     base_version="sd_v2",
+    base_version_v="sd_v2_v",
     v2=True,
     model_spec="stable-diffusion-v2-512",
+    model_spec_v="stable-diffusion-v2-768-v",
     context_width=1024,
     sgm_names=False,
     a1111_needs_version=False,
@@ -85,14 +95,18 @@ SD2 = Family(
         TextEncoder("text_encoder", "lora_te", "clip_h", "cond_stage_model.model.", True, other_prefixes=("lora_te1",)),
     ),
     published="SD 2.1",
+    repository="stabilityai/stable-diffusion-2-1",
+    pipeline="StableDiffusionPipeline",
     architecture="sd21",
 )
 SDXL = Family(
     name="sdxl",
     title="SDXL",
     base_version="sdxl_base_v1-0",
+    base_version_v="sdxl_base_v1-0",
     v2=False,
     model_spec="stable-diffusion-xl-v1-base",
+    model_spec_v="stable-diffusion-xl-v1-base",
     context_width=2048,
     sgm_names=True,
     a1111_needs_version=True,
@@ -101,6 +115,8 @@ SDXL = Family(
         TextEncoder("text_encoder_2", "lora_te2", "clip_g", "conditioner.embedders.1.model.", True),
     ),
     published="SDXL",
+    repository="stabilityai/stable-diffusion-xl-base-1.0",
+    pipeline="StableDiffusionXLPipeline",
     architecture="sdxl",
 )
 FAMILIES = (SD1, SD2, SDXL)
@@ -132,7 +148,7 @@ def family_of_components(components: Mapping[str, Any]) -> Family:
 
 def family_of_version(base_version: str | None) -> Family | None:
     """Return the family that kohya's metadata ss_base_model_version names."""
-    return next((family for family in FAMILIES if family.base_version == base_version), None)
+    return next((f for f in FAMILIES if base_version in (f.base_version, f.base_version_v)), None)
 
 
 def family_of_width(context_width: int | None) -> Family | None:

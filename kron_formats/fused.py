@@ -1,5 +1,6 @@
 """W + A ⊗ B in a copy of a base model: a pipeline folder, or a single file in the layout of Stability's code."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor
 
 from kron_formats.errors import KroneckerError
-from kron_formats.families import FAMILIES, Family
+from kron_formats.families import Family
 from kron_formats.files import open_safetensors
 from kron_formats.merging import merged_weight
 from kron_formats.names import Layer
 from kron_formats.reading import Factors, LowRank
+from kron_formats.single_file import family_of_file, read_header
 from kron_formats.writing import write_tensors
 
 STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # in one tensor of OpenCLIP
@@ -19,14 +21,8 @@ OPEN_CLIP_NAMES = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
 
 
 def checkpoint_family(path: Path) -> Family:
-    """Return the family of a single-file checkpoint by its last text encoder. Raises KroneckerError if it has none."""
-    with open_safetensors(path) as file:
-        keys = set(file.keys())
-    for family in FAMILIES:
-        if any(key.startswith(family.text_encoders[-1].checkpoint) for key in keys):
-            return family
-    known = ", ".join(family.title for family in FAMILIES)
-    raise KroneckerError(f"{path} is not a checkpoint in the original layout of {known}")
+    """Return the family of a base model in one file, by its header. Raises KroneckerError if it is something else."""
+    return family_of_file(read_header(path))
 
 
 def original_key(layer: Layer, family: Family) -> tuple[str, slice]:
@@ -56,6 +52,11 @@ def fuse_checkpoint(base: Path, output: Path, layers: Mapping[Layer, Factors | L
     if missing := [key for key, _ in places.values() if key not in tensors]:
         raise KroneckerError(f"{base} lacks {len(missing)} of the adapted weights, for example {missing[0]}")
     for layer, (key, rows) in places.items():
+        if tensors[key][rows].numel() != math.prod(layer.size):
+            raise KroneckerError(
+                f"{base} has {key} {tuple(tensors[key].shape)}, the adapted layer maps {layer.size[1]} to "
+                f"{layer.size[0]} features; nothing was written"
+            )
         tensors[key][rows] = _fused(tensors[key][rows], layers[layer], tensors[key].dtype, layer)
     write_tensors(output, tensors, metadata)
 

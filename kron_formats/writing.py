@@ -24,9 +24,10 @@ from kron_formats.names import Layer
 from kron_formats.reading import METADATA_PREFIX, AdapterFile, Factors
 
 FOREIGN = ("modelspec.", "ss_")  # what metadata keys of other tools begin with
+VELOCITY = "v"  # modelspec.prediction_type of models that predict the velocity
 CARRIED = (  # metadata of other tools that stays true in another layout
     "modelspec.title", "modelspec.author", "modelspec.license", "modelspec.resolution", "modelspec.thumbnail",
-    "modelspec.trigger_phrase", "ss_tag_frequency",
+    "modelspec.trigger_phrase", "ss_tag_frequency", "modelspec.prediction_type", "ss_zero_terminal_snr",
 )  # fmt: skip
 
 
@@ -111,10 +112,11 @@ def file_metadata(metadata: Mapping[str, str], family: Family | None, network: M
         "modelspec.description": "Kronecker adapter (DiffuseKronA): W + A x B for every adapted layer",
     }
     if family:
+        velocity = metadata.get("modelspec.prediction_type") == VELOCITY
         entries |= {
-            "ss_base_model_version": family.base_version,
+            "ss_base_model_version": family.base_version_v if velocity else family.base_version,
             "ss_v2": str(family.v2),
-            "modelspec.architecture": f"{family.model_spec}/lora",
+            "modelspec.architecture": f"{family.model_spec_v if velocity else family.model_spec}/lora",
         }
     if prompt := metadata.get("instance_prompt"):
         entries |= {

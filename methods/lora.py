@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
-from dreambooth.markdown import python_string, size_in_words
+from dreambooth.markdown import loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state, trained_parameters
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_adapter import KroneckerLinear
@@ -89,18 +89,18 @@ class AttachedLora:
         return Description(
             noun="LoRA",
             summary="`W + B A` on the attention projections ([LoRA](https://arxiv.org/abs/2106.09685))",
-            usage=_usage(path.name, base_model, prompt),
+            usage=_usage(path.name, loading_lines(base_model, self.family.pipeline_class.__name__), prompt),
             contents=(size_in_words(path, sum(kinds.values()), parameters), table),
             tags=("lora",),
         )
 
 
-def _usage(file: str, base_model: str, prompt: str) -> str:
+def _usage(file: str, loading: tuple[str, str], prompt: str) -> str:
     return f"""```python
 import torch
-from diffusers import DiffusionPipeline
+{loading[0]}
 
-pipeline = DiffusionPipeline.from_pretrained({python_string(base_model)}, torch_dtype=torch.float16).to("cuda")
+{loading[1]}
 pipeline.load_lora_weights(".", weight_name={python_string(file)})
 image = pipeline({python_string(prompt)}).images[0]
 ```

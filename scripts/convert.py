@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dreambooth.base_model.loading import DTYPES, empty_models
+from dreambooth.base_model.checks import empty_models
+from dreambooth.base_model.loading import DTYPES
+from dreambooth.base_model.source import base_source
 from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.base_model import BaseModelOptions
 from kron_formats.architectures import load_architecture, match_published
@@ -75,7 +77,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--pretrained_model_name_or_path",
         metavar="BASE",
-        help="base model: a name on the Hub, a folder in diffusers' layout, or for fused a .safetensors checkpoint",
+        help="base model: a name on the Hub, a folder in diffusers' layout, or one .safetensors file",
+    )
+    add(
+        "--base_config",
+        metavar="CONFIG",
+        help="for a base model in one file: a folder or name on the Hub with its configuration; default: SD 1.5's, SD "
+        "2.1's or SDXL's, whichever it is like",
     )
     add("--rank", type=positive, help="lora: largest rank of a layer; default: exact")
     add("--sdxl_names", choices=("sgm", "diffusers"), help="native, lora: SDXL's block names; default: sgm")
@@ -121,6 +129,8 @@ def inconsistency(arguments: argparse.Namespace) -> str | None:
         return "--kron_a1 and --kron_a2 must be given together"
     if arguments.output.exists():
         return f"--output {arguments.output} exists already; choose another path"
+    if arguments.base_config is not None and not Path(arguments.pretrained_model_name_or_path or "").is_file():
+        return f"--base_config {arguments.base_config} is for a --pretrained_model_name_or_path that is one file"
     if arguments.to == "fused":
         return fused_inconsistency(arguments)
     return None
@@ -147,23 +157,27 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.inspect is not None:
         print(inspect(read_adapter(arguments.inspect, arguments.allow_pickle)))
         return
-    adapter = match(read_adapter(arguments.input, arguments.allow_pickle), arguments.pretrained_model_name_or_path)
+    adapter = match(read_adapter(arguments.input, arguments.allow_pickle), arguments)
     if arguments.to != "fused":
         adapter = as_kronecker(adapter, arguments)
     arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)
     FORMATS[arguments.to](adapter, arguments)
 
 
-def match(file: AdapterFile, base: str | None) -> MatchedAdapter:
+def match(file: AdapterFile, arguments: argparse.Namespace) -> MatchedAdapter:
     """Return the file matched with its base model, of which no weights are read.
 
-    Raises UserError if `base` is not a base model, KroneckerError if the file does not fit it.
+    Raises UserError if that is not a base model, KroneckerError if the file does not fit it.
     """
+    base, base_config = arguments.pretrained_model_name_or_path, arguments.base_config
     if base is None:
         return match_published(file)
-    if Path(base).is_file():
-        return match_layers(file, load_architecture(checkpoint_family(Path(base)).architecture))
-    return match_layers(file, empty_models(BaseModelOptions(pretrained_model_name_or_path=base), COMPONENTS))
+    config = BaseModelOptions(pretrained_model_name_or_path=base, base_config=base_config)
+    if (
+        family := base_source(config).family
+    ) and base_config is None:  # a published architecture needs no configuration
+        return match_layers(file, load_architecture(family.architecture))
+    return match_layers(file, empty_models(config, COMPONENTS))
 
 
 def as_kronecker(adapter: MatchedAdapter, arguments: argparse.Namespace) -> MatchedAdapter:

@@ -1,17 +1,15 @@
 """A folder of encodings for later runs. Files are complete or absent, and named by a digest of what was encoded."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dreambooth.base_model.loading import hub_arguments
+from dreambooth.base_model.source import base_source, vae_source
 from dreambooth.family import Family
 from dreambooth.options.base_model import BaseModelOptions, FrozenModelOptions
 from kron_formats.files import whole_file
@@ -56,33 +54,15 @@ def key_of(*parts: bytes) -> str:
 
 def vae_identity(config: FrozenModelOptions) -> bytes:
     """Return a digest of everything but the image that the VAE's moments depend on, without reading its weights."""
-    if config.pretrained_vae_model_name_or_path:
-        state = _state(config.pretrained_vae_model_name_or_path, ["."], {"cache_dir": config.cache_dir}, AutoencoderKL)
-    else:
-        state = _state(config.pretrained_model_name_or_path, ["vae"], hub_arguments(config), DiffusionPipeline)
-    return key_of(b"vae", repr((state, config.variant, config.vae_precision)).encode()).encode()
+    state = vae_source(config).weights.state(["vae"])
+    return key_of(b"vae", repr((state, config.vae_precision)).encode()).encode()
 
 
 def text_identity(family: Family, config: BaseModelOptions, dtype: torch.dtype) -> bytes:
     """Return a digest of everything but the prompt that embeddings depend on, without reading the encoders' weights."""
     parts = [*family.text_encoders, *family.tokenizers, "model_index.json"]
-    state = _state(config.pretrained_model_name_or_path, parts, hub_arguments(config), DiffusionPipeline)
-    return key_of(b"text", repr((state, config.variant, dtype)).encode()).encode()
-
-
-def _state(name: str, parts: Iterable[str], hub: Mapping[str, Any], loader: Any) -> str | list[tuple[str, int, int]]:
-    """Return a value that changes whenever parts of a model change.
-
-    For a model on the Hub, it is the commit. For a folder, it is the list of files with sizes in bytes and modification
-    times in ns.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        _, commit = loader.load_config(name, **hub, return_commit_hash=True)
-        return f"{name}@{commit}"
-    paths = (path for part in parts for path in [folder / part, *(folder / part).rglob("*")])
-    files = [(str(path.resolve()), path.stat()) for path in sorted(paths) if path.is_file()]
-    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files]
+    state = base_source(config).weights.state(parts)
+    return key_of(b"text", repr((state, dtype)).encode()).encode()
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -1,10 +1,11 @@
 """What noise is: how latents are noised, what the denoiser then gets, and what it should predict."""
 
+import inspect
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from diffusers import ConfigMixin, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 from torch import Tensor
 
 from dreambooth.errors import UserError
@@ -118,6 +119,41 @@ def noise_process(scheduler: ConfigMixin, config: LossOptions) -> NoiseProcess:
             f"from 0 to {last}"
         )
     return process
+
+
+def with_noise(scheduler: Any, prediction_type: str | None, zero_terminal_snr: bool) -> Any:
+    """Return a scheduler of a model that predicts something else, or whose last timestep is pure noise.
+
+    None and False leave what its configuration says. Raises UserError if its kind of noise has no such choice.
+    """
+    changes: dict[str, Any] = {}
+    if prediction_type is not None and prediction_type != scheduler.config.get("prediction_type"):
+        changes["prediction_type"] = prediction_type
+    if zero_terminal_snr and not scheduler.config.get("rescale_betas_zero_snr"):
+        # Images then begin at the last timestep, pure noise, as they do in training
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    predicts = changes.get("prediction_type", scheduler.config.get("prediction_type", "epsilon"))
+    if zero_terminal_snr and _is_edm(scheduler):
+        raise UserError("--rescale_betas_zero_snr: the base model's noise is EDM's, which has no betas to rescale")
+    if zero_terminal_snr and predicts == "epsilon":
+        raise UserError(
+            "zero terminal SNR (--rescale_betas_zero_snr) needs --prediction_type v_prediction: at the last timestep "
+            "the latents are pure noise, and predicting that noise teaches nothing"
+        )
+    if not changes:
+        return scheduler
+    can_rescale = "rescale_betas_zero_snr" in inspect.signature(type(scheduler).__init__).parameters
+    kind = type(scheduler) if can_rescale or not zero_terminal_snr else DDIMScheduler
+    return kind.from_config({**scheduler.config, **changes})
+
+
+def noise_metadata(scheduler: ConfigMixin) -> dict[str, str]:
+    """Return what the metadata of an adapter say about its base model's noise, in the words of other tools."""
+    if _is_edm(scheduler):
+        return {}
+    predicts = {"epsilon": "epsilon", "v_prediction": "v"}[scheduler.config.get("prediction_type", "epsilon")]
+    zero_snr = bool(scheduler.config.get("rescale_betas_zero_snr"))
+    return {"modelspec.prediction_type": predicts, "ss_zero_terminal_snr": str(zero_snr)}
 
 
 def build_sampler(scheduler: S) -> S | DPMSolverMultistepScheduler:

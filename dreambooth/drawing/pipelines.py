@@ -8,8 +8,10 @@ from typing import Any, Protocol
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dreambooth.base_model.loading import DTYPES, empty_models, hub_arguments
+from dreambooth.base_model.checks import check_parts, empty_models
+from dreambooth.base_model.loading import DTYPES
 from dreambooth.base_model.process import build_sampler
+from dreambooth.base_model.source import base_source, load_scheduler, vae_source
 from dreambooth.options.base_model import AdaptedModelOptions
 from kron_formats.errors import KroneckerError, naming
 from kron_formats.families import COMPONENTS
@@ -67,7 +69,8 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
 
     Raises UserError or KroneckerError if one does not fit.
     """
-    models, adapters = empty_models(config, COMPONENTS, quantised=True), []
+    check_parts(config)
+    models, adapters = empty_models(config, COMPONENTS), []
     for number, entry in enumerate(config.adapter):
         path, scale = split_scale(entry)
         matched = match_layers(read_adapter(path), models)
@@ -77,12 +80,20 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
 
 
 def load_base_pipeline(config: AdaptedModelOptions) -> Any:
-    """Return the base model without adapters."""
+    """Return the base model without adapters. `read_adapters` has checked that its parts are there and fit."""
+    source, dtype = base_source(config), DTYPES[config.dtype]
+    parts = [part for part in COMPONENTS if part in source.configurations.classes]
+    components = {"scheduler": load_scheduler(config)}
+    if config.pretrained_vae_model_name_or_path:
+        components["vae"] = vae_source(config).weights.load("vae", dtype)
+    else:
+        parts.append("vae")
     return DiffusionPipeline.from_pretrained(
-        config.pretrained_model_name_or_path,
-        dtype=DTYPES[config.dtype],
+        source.configurations.name,
+        dtype=dtype,
         variant=config.variant,
-        **hub_arguments(config),
+        **source.configurations.hub,
+        **{**source.weights.load_for_pipeline(parts, dtype), **components},
     )
 
 

@@ -1,7 +1,7 @@
 """Everything that training changes, saved and restored together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dreambooth.loop.optimizers import load_optimizer_state
@@ -16,6 +16,7 @@ class TrainingState:
     optimizer: Any
     lr_scheduler: Any
     scaler: Any | None = None
+    base_metadata: Mapping[str, str] = field(default_factory=dict)  # what the result says of the base model; not state
 
     def state_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists of tensors and plain values."""

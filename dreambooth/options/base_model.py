@@ -11,7 +11,27 @@ from dreambooth.options.field import GIVEN, option
 class BaseModelOptions:
     """Base model."""
 
-    pretrained_model_name_or_path: str = option("Base model: a name on the Hub, or a folder in diffusers' layout.")
+    pretrained_model_name_or_path: str = option(
+        "Base model: a name on the Hub, a folder in diffusers' layout, or one .safetensors file."
+    )
+    base_config: str | None = option(
+        "For a base model in one file: a name on the Hub, or a folder, with the configurations and tokenizers of such "
+        "a model; its weights are not read. Default: SD 1.5, SD 2.1 or SDXL on the Hub, whichever the file is like.",
+        None,
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        "What the UNet predicts: the noise or the velocity. Default: as the file or its configuration says.", None
+    )
+    rescale_betas_zero_snr: bool = option(
+        "The base model was trained with zero terminal SNR: its last timestep is pure noise. Default: as the file or "
+        "its configuration says.",
+        False,
+    )
+    pretrained_vae_model_name_or_path: str | None = option(
+        "VAE to use instead of the base model's: a name on the Hub, a folder, or one .safetensors file. Default: the "
+        "base model's.",
+        None,
+    )
     revision: str | None = option("Revision of the base model on the Hub. Default: its main branch.", None)
     variant: str | None = option("Variant of the base model's weight files, for example fp16. Default: none.", None)
     cache_dir: str | None = option(
@@ -23,9 +43,6 @@ class BaseModelOptions:
 class FrozenModelOptions(BaseModelOptions):
     """Base model: precision, memory and speed in training."""
 
-    pretrained_vae_model_name_or_path: str | None = option(
-        "VAE to use instead of the base model's: a name on the Hub, or a folder. Default: the base model's.", None
-    )
     vae_precision: Literal["fp32", "fp16", "bf16"] = option("Precision of the VAE.", "fp32")
     base_precision: Literal["fp32", "fp16", "bf16", "nf4", "int8"] | None = option(
         "Precision of the frozen UNet and text encoders; nf4 and int8 quantise the UNet with bitsandbytes. "

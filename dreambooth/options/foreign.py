@@ -38,9 +38,12 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     ("tokenizer_cache_dir", "--cache_dir is the folder for all downloads"),
     (
-        "v2 v_parameterization do_edm_style_training zero_terminal_snr sdxl",
+        "v2 do_edm_style_training sdxl",
         "not needed: it is read from the base model, --pretrained_model_name_or_path",
     ),
+    ("v_parameterization", "use --prediction_type v_prediction, unless the base model says so itself"),
+    ("zero_terminal_snr", "use --rescale_betas_zero_snr, unless the base model says so itself"),
+    ("original_config original_config_file", "use --base_config with a folder or a name on the Hub"),
     ("vae vae_path", "use --pretrained_vae_model_name_or_path"),
     ("no_half_vae", "not needed: the VAE is in fp32 unless --vae_precision says otherwise"),
     ("clip_skip", "there is no CLIP skip; the text encoders of --pretrained_model_name_or_path are used as they are"),

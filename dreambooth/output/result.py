@@ -21,7 +21,8 @@ from kron_formats.reading import METADATA_PREFIX
 def write_result(path: Path, state: TrainingState, step: int, config: TrainingConfig) -> None:
     """Write what `step` optimizer steps have trained, whole or not at all."""
     with evaluating(state.optimizer):
-        state.attached.save(path, result_metadata(step, config), DTYPES[config.save_precision])
+        metadata = {**result_metadata(step, config), **state.base_metadata}
+        state.attached.save(path, metadata, DTYPES[config.save_precision])
 
 
 def result_step(path: Path) -> int:

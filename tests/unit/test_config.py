@@ -604,6 +604,7 @@ EVERYTHING = """
     --save_precision fp16 --num_validation_images 2 --validation_epochs 3 --validation_steps 7
     --validation_num_inference_steps 8
     --validation_guidance_scale 2 --report_to wandb tensorboard --logging_dir "" --vae_precision fp16
+    --base_config hub/configuration --prediction_type v_prediction --rescale_betas_zero_snr
     --pretrained_vae_model_name_or_path hub/vae --base_precision nf4 --caption_column words
     --caption_dropout_probability 0.1 --repeats 3 --unmasked_weight 0.2 --random_flip --aspect_ratio_buckets
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
