@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreambooth.base_model.loading import hub_arguments
 from dreambooth.family import Family
-from dreambooth.options.base_model import BaseModelOptions, FrozenModelOptions
+from dreambooth.options.base_model import FrozenModelOptions
 from kron_formats.files import whole_file
 
 
@@ -63,11 +63,11 @@ def vae_identity(config: FrozenModelOptions) -> bytes:
     return key_of(b"vae", repr((state, config.variant, config.vae_precision)).encode()).encode()
 
 
-def text_identity(family: Family, config: BaseModelOptions, dtype: torch.dtype) -> bytes:
+def text_identity(family: Family, config: FrozenModelOptions, dtype: torch.dtype) -> bytes:
     """Return a digest of everything but the prompt that embeddings depend on, without reading the encoders' weights."""
     parts = [*family.text_encoders, *family.tokenizers, "model_index.json"]
     state = _state(config.pretrained_model_name_or_path, parts, hub_arguments(config), DiffusionPipeline)
-    return key_of(b"text", repr((state, config.variant, dtype)).encode()).encode()
+    return key_of(b"text", repr((state, config.variant, dtype, config.max_token_length)).encode()).encode()
 
 
 def _state(name: str, parts: Iterable[str], hub: Mapping[str, Any], loader: Any) -> str | list[tuple[str, int, int]]:

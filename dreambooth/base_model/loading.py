@@ -91,6 +91,18 @@ def _readable_base(name: str) -> Iterator[None]:
         raise UserError(f"--pretrained_model_name_or_path {name} is not a base model: {reason}") from error
 
 
+def load_tokenizers(config: BaseModelOptions) -> list[Any]:
+    """Return the tokenizers of a base model, which need no weights."""
+    name, hub = config.pretrained_model_name_or_path, hub_arguments(config)
+    with _readable_base(name):
+        index = _load_index(config)
+        return [
+            getattr(transformers, entry[1]).from_pretrained(name, subfolder=part, **hub)
+            for part, entry in index.items()
+            if part.startswith("tokenizer") and entry[0]
+        ]
+
+
 def hub_arguments(config: BaseModelOptions) -> dict[str, Any]:
     """Return the arguments of from_pretrained and load_config for the Hub: revision and cache folder."""
     return {"revision": config.revision, "cache_dir": config.cache_dir}
@@ -170,7 +182,7 @@ class BaseModel:
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """Return the embeddings of prompts, one row each, on the device."""
         self.load_text_encoders()
-        return self.family.encode_prompts(self.pipeline, prompts)
+        return self.family.encode_captions(self.pipeline, prompts, self.config.max_token_length)
 
     def free(self, names: Iterable[str]) -> None:
         """Drop components and free their memory."""

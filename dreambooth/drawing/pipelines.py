@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from dreambooth.base_model.loading import DTYPES, empty_models, hub_arguments
 from dreambooth.base_model.process import build_sampler
 from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.tokens import subject_words
 from kron_formats.families import COMPONENTS
 from kron_formats.matching import MatchedAdapter, match_layers
 from kron_formats.reading import AdapterFile, read_adapter
@@ -67,6 +68,12 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
         _reader_of(file, readers).check(file)
         adapters.append(Adapter(matched, scale * config.adapter_scale, f"adapter-{number}"))
     return adapters
+
+
+def subject_of(adapters: Sequence[Adapter]) -> str:
+    """Return the words that only the subjects have, as far as the adapters' files say."""
+    files = [adapter.matched.file.own_metadata for adapter in adapters]
+    return " ".join(subject_words(file.get("instance_prompt", ""), file.get("class_prompt")) for file in files)
 
 
 def load_base_pipeline(config: AdaptedModelOptions) -> Any:

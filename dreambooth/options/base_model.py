@@ -5,6 +5,7 @@ from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import option
+from dreambooth.options.prompts import PromptOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class BaseModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenModelOptions(BaseModelOptions):
+class FrozenModelOptions(BaseModelOptions, PromptOptions):
     """Base model: precision, memory and speed in training."""
 
     pretrained_vae_model_name_or_path: str | None = option(

@@ -213,7 +213,7 @@ def test_a_dataset_on_disk_trains_with_its_captions(twin, run_main, captioned, t
         path.unlink()
     (captioned / "metadata.jsonl").write_text("\n".join(lines))
     known, encode = [], twin.family.encode_prompts
-    change_family(twin, monkeypatch, encode_prompts=lambda pipeline, p: (known.extend(p), encode(pipeline, p))[1])
+    change_family(twin, monkeypatch, encode_prompts=lambda pipeline, p, n: (known.extend(p), encode(pipeline, p, n))[1])
     options = {name: value for name, value in twin.options.items() if name != "instance_data_dir"}
     run_main(twin.script, **options, dataset_name=captioned, caption_column="words")
     assert {f"sks dog number {i}" for i in range(3)} <= set(known)
