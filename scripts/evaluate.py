@@ -42,6 +42,7 @@ from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
+from dreambooth.runtime.library_warnings import show_library_warnings
 from dreambooth.scoring.subject import PLACEHOLDER, name_subject, prompt_lines, read_subject_photos
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def main() -> None:
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
     photos = read_subject_photos(config.instance_data_dir)
+
+    show_library_warnings()
 
     import torch
 

@@ -22,6 +22,7 @@ from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
+from dreambooth.runtime.library_warnings import show_library_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Config(AdaptedModelOptions, DrawingOptions):
 
 def main() -> None:
     config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
+
+    show_library_warnings()
 
     import torch
 

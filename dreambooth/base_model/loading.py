@@ -195,7 +195,7 @@ class BaseModel:
             self.denoiser.enable_gradient_checkpointing()
             for name in self.family.text_encoders:
                 if name in models:
-                    getattr(self.pipeline, name).gradient_checkpointing_enable({"use_reentrant": False})
+                    getattr(self.pipeline, name).activation_checkpointing_enable({"use_reentrant": False})
         if self.config.compile:
             self.denoiser.compile_repeated_blocks(fullgraph=True)
         if splits_models():
