@@ -15,7 +15,7 @@ from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 def encode_prompts(pipeline: Any, prompts: list[str], max_token_length: int = CHUNK_LENGTH) -> Embeddings:
     """Return prompt_embeds (prompts, 77 · chunks, 2048) of both encoders' last layers but one, and pooled_prompt_embeds
     (prompts, 1280) of the second encoder, which are those of the first chunk."""
-    embeds, pooled = [], None
+    embeds, outputs = [], []
     for part, tokenizer in zip(SDXL.text_encoders, SDXL.tokenizers):
         encoder = getattr(pipeline, part)
         if encoder is None:  # a refiner has only the second
@@ -23,9 +23,8 @@ def encode_prompts(pipeline: Any, prompts: list[str], max_token_length: int = CH
         chunks = chunk_tokens(pipeline, getattr(pipeline, tokenizer), prompts, max_token_length)
         outputs = [encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True) for tokens in chunks]
         embeds.append(torch.cat([output.hidden_states[-2] for output in outputs], dim=1))
-        pooled = outputs[0][0]
     prompt_embeds = torch.cat(embeds, dim=-1).to(pipeline.text_encoder_2.dtype)
-    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": outputs[0].text_embeds}
 
 
 def condition(embeddings: Embeddings, size_conditions: Tensor) -> dict[str, Any]:
