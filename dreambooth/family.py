@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -28,8 +29,8 @@ class Family:
     targets: Mapping[str, tuple[str, ...]]  # component -> its attention projections, by the ends of their paths
     component_titles: Mapping[str, str]  # component -> its name in messages and on the model card
 
-    # (pipeline, prompts) -> their embeddings, in order. The text encoders may have any dtype.
-    encode_prompts: Callable[[DiffusionPipeline, list[str]], Embeddings]
+    # (pipeline, prompts, max_token_length) -> their embeddings, in order. The text encoders may have any dtype.
+    encode_prompts: Callable[[Any, list[str], int], Embeddings]
 
     # (embeddings, sizes) -> the denoiser's keyword arguments, at every step. Sizes (rows, 6), px: original height,
     # width, crop top, left, target height, width.
@@ -37,6 +38,17 @@ class Family:
 
     # Additional arguments of pipeline_class.from_pretrained
     loading: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode_captions(self, pipeline: Any, captions: list[str], max_token_length: int) -> Embeddings:
+        """Return what the denoiser is trained with: embeddings, zero for the empty caption if the base model was
+        trained that way."""
+        embeddings = self.encode_prompts(pipeline, captions, max_token_length)
+        if not pipeline.config.get("force_zeros_for_empty_prompt"):
+            return embeddings
+        keep = torch.tensor([bool(caption) for caption in captions])
+        return {
+            name: tensor * keep.to(tensor).view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in embeddings.items()
+        }
 
     def trained_models(self, components: Mapping[str, Any], with_text: bool) -> dict[str, nn.Module]:
         """Return the components that a method may train: the denoiser, then, if `with_text`, the text encoders."""

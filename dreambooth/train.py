@@ -9,12 +9,13 @@ from dreambooth.base_model.loading import BaseModel
 from dreambooth.base_model.moments import cache_moments
 from dreambooth.base_model.process import build_sampler, noise_metadata, noise_process
 from dreambooth.base_model.prompts import prompt_encoder
-from dreambooth.base_model.source import load_scheduler
+from dreambooth.base_model.source import load_scheduler, load_tokenizers
 from dreambooth.data.crops import Crops
 from dreambooth.data.dataset import DreamBoothDataset, build_loader, prompts_of
 from dreambooth.data.noise import noise_drawer
 from dreambooth.data.order import samples_per_pass
 from dreambooth.data.photos import read_instance_photos
+from dreambooth.data.sources import own_captions, prompt_sources
 from dreambooth.drawing.class_images import ensure_class_images
 from dreambooth.family import Family
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup
@@ -34,6 +35,7 @@ from dreambooth.runtime.accelerator import start_accelerator
 from dreambooth.runtime.memory import explain_out_of_memory
 from dreambooth.runtime.ranks import explain_lost_process
 from dreambooth.runtime.stopping import Stop
+from dreambooth.tokens import subject_words, warn_of_cut_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +67,15 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         text_trains = method.trains_text(config)
         empty = empty_models(config, (family.denoiser, *family.text_encoders))
         method.check(family, family.trained_models(empty, text_trains), config)
+        tokenizers, subject = load_tokenizers(config), subject_words(config.instance_prompt, config.class_prompt)
+        warn_of_cut_prompts(prompt_sources(photos, config), tokenizers, config.max_token_length, subject)
 
         # The frozen model: class images, latents, distinct prompts. Components that are not needed are not read
         base = BaseModel(family, config, accelerator)
         pipeline, base_metadata = base.pipeline, noise_metadata(base.pipeline.scheduler)
         pipeline.scheduler = build_sampler(pipeline.scheduler)
         class_photos = ensure_class_images(base, config) if config.uses_class_images else []
+        warn_of_cut_prompts(own_captions(class_photos, config.class_prompt), tokenizers, config.max_token_length)
         run = identify_run(method, start, photos, class_photos, config, accelerator)
         logger.info("%s", opening_line(photos, class_photos, samples, total_steps, accelerator.num_processes, config))
         prompts = prompts_of(photos, class_photos, config)

@@ -24,6 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dreambooth.runtime.library_warnings import drop_needless_warnings
+
+drop_needless_warnings()  # before the imports that cause some
+
 import torch
 
 from dreambooth.base_model.checks import empty_models

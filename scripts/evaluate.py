@@ -42,7 +42,8 @@ from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import GIVEN, option
 from dreambooth.options.parsing import parse_options
-from dreambooth.scoring.subject import PLACEHOLDER, name_subject, read_prompts, read_subject_photos
+from dreambooth.runtime.library_warnings import show_library_warnings
+from dreambooth.scoring.subject import PLACEHOLDER, name_subject, prompt_lines, read_subject_photos
 
 if TYPE_CHECKING:
     from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores
@@ -99,29 +100,37 @@ class Results:
 
 def main() -> None:
     config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
-    prompts = read_prompts(config.prompts) if config.prompts else config.prompt
+    sources, prompts = zip(*named_prompts(config))
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
     photos = read_subject_photos(config.instance_data_dir)
 
+    show_library_warnings()
+
     import torch
 
+    from dreambooth.base_model.source import load_tokenizers
     from dreambooth.drawing.pipelines import add_adapters, load_base_pipeline, prepare_drawing, read_adapters
     from dreambooth.scoring.embeddings import load_evaluators
     from dreambooth.scoring.measures import score_images, score_photos, score_prior
+    from dreambooth.tokens import warn_of_cut_prompts
     from methods.readers import READERS
 
     adapters = read_adapters(config, READERS)
+    named = name_subject(prompts, f"{config.instance_token} {config.class_noun}")
+    texts = name_subject(prompts, config.class_noun)
+    drawn_texts = [*zip(sources, named), ("--class_prompt", class_prompt(config))]
+    drawn_texts += [("--negative_prompt", config.negative_prompt)]
+    warn_of_cut_prompts(drawn_texts, load_tokenizers(config), config.max_token_length, config.instance_token)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
+    evaluators.warn_of_cut_texts(zip(sources, texts))
 
     pipeline = load_base_pipeline(config).to(device)
     if "safety_checker" in pipeline.components:  # or black images would be scored
         pipeline.register_modules(safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     prepare_drawing(pipeline, READERS, config)
-    named = name_subject(prompts, f"{config.instance_token} {config.class_noun}")
-    texts = name_subject(prompts, config.class_noun)
     drawn = {BASE: draw(pipeline, named, BASE, config)}
     if adapters:
         add_adapters(pipeline, adapters, READERS)
@@ -142,6 +151,15 @@ def main() -> None:
     print(f"Wrote {output / 'scores.json'}, scores.csv, sheet.png and images")
 
 
+def named_prompts(config: Config) -> list[tuple[str, str]]:
+    """Return (where it comes from, prompt) for each prompt to draw."""
+    if config.prompts:
+        return [
+            (f"--prompts {config.prompts}, line {line}", text) for line, text in prompt_lines(config.prompts).items()
+        ]
+    return [(f"--prompt, number {number}", text) for number, text in enumerate(config.prompt, 1)]
+
+
 # ---- drawing ----
 
 
@@ -154,7 +172,7 @@ def draw(pipeline: Any, prompts: Sequence[str], model: str, config: Config) -> D
 
     def images_of(prompt: str, count: int, name: str) -> list[Image.Image]:
         seeds = range(config.seed, config.seed + count)
-        images = draw_images(pipeline, seeds, config.batch_size, prompt=prompt, **config.pipeline_arguments())
+        images = draw_images(pipeline, seeds, config.batch_size, prompt=prompt, **config.common_arguments())
         for seed, image in zip(seeds, images):
             image.save(folder / f"{name}-{seed}.png")
         return images

@@ -22,6 +22,7 @@ from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
+from dreambooth.runtime.library_warnings import show_library_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +36,36 @@ class Config(AdaptedModelOptions, DrawingOptions):
 def main() -> None:
     config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
 
+    show_library_warnings()
+
     import torch
 
+    from dreambooth.base_model.source import load_tokenizers
     from dreambooth.drawing.draw import draw_images
-    from dreambooth.drawing.pipelines import load_adapted_pipeline, prepare_drawing
+    from dreambooth.drawing.pipelines import (
+        add_adapters,
+        load_base_pipeline,
+        prepare_drawing,
+        read_adapters,
+        subject_of,
+    )
     from dreambooth.drawing.sheet import draw_sheet
+    from dreambooth.tokens import warn_of_cut_prompts
     from methods.readers import READERS
 
+    adapters = read_adapters(config, READERS)
+    texts = [(f"--prompt, number {number}", text) for number, text in enumerate(config.prompt, 1)]
+    texts += [("--negative_prompt", config.negative_prompt)]
+    warn_of_cut_prompts(texts, load_tokenizers(config), config.max_token_length, subject_of(adapters))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    pipeline = load_adapted_pipeline(config, READERS).to(device)
-    prepare_drawing(pipeline, READERS, config)
+    pipeline = load_base_pipeline(config)
+    add_adapters(pipeline, adapters, READERS)
+    prepare_drawing(pipeline.to(device), READERS, config)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     rows, seeds = [], range(config.seed, config.seed + config.num_images)
     for number, prompt in enumerate(config.prompt):
-        images = draw_images(pipeline, seeds, config.batch_size, prompt=prompt, **config.pipeline_arguments())
+        images = draw_images(pipeline, seeds, config.batch_size, prompt=prompt, **config.common_arguments())
         for seed, image in zip(seeds, images):
             image.save(output / f"{number:02d}-{seed}.png")
         rows.append(images)

@@ -16,6 +16,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
+from dreambooth.runtime.library_warnings import show_library_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ def main() -> None:
     output = Path(config.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output} is not empty; choose another folder")
+
+    show_library_warnings()
 
     from dreambooth.drawing.pipelines import load_adapted_pipeline, merge_adapters
     from methods.readers import READERS

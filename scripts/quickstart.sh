@@ -10,7 +10,6 @@ case "$kind" in
 esac
 source "$(dirname "$0")/venv.sh" requirements.txt
 
-export TRANSFORMERS_VERBOSITY=error  # no notices about optional packages
 base="toyworld/models/$kind"
 output="outputs/quickstart/$kind"
 accelerate launch --config_file configs/accelerate/cpu.yaml "$script" \

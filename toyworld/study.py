@@ -36,6 +36,7 @@ from dreambooth.kronecker import KRONECKER
 from dreambooth.method import Method
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.training import TrainingConfig, config_class
+from dreambooth.runtime.library_warnings import show_library_warnings
 from dreambooth.scoring.embeddings import Evaluators, load_evaluators
 from dreambooth.scoring.measures import score_images, score_prior
 from dreambooth.scoring.subject import read_subject_photos
@@ -272,8 +273,8 @@ def main() -> None:
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-2], help="default: 1e-2")
     options = parser.parse_args()
     options.base = options.base or str(MODELS / options.family)
+    show_library_warnings()
     for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     evaluators = load_evaluators(str(MODELS / "clip"), str(MODELS / "dino"), device())
     options.output_dir.mkdir(parents=True, exist_ok=True)

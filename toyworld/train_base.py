@@ -26,6 +26,7 @@ from dreambooth.base_model.process import DiscreteProcess, build_sampler
 from dreambooth.drawing.draw import draw_images
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
+from dreambooth.options.prompts import CHUNK_LENGTH
 from toyworld.base_models import build_base, place_reserved_words, take_over
 from toyworld.fitting import batches, build_parser, device, fit
 from toyworld.pictures import render_batch, sample
@@ -117,7 +118,7 @@ def diffusion_loss(
     timesteps = ((rows + torch.rand_like(latents[:, 0, 0, 0])) * process.num_timesteps / len(latents)).long()
     noised = process.noise(latents, torch.randn_like(latents), timesteps)
     family = FAMILIES[kind]
-    condition = family.condition(family.encode_prompts(pipeline, captions), sizes)
+    condition = family.condition(family.encode_captions(pipeline, captions, CHUNK_LENGTH), sizes)
     prediction = pipeline.unet(noised.latents, noised.timesteps, **condition).sample
     errors = (prediction.float() - noised.target).square().mean((1, 2, 3))
     return (errors * process.snr_weights(timesteps, SNR_GAMMA)).mean()

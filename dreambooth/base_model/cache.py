@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreambooth.base_model.source import base_source, vae_source
 from dreambooth.family import Family
-from dreambooth.options.base_model import BaseModelOptions, FrozenModelOptions
+from dreambooth.options.base_model import FrozenModelOptions
 from kron_formats.files import whole_file
 
 
@@ -58,11 +58,11 @@ def vae_identity(config: FrozenModelOptions) -> bytes:
     return key_of(b"vae", repr((state, config.vae_precision)).encode()).encode()
 
 
-def text_identity(family: Family, config: BaseModelOptions, dtype: torch.dtype) -> bytes:
+def text_identity(family: Family, config: FrozenModelOptions, dtype: torch.dtype) -> bytes:
     """Return a digest of everything but the prompt that embeddings depend on, without reading the encoders' weights."""
     parts = [*family.text_encoders, *family.tokenizers, "model_index.json"]
     state = base_source(config).weights.state(parts)
-    return key_of(b"text", repr((state, dtype)).encode()).encode()
+    return key_of(b"text", repr((state, dtype, config.max_token_length)).encode()).encode()
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -83,7 +83,7 @@ class BaseModel:
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """Return the embeddings of prompts, one row each, on the device."""
         self.load_text_encoders()
-        return self.family.encode_prompts(self.pipeline, prompts)
+        return self.family.encode_captions(self.pipeline, prompts, self.config.max_token_length)
 
     def free(self, names: Iterable[str]) -> None:
         """Drop components and free their memory."""
@@ -96,7 +96,7 @@ class BaseModel:
             self.denoiser.enable_gradient_checkpointing()
             for name in self.family.text_encoders:
                 if name in models:
-                    getattr(self.pipeline, name).gradient_checkpointing_enable({"use_reentrant": False})
+                    getattr(self.pipeline, name).activation_checkpointing_enable({"use_reentrant": False})
         if self.config.compile:
             self.denoiser.compile_repeated_blocks(fullgraph=True)
         if splits_models():

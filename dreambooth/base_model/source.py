@@ -73,6 +73,12 @@ def vae_source(config: BaseModelOptions) -> Source:
     return Source(configurations, FolderWeights(configurations, variant=None))
 
 
+def load_tokenizers(config: BaseModelOptions) -> list[Any]:
+    """Return the tokenizers of a base model, which need no weights."""
+    configurations = base_source(config).configurations
+    return [configurations.load(part) for part in configurations.classes if part.startswith("tokenizer")]
+
+
 def load_scheduler(config: BaseModelOptions) -> Any:
     """Return the base model's scheduler, with the noise that the options, the file or its configuration say.
 

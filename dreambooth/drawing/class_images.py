@@ -70,6 +70,7 @@ def _draw(base: BaseModel, indices: Sequence[int], config: TrainingConfig) -> It
         config.sample_batch_size,
         prompt=config.class_prompt,
         negative_prompt=config.prior_negative_prompt,
+        max_token_length=config.max_token_length,
         height=config.resolution,
         width=config.resolution,
         num_inference_steps=config.prior_num_inference_steps,

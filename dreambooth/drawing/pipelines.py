@@ -13,6 +13,7 @@ from dreambooth.base_model.loading import DTYPES
 from dreambooth.base_model.process import build_sampler
 from dreambooth.base_model.source import base_source, load_scheduler, vae_source
 from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.tokens import subject_words
 from kron_formats.errors import KroneckerError, naming
 from kron_formats.families import COMPONENTS
 from kron_formats.matching import MatchedAdapter, match_layers
@@ -77,6 +78,12 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
         strength = check_strength(scale * config.adapter_scale, f"--adapter {entry}: the strength")
         adapters.append(Adapter(matched, strength, f"adapter-{number}"))
     return adapters
+
+
+def subject_of(adapters: Sequence[Adapter]) -> str:
+    """Return the words that only the subjects have, as far as the adapters' files say."""
+    files = [adapter.matched.file.own_metadata for adapter in adapters]
+    return " ".join(subject_words(file.get("instance_prompt", ""), file.get("class_prompt")) for file in files)
 
 
 def load_base_pipeline(config: AdaptedModelOptions) -> Any:

@@ -3,31 +3,32 @@
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from dreambooth.family import Embeddings, Family
+from dreambooth.options.prompts import CHUNK_LENGTH
+from dreambooth.tokens import chunk_tokens
 from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 
 
-def encode_prompts(pipeline: DiffusionPipeline, prompts: list[str]) -> Embeddings:
-    """Return prompt_embeds (prompts, 77, 2048) of both encoders and pooled_prompt_embeds (prompts, 1280) of the second.
-
-    Embeddings of the empty prompt are zero if the base model was trained that way.
-    """
-    prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-        prompts, device=pipeline.device, do_classifier_free_guidance=False
-    )
-    keep = torch.tensor([bool(prompt) or not pipeline.config["force_zeros_for_empty_prompt"] for prompt in prompts])
-    keep = keep.to(prompt_embeds)[:, None]
-    return {
-        "prompt_embeds": prompt_embeds * keep[:, :, None],
-        "pooled_prompt_embeds": pooled_prompt_embeds * keep,
-    }
+def encode_prompts(pipeline: Any, prompts: list[str], max_token_length: int = CHUNK_LENGTH) -> Embeddings:
+    """Return prompt_embeds (prompts, 77 · chunks, 2048) of both encoders' last layers but one, and pooled_prompt_embeds
+    (prompts, 1280) of the second encoder, which are those of the first chunk."""
+    embeds, outputs = [], []
+    for part, tokenizer in zip(SDXL.text_encoders, SDXL.tokenizers):
+        encoder = getattr(pipeline, part)
+        if encoder is None:  # a refiner has only the second
+            continue
+        chunks = chunk_tokens(pipeline, getattr(pipeline, tokenizer), prompts, max_token_length)
+        outputs = [encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True) for tokens in chunks]
+        embeds.append(torch.cat([output.hidden_states[-2] for output in outputs], dim=1))
+    prompt_embeds = torch.cat(embeds, dim=-1).to(pipeline.text_encoder_2.dtype)
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": outputs[0].text_embeds}
 
 
 def condition(embeddings: Embeddings, size_conditions: Tensor) -> dict[str, Any]:
-    """Return encoder_hidden_states (rows, 77, 2048) and, in added_cond_kwargs, text_embeds (rows, 1280) and time_ids.
+    """Return encoder_hidden_states (rows, 77 · chunks, 2048) and added_cond_kwargs: text_embeds (rows, 1280), time_ids.
 
     time_ids (rows, 6) are each row's original size, crop and target size, px.
     """

@@ -5,6 +5,7 @@ from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import GIVEN, option
+from dreambooth.options.prompts import PromptOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class BaseModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenModelOptions(BaseModelOptions):
+class FrozenModelOptions(BaseModelOptions, PromptOptions):
     """Base model: precision, memory and speed in training."""
 
     vae_precision: Literal["fp32", "fp16", "bf16"] = option("Precision of the VAE.", "fp32")

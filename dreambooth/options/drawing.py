@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import GIVEN, option
+from dreambooth.options.prompts import PromptOptions
 
 CLASS_IMAGES = {"with_prior_preservation": [True], "prior_source": ["images"]}
 SAMPLES = {"validation_prompt": GIVEN}
@@ -120,7 +121,7 @@ class SampleOptions(SampleBatchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
+class DrawingOptions(PromptOptions):
     """Images to draw."""
 
     negative_prompt: str = option("Negative prompt for all images.", "")
@@ -136,10 +137,11 @@ class DrawingOptions:
     num_inference_steps: int = option("Denoising steps per image.", 25, at_least=1)
     guidance_scale: float = option("Scale of classifier-free guidance.", 7.5)
 
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """Return the pipeline's keyword arguments that are the same for every prompt."""
+    def common_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `draw_images` that are the same for every prompt."""
         return {
             "negative_prompt": self.negative_prompt,
+            "max_token_length": self.max_token_length,
             "height": self.height,
             "width": self.width,
             "num_inference_steps": self.num_inference_steps,

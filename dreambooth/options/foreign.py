@@ -33,9 +33,10 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("use_ema offload_ema foreach_ema", "there is no EMA of the weights; --optimizer ScheduleFreeAdamW averages them"),
     # ---- the base model ----
     (
-        "tokenizer_name tokenizer_max_length max_token_length",
-        "the tokenizer and its length are those of --pretrained_model_name_or_path",
+        "tokenizer_name",
+        "the tokenizer is that of --pretrained_model_name_or_path",
     ),
+    ("tokenizer_max_length", "use --max_token_length, which does not count the marks of start and end"),
     ("tokenizer_cache_dir", "--cache_dir is the folder for all downloads"),
     (
         "v2 do_edm_style_training sdxl",

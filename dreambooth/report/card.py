@@ -18,6 +18,7 @@ from dreambooth.markdown import code
 from dreambooth.method import Attached, Description, Group
 from dreambooth.options.drawing import PriorOptions
 from dreambooth.options.output import ReportOptions
+from dreambooth.options.prompts import CHUNK_LENGTH
 from dreambooth.options.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -75,10 +76,22 @@ def _body(
         rows = "".join(f"{number}. {code(text)}\n" for number, text in enumerate(config.validation_prompt, 1))
         parts += ["## Samples", f"![Samples, one row for each prompt]({sheet})", rows.rstrip()]
     parts += ["## Use", description.usage]
+    if config.max_token_length > CHUNK_LENGTH:
+        parts.append(_long_prompts(config.max_token_length))
     parts += [f"## The {description.noun}", *description.contents, "## Training", _settings(groups, steps, config)]
     if (Path(config.output_dir) / CURVES_NAME).exists():
         parts.append(f"![Loss, learning rate and gradient norm]({CURVES_NAME})")
     return "\n\n".join(parts) + "\n"
+
+
+def _long_prompts(max_token_length: int) -> str:
+    """Return how to draw with prompts as long as those of the training."""
+    return (
+        f"It was trained with prompts of up to {max_token_length} tokens, `--max_token_length {max_token_length}`: "
+        f"encoded in chunks of {CHUNK_LENGTH}, as ComfyUI, AUTOMATIC1111 and Forge do by themselves. "
+        f"`scripts/generate.py` needs the same option. diffusers' pipelines read the first {CHUNK_LENGTH} tokens of a "
+        "prompt and cut the rest."
+    )
 
 
 def _settings(groups: Sequence[Group], steps: int, config: TrainingConfig) -> str:

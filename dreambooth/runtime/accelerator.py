@@ -2,14 +2,13 @@
 
 import logging
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
 from dreambooth.errors import UserError
 from dreambooth.options.training import TrainingConfig
+from dreambooth.runtime.library_warnings import show_library_warnings
 from dreambooth.runtime.ranks import PATIENCE, check_sharding
 
 
@@ -45,8 +44,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level, force=True)
     for noisy in ("httpx", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
+    show_library_warnings(accelerator.is_main_process)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     set_seed(config.seed)
     return accelerator

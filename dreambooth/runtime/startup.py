@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dreambooth.runtime.library_warnings import drop_needless_warnings
+
 # If it is installed, diffusers imports it, and with it PyTorch's compiler, for models that were saved quantised. Here
 # dreambooth/base_model/quantise.py quantises base models as they are loaded, and imports bitsandbytes itself.
 SPARED = "bitsandbytes"
@@ -12,11 +14,12 @@ SPARED = "bitsandbytes"
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Make the first import of diffusers cheaper: a context for the program's heavy imports.
+    """Make the first import of diffusers cheaper and quiet: a context for the program's heavy imports.
 
     Inside it bitsandbytes is hidden, and garbage is not collected, since imports leave none. Afterwards the collector
     ignores everything that was imported.
     """
+    drop_needless_warnings()
     if "diffusers" in sys.modules:
         yield
         return

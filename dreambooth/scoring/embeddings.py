@@ -1,6 +1,7 @@
 """Embeddings of images and texts by CLIP and DINO, and cosines between them."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,7 +13,10 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
 from dreambooth.errors import UserError
+from dreambooth.options.prompts import CHUNK_LENGTH
+from dreambooth.tokens import cut_prompt
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLIP_TYPES = ("clip",)
@@ -75,8 +79,14 @@ class Evaluators:
         return self._embed(images, self._clip_image_features)
 
     def clip_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return CLIP's projected embeddings of texts, (texts, features). Long texts are truncated."""
+        """Return CLIP's projected embeddings of texts, (texts, features). Long texts are cut."""
         return self._embed(texts, self._clip_text_features)
+
+    def warn_of_cut_texts(self, texts: Iterable[tuple[str, str]]) -> None:
+        """Log one warning that names the texts that CLIP cannot read whole. `texts` are (where it comes from, text)."""
+        cut = [source for source, text in texts if cut_prompt(text, [self.tokenizer], CHUNK_LENGTH)]
+        if cut:
+            logger.warning("CLIP-T is computed with the first %d tokens of %s", CHUNK_LENGTH, "; ".join(cut))
 
     def dino_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Return DINO's [CLS] tokens of the central squares of images, (images, features).

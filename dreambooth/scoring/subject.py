@@ -18,11 +18,19 @@ def read_prompts(path: str) -> list[str]:
 
     Raises UserError if the file cannot be read or has no prompts.
     """
+    return list(prompt_lines(path).values())
+
+
+def prompt_lines(path: str) -> dict[int, str]:
+    """Return the prompts of a file by the numbers of their lines, counted from 1.
+
+    Raises UserError if the file cannot be read or has no prompts.
+    """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = dict(enumerate(map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()), 1))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: {error}") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    prompts = {number: line for number, line in lines.items() if line and not line.startswith("#")}
     if not prompts:
         raise UserError(f"--prompts {path}: it has no prompts; write one per line, such as 'a {PLACEHOLDER} in snow'")
     return prompts

@@ -178,7 +178,7 @@ def test_a_lora_is_scored_like_any_adapter(run_main, options, adapter, tiny_sd, 
         assert math.isclose(native, lora, abs_tol=2e-3)
 
 
-def test_a_base_model_alone_a_prompt_file_and_single_images_will_do(run_main, options, tmp_path):
+def test_a_base_model_alone_a_prompt_file_and_single_images_will_do(run_main, options, tmp_path, caplog):
     (tmp_path / "prompts.txt").write_text("# two\na {} in the snow\n\na red {}\n")
     del options["prompt"]
     run_main(evaluate, **options | {"num_images": 1, "instance_token": "xyz"}, prompts=tmp_path / "prompts.txt")
@@ -188,7 +188,12 @@ def test_a_base_model_alone_a_prompt_file_and_single_images_will_do(run_main, op
     rows = scores["models"]["base"]["by_prompt"]
     assert [row["prompt"] for row in rows] == ["a xyz robot in the snow", "a red xyz robot"]
     images = {path.name for path in (options["output_dir"] / "images").rglob("*.png")}
-    assert images == {"00-0.png", "01-0.png"}
+    assert images == {"00-0.png", "01-0.png"} and not caplog.records
+    (tmp_path / "prompts.txt").write_text(f"# two\n{'very ' * 18}red {{}}\n")
+    run_main(evaluate, **options | {"num_images": 1, "instance_token": "xyz"}, prompts=tmp_path / "prompts.txt")
+    drawn, scored = (record.getMessage() for record in caplog.records)
+    assert "prompts.txt, line 2: 83 tokens, without 'xyz robot'; this loses the subject's own 'xyz'" in drawn
+    assert "CLIP-T" in scored and "prompts.txt, line 2" in scored
 
 
 def test_images_that_a_safety_checker_would_blacken_are_scored(run_main, options, tiny_sd, tmp_path):

@@ -16,6 +16,7 @@ import dreambooth.train as training
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.base_model.process import DiscreteProcess
+from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
 from dreambooth.loop.steps import Denoiser
@@ -213,11 +214,38 @@ def test_a_dataset_on_disk_trains_with_its_captions(twin, run_main, captioned, t
         path.unlink()
     (captioned / "metadata.jsonl").write_text("\n".join(lines))
     known, encode = [], twin.family.encode_prompts
-    change_family(twin, monkeypatch, encode_prompts=lambda pipeline, p: (known.extend(p), encode(pipeline, p))[1])
+    change_family(twin, monkeypatch, encode_prompts=lambda pipeline, p, n: (known.extend(p), encode(pipeline, p, n))[1])
     options = {name: value for name, value in twin.options.items() if name != "instance_data_dir"}
     run_main(twin.script, **options, dataset_name=captioned, caption_column="words")
     assert {f"sks dog number {i}" for i in range(3)} <= set(known)
     assert finite(options["output_dir"]) and moved(options["output_dir"]) > 0
+
+
+def test_a_long_caption_is_read_to_its_end_if_it_may_be_and_what_is_cut_is_said_first(
+    twin, prior, captioned, run_main, monkeypatch, capfd
+):
+    (captioned / "1.txt").write_text("a photo of a street with many people and cars " * 2 + "now sks dog")
+    lengths, condition = set(), twin.family.condition
+
+    def measure(embeddings, sizes):
+        lengths.add(embeddings["prompt_embeds"].shape[1])
+        return condition(embeddings, sizes)
+
+    change_family(twin, monkeypatch, condition=measure)
+    samples = {"validation_prompt": "sks dog", "validation_num_inference_steps": 1, "num_validation_images": 1}
+    options = {**twin.options, **prior, **samples, "instance_data_dir": captioned, "train_text_encoder": True}
+    options |= {"max_train_steps": 1, "checkpointing_steps": 1}
+    run_main(twin.script, **options)
+    said = capfd.readouterr().err
+    assert said.index("1.png: 81 tokens, without 'sks dog'") < said.index("Drawing 4 class images")
+    assert lengths == {77} and "no samples" not in said
+    with pytest.raises(UserError, match="max_token_length +75 +150"):
+        run_main(twin.script, **options, max_token_length=150, resume_from_checkpoint="latest")
+    shutil.rmtree(prior["class_data_dir"])
+    run_main(twin.script, **options, max_token_length=150, overwrite_output_dir=True)
+    said = capfd.readouterr().err
+    assert lengths == {77, 154} and "tokens, without" not in said and "no samples" not in said
+    assert "--max_token_length 150" in (options["output_dir"] / "README.md").read_text()
 
 
 # ---- priors and text encoders ----

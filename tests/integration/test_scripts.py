@@ -21,7 +21,7 @@ def adapter(tiny_sd, tmp_path_factory):
     for parameter in kronecker_parameters(unet):
         parameter.data += 0.3 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("adapter") / "pytorch_kronecker_weights.safetensors"
-    save_kronecker(unet, path)
+    save_kronecker(unet, path, {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of dog"})
     return path
 
 
@@ -53,6 +53,23 @@ def test_an_image_depends_on_its_seed_and_the_scale_alone(draw, adapter):
     base = draw("base", seed=5)
     assert np.abs(base["00-5.png"] - images["00-5.png"]).mean() > 1
     assert np.abs(draw("zero", adapter=adapter, seed=5, adapter_scale=0.0)["00-5.png"] - base["00-5.png"]).max() <= 1
+
+
+def test_generate_names_prompts_that_are_cut_and_reads_them_whole_if_told_to(draw, adapter, caplog):
+    prompts = {
+        "prompt": ["very " * 18 + "now red dog", "very " * 18 + "now red sks"],
+        "adapter": adapter,
+        "num_images": 1,
+    }
+    cut = draw("cut", **prompts, negative_prompt="x" * 76)
+    (text,) = (record.getMessage() for record in caplog.records)
+    lines = text.splitlines()[1:]
+    assert "--prompt, number 2: 81 tokens, without 'red sks'; this loses the subject's own 'sks'" in lines[0]
+    assert any("--prompt, number 1: 81 tokens" in line for line in lines)
+    assert any("--negative_prompt: 76 tokens" in line for line in lines)
+    whole = draw("whole", **prompts, negative_prompt="x" * 76, max_token_length=150)
+    assert len(caplog.records) == 1
+    assert (cut["00-0.png"] == cut["01-0.png"]).all() and (whole["00-0.png"] != whole["01-0.png"]).any()
 
 
 def test_a_merged_pipeline_draws_the_same_without_this_project(draw, run_main, adapter, tiny_sd, tmp_path):

@@ -50,6 +50,7 @@ def test_the_real_command_line_says_what_it_did(options, prior, tmp_path):
     for words in ("Trained 9,024 parameters (0.03 MiB", "4 steps", "peak memory", str(tmp_path / "out" / WEIGHTS)):
         assert words in result.stdout
     assert "Class images: 100%" in result.stderr
+    assert "WARNING" not in result.stderr and "[transformers]" not in result.stderr
 
 
 def test_a_config_file_gives_the_same_run(options, run_main, tmp_path):

@@ -587,7 +587,7 @@ def test_options_are_declared_without_torch():
 # ---- and back ----
 
 EVERYTHING = """
-    --pretrained_model_name_or_path hub/model --revision main --variant fp16
+    --pretrained_model_name_or_path hub/model --revision main --variant fp16 --max_token_length 150
     --instance_data_dir "my photos" --instance_prompt 'a "sks" dog: #1 🐶' --resolution 64 --center_crop
     --image_interpolation_mode box --with_prior_preservation --prior_loss_weight 0.5 --class_data_dir 07
     --class_prompt null --num_class_images 7 --sample_batch_size 2 --prior_num_inference_steps 9

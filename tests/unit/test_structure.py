@@ -15,6 +15,7 @@ ROOMS = (
     "dreambooth.layout",
     "dreambooth.seeds",
     "dreambooth.options",
+    "dreambooth.tokens",
     "dreambooth.family",
     "dreambooth.families",
     "dreambooth.data",
