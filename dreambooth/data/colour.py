@@ -58,7 +58,7 @@ def colours_of(file: ImageFile, data: BinaryIO) -> bytes | None:
         return _coded(*content[:2])
     if "icc_profile" in file.info:
         profile = file.info["icc_profile"]
-        if not isinstance(profile, bytes) or not profile:
+        if not isinstance(profile, bytes) or profile[36:40] != b"acsp":  # which marks every profile
             raise ColourError("its colour profile is damaged")
         return profile
     if file.format == "PNG" and "srgb" not in file.info:

@@ -105,7 +105,7 @@ def _warn_of_other_prompts(photos: Sequence[Photo], config: TrainingConfig) -> N
     if others:
         logger.warning(
             "--class_data_dir %s: %d of %d class images were drawn for another prompt than --class_prompt '%s': %s. "
-            "Name another folder, or remove them to have new ones drawn: training takes what they show for the class",
+            "They would be taken for the class: name another folder, or remove them to have new ones drawn",
             *(config.class_data_dir, others.total(), len(photos), config.class_prompt),
             ", ".join(f"{count} for '{excerpt(str(prompt))}'" for prompt, count in others.most_common()),
         )
