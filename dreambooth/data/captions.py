@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from dreambooth.data.folder import CAPTION_SUFFIXES, CLASS_SUFFIX, Folder, key_o
 from dreambooth.errors import UserError
 from dreambooth.options.data import ImageOptions
 from dreambooth.options.photos import PhotoOptions
+from dreambooth.tokens import bare_words, subject_words
 from kron_formats.files import printable, read_text
 
 logger = logging.getLogger(__name__)
@@ -142,29 +142,23 @@ def caption_of(row: Mapping[str, Any], column: str | None) -> Caption:
 def warn_of_missing_subject(captions: Mapping[str, str], source: str, config: ImageOptions) -> None:
     """Warn of captions, {photo: text}, that lack the subject's name in --instance_prompt."""
     names = subject_names(config)
-    lacking = [printable(photo) for photo, text in captions.items() if not names & {*_words(text)}]
+    lacking = [printable(photo) for photo, text in captions.items() if not {*names} & {*bare_words(text)}]
     if names and lacking:
         logger.warning(
             "%s: captions without '%s', the subject's name in --instance_prompt, do not teach it: %s; "
             "{instance_prompt} in a caption stands for that prompt",
             source,
-            " ".join(dict.fromkeys(word for word in _words(config.instance_prompt) if word in names)),
+            " ".join(names),
             listed(lacking),
         )
 
 
-def subject_names(config: ImageOptions) -> set[str]:
+def subject_names(config: ImageOptions) -> list[str]:
     """Return the words of --instance_prompt that tell the subject from its class: those that --class_prompt lacks.
 
     Without a class prompt it is the first word that is not of FRAME, since the name is written before the class: "a
     photo of sks dog".
     """
-    words = [word for word in _words(config.instance_prompt) if word not in FRAME]
-    if config.class_prompt:
-        return {*words} - {*_words(config.class_prompt)}
-    return {*words[:1]}
-
-
-def _words(text: str) -> list[str]:
-    """Return the words of a prompt, in lower case."""
-    return re.findall(r"[\w<>]+", text.casefold())
+    words = subject_words(config.instance_prompt, config.class_prompt).split()
+    names = [word for word in dict.fromkeys(words) if word not in FRAME]
+    return names if config.class_prompt else names[:1]

@@ -47,9 +47,11 @@ def test_training_leaves_the_libraries_warnings_on(main, monkeypatch, fresh_acce
     monkeypatch.setattr(accelerator, "show_library_warnings", shown.append)
     monkeypatch.setattr(accelerator.Accelerator, "is_main_process", property(lambda _: main))
     config = Config(pretrained_model_name_or_path="base", instance_prompt="sks", output_dir=str(tmp_path))
-    handlers = logging.getLogger().handlers[:]
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     try:
         accelerator.start_accelerator(config)
     finally:
-        logging.getLogger().handlers[:] = handlers
+        root.handlers[:] = handlers
+        root.setLevel(level)
     assert shown == [main]
