@@ -53,7 +53,7 @@ def interleave(
 
 def milliseconds(action: Callable[[], Any], device: torch.device, clock: str) -> float:
     now = CLOCKS[clock]
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     synchronize()
     start = now()
     action()
@@ -83,7 +83,7 @@ def machine(device: torch.device) -> str:
 
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

@@ -117,13 +117,14 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[
 def measure(command: list[str], log: Path) -> tuple[float, float, float]:
     """Run a command and return its MEASURES. If it fails, end the program with the end of its log."""
     start = time.perf_counter()
-    with log.open("w") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
         # The usage is that of the process and of the processes that it waited for: the training is a child's child.
         _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
     if status:
-        sys.exit(f"error: {' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+        said = log.read_text(encoding="utf-8", errors="replace")
+        sys.exit(f"error: {' '.join(command)} failed:\n{said[-3000:]}")
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB elsewhere
     return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 

@@ -72,8 +72,14 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
 
 
 def flush(path: str | os.PathLike) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    Windows flushes files that are open for writing only, and no folders: its file system keeps a journal of names.
+    """
+    windows = os.name == "nt"
+    if windows and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

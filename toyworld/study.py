@@ -154,7 +154,7 @@ def run_all(options: argparse.Namespace, evaluators: Evaluators, log: Path) -> l
 
     Raises UserError if `log` holds runs with other settings: their scores cannot be compared.
     """
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     settings = {name: getattr(options, name) for name in SETTINGS}
     check_settings(records, settings, log)
     done = {Run(*(record[name] for name in Run._fields)) for record in records}

@@ -5,6 +5,7 @@ A script combines both:  class Config(TrainingConfig, KroneckerOptions)
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.options.base_model import FrozenModelOptions
@@ -45,4 +46,13 @@ class SDXLTrainingConfig(TrainingConfig):
 
 def config_class(*groups: type) -> type:
     """Return a class of options that combines groups: TrainingConfig or a subclass, and a method's options."""
-    return make_dataclass("Config", [], bases=groups, frozen=True, kw_only=True)
+    return make_dataclass("Config", [], bases=groups, frozen=True, kw_only=True, namespace={"__reduce__": _reduce})
+
+
+def _reduce(config: TrainingConfig) -> tuple:
+    """Return how pickle makes a config again elsewhere, where its class has no name to be imported by."""
+    return _combine, (type(config).__bases__, vars(config))
+
+
+def _combine(groups: tuple[type, ...], values: dict[str, Any]) -> Any:
+    return config_class(*groups)(**values)
