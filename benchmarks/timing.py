@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dreambooth.options.paths import path_argument
 from scripts.count_parameters import markdown
 
 Measurement = TypeVar("Measurement")
@@ -33,7 +34,10 @@ def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
         help="cpu: the process's own processor time, for a CPU that other programs use too (default: wall).",
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="Folder for the JSON and Markdown files."
+        "--output_dir",
+        type=path_argument,
+        default=Path("outputs/benchmarks"),
+        help="Folder for the JSON and Markdown files.",
     )
     return parser
 

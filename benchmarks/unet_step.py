@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
 from dreambooth.base_model.loading import DTYPES
+from dreambooth.errors import readable_errors
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Group
 from dreambooth.options.training import TrainingConfig
@@ -198,4 +199,5 @@ def resident_bytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

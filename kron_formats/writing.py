@@ -21,6 +21,7 @@ from kron_formats.families import Family
 from kron_formats.files import whole_file
 from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS
 from kron_formats.names import Layer
+from kron_formats.paths import shared_metadata
 from kron_formats.reading import METADATA_PREFIX, AdapterFile, Factors
 
 FOREIGN = ("modelspec.", "ss_")  # what metadata keys of other tools begin with
@@ -102,20 +103,23 @@ def cast(layer: Layer, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def file_metadata(metadata: Mapping[str, str], family: Family | None, network: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file: ours under our prefix, and what other tools show or filter by."""
-    entries = {
-        **network,
+    """Return the metadata of a file: ours under our prefix, and what other tools show or filter by.
+
+    If `metadata` say nothing but how the layers are laid out, what tools show is left out too.
+    """
+    entries = {**network}
+    if family:
+        entries |= {"ss_base_model_version": family.base_version, "ss_v2": str(family.v2)}
+    if set(metadata) <= set(LAYOUT_KEYS):
+        return entries | prefixed(metadata)
+    entries |= {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": metadata.get("title") or metadata.get("instance_prompt") or "Kronecker adapter",
         "modelspec.description": "Kronecker adapter (DiffuseKronA): W + A x B for every adapted layer",
     }
     if family:
-        entries |= {
-            "ss_base_model_version": family.base_version,
-            "ss_v2": str(family.v2),
-            "modelspec.architecture": f"{family.model_spec}/lora",
-        }
+        entries["modelspec.architecture"] = f"{family.model_spec}/lora"
     if prompt := metadata.get("instance_prompt"):
         entries |= {
             "modelspec.trigger_phrase": prompt,
@@ -125,8 +129,11 @@ def file_metadata(metadata: Mapping[str, str], family: Family | None, network: M
 
 
 def carried_metadata(file: AdapterFile) -> dict[str, str]:
-    """Return what a file says about its training, for a file made from it; not what it says about its layers."""
-    own = {key: value for key, value in file.own_metadata.items() if key not in LAYOUT_KEYS}
+    """Return what a file says about its training, for a file made from it; not what it says about its layers.
+
+    The folders of the computer that it was trained on, which earlier versions wrote, are left out.
+    """
+    own = shared_metadata({key: value for key, value in file.own_metadata.items() if key not in LAYOUT_KEYS})
     return own | {key: file.metadata[key] for key in CARRIED if key in file.metadata}
 
 

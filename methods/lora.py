@@ -70,7 +70,8 @@ class AttachedLora:
                 sides = (getattr(wrapper, side)[ADAPTER].weight for side in ("lora_B", "lora_A"))
                 layers[layer] = LowRank(*sides)
         (r,) = {lora.down.shape[0] for lora in layers.values()}
-        metadata = {"modelspec.description": "LoRA", **metadata}
+        if metadata:
+            metadata = {"modelspec.description": "LoRA", **metadata}
         write_low_rank(path, layers, float(r), family_of(self.models), metadata, dtype)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:

@@ -11,11 +11,13 @@ from dreambooth.options.field import option
 class BaseModelOptions:
     """Base model."""
 
-    pretrained_model_name_or_path: str = option("Base model: a name on the Hub, or a folder in diffusers' layout.")
+    pretrained_model_name_or_path: str = option(
+        "Base model: a name on the Hub, or a folder in diffusers' layout.", hub=True
+    )
     revision: str | None = option("Revision of the base model on the Hub. Default: its main branch.", None)
     variant: str | None = option("Variant of the base model's weight files, for example fp16. Default: none.", None)
     cache_dir: str | None = option(
-        "Folder for downloads from the Hub. Default: the Hub's own cache.", None, decides_result=False
+        "Folder for downloads from the Hub. Default: the Hub's own cache.", None, decides_result=False, path=True
     )
 
 
@@ -24,7 +26,9 @@ class FrozenModelOptions(BaseModelOptions):
     """Base model: precision, memory and speed in training."""
 
     pretrained_vae_model_name_or_path: str | None = option(
-        "VAE to use instead of the base model's: a name on the Hub, or a folder. Default: the base model's.", None
+        "VAE to use instead of the base model's: a name on the Hub, or a folder. Default: the base model's.",
+        None,
+        hub=True,
     )
     vae_precision: Literal["fp32", "fp16", "bf16"] = option("Precision of the VAE.", "fp32")
     base_precision: Literal["fp32", "fp16", "bf16", "nf4", "int8"] | None = option(
@@ -49,7 +53,9 @@ class FrozenModelOptions(BaseModelOptions):
 class AdaptedModelOptions(BaseModelOptions):
     """Adapters."""
 
-    adapter: list[str] = option("Adapter files, as FILE or FILE:SCALE. Default: none, only the base model.", [])
+    adapter: list[str] = option(
+        "Adapter files, as FILE or FILE:SCALE. Default: none, only the base model.", [], path=True
+    )
     adapter_scale: float = option(
         "Multiplies the strength of every adapter: 0 gives the base model, 1 the adapter as trained.", 1.0
     )

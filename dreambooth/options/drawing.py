@@ -32,7 +32,10 @@ class PriorOptions(SampleBatchOptions):
     )
     prior_loss_weight: float = option("Weight of the prior's loss; the instance images' is 1.", 1.0, at_least=0)
     class_data_dir: str | None = option(
-        "Folder with the class images; the base model draws those that are missing.", None, decides_result=False
+        "Folder with the class images; the base model draws those that are missing.",
+        None,
+        decides_result=False,
+        path=True,
     )
     class_prompt: str | None = option('Prompt for the class, for example "a photo of dog".', None)
     num_class_images: int = option(

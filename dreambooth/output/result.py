@@ -11,8 +11,9 @@ from dreambooth.base_model.loading import DTYPES
 from dreambooth.layout import list_sheets
 from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.state import TrainingState
-from dreambooth.options.field import public_options
+from dreambooth.options.field import shared_options
 from dreambooth.options.training import TrainingConfig
+from kron_formats.paths import shared_name
 
 
 def write_result(path: Path, state: TrainingState, step: int, config: TrainingConfig) -> None:
@@ -22,14 +23,19 @@ def write_result(path: Path, state: TrainingState, step: int, config: TrainingCo
 
 
 def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:
-    """Return the metadata of the result: base model, prompts, options, and a thumbnail if samples were drawn."""
+    """Return the metadata of the result: base model, prompts, options, and a thumbnail if samples were drawn.
+
+    They hold no folders of this computer, since the file is shared. With --no_metadata there are none.
+    """
+    if config.no_metadata:
+        return {}
     return {
-        "base_model": config.pretrained_model_name_or_path,
+        "base_model": shared_name(config.pretrained_model_name_or_path),
         "instance_prompt": config.instance_prompt,
         "class_prompt": config.class_prompt or "",
         "step": str(step),
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
-        "config": json.dumps(public_options(config)),
+        "config": json.dumps(shared_options(config)),
         **_thumbnail(Path(config.output_dir)),
     }
 

@@ -8,7 +8,9 @@ from PIL import Image
 from dreambooth.data.images import read_image
 from dreambooth.data.photos import image_files, readable
 from dreambooth.errors import UserError
+from kron_formats.files import read_text
 
+LARGEST_FILE = 2**20  # bytes
 PLACEHOLDER = "{}"  # stands for the subject in a prompt
 
 
@@ -18,8 +20,8 @@ def read_prompts(path: str) -> list[str]:
     Raises UserError if the file cannot be read or has no prompts.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_text(path, LARGEST_FILE).splitlines()]
+    except (OSError, ValueError) as error:
         raise UserError(f"--prompts {path}: {error}") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
