@@ -221,8 +221,8 @@ def to_diffusers(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None
 
 def to_peft(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
     base = arguments.pretrained_model_name_or_path or adapter.file.own_metadata.get("base_model")
-    named = base and not arguments.no_metadata
-    write_peft(arguments.output, adapter.factors, shared_name(base) if named else None, dtype_of(arguments))
+    name = shared_name(base) if base and not arguments.no_metadata else None
+    write_peft(arguments.output, adapter.factors, name, dtype_of(arguments))
     announce(adapter, arguments)
     print(f"\nIn peft:\n\n{peft_snippet(arguments.output, adapter.factors)}")
 

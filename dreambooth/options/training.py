@@ -29,6 +29,10 @@ class TrainingConfig(
     """Options of every training run, with Stable Diffusion's defaults."""
 
     def check(self) -> None:
+        for name in ("class_data_dir", "cache_latents_to_disk"):  # which are made if they do not exist
+            folder = getattr(self, name)
+            if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+                raise UserError(f"--{name} {folder} is a file; choose another folder")
         if self.class_data_dir is None or self.instance_data_dir is None:
             return
         if Path(self.class_data_dir).resolve() == Path(self.instance_data_dir).resolve():

@@ -114,6 +114,14 @@ def test_folders_that_cannot_be_written_to_are_refused_before_work(tmp_path):
             check_folder(f"{tmp_path}/{bad}", "--output_dir")
 
 
+@pytest.mark.parametrize("name", ["class_data_dir", "cache_latents_to_disk"])
+def test_a_folder_that_is_a_file_is_refused_by_its_flag(name, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        parse("--with_prior_preservation", "--class_prompt=dog", "--class_data_dir=c", f"--{name}={tmp_path / 'file'}")
+    assert f"--{name} {tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
 def test_a_drive_is_not_a_scale():
     assert split_scale(r"C:\dog.safetensors") == (r"C:\dog.safetensors", 1.0)
     assert split_scale(r"C:\dog.safetensors:0.5") == (r"C:\dog.safetensors", 0.5)
