@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
 from dreambooth.base_model.loading import DTYPES
+from dreambooth.errors import readable_errors
 
 SHAPES = [(features, rows) for features in (320, 640, 1280) for rows in (64, 256, 1024, 4096)]
 WARM_UP = 3  # rounds
@@ -94,4 +95,5 @@ def stepper(peer: str, x: Tensor, dy: Tensor, clock: str) -> Callable[[], float]
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

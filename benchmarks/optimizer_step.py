@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
+from dreambooth.errors import readable_errors
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Group
 from dreambooth.options.training import TrainingConfig
@@ -92,4 +93,5 @@ def row(name: str, times: dict[str, list[list[float]]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

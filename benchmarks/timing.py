@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dreambooth.options.paths import path_argument
 from scripts.count_parameters import markdown
 
 Measurement = TypeVar("Measurement")
@@ -33,7 +34,10 @@ def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
         help="cpu: the process's own processor time, for a CPU that other programs use too (default: wall).",
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/benchmarks"), help="Folder for the JSON and Markdown files."
+        "--output_dir",
+        type=path_argument,
+        default=Path("outputs/benchmarks"),
+        help="Folder for the JSON and Markdown files.",
     )
     return parser
 
@@ -53,7 +57,7 @@ def interleave(
 
 def milliseconds(action: Callable[[], Any], device: torch.device, clock: str) -> float:
     now = CLOCKS[clock]
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     synchronize()
     start = now()
     action()
@@ -83,7 +87,7 @@ def machine(device: torch.device) -> str:
 
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

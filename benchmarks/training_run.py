@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.timing import interleave, machine, parser, ratios, spread, write_results
+from dreambooth.errors import readable_errors
+from dreambooth.options.paths import path_argument
 from toyworld.tiny_pipeline import build_pipeline
 
 OURS = {"sd": "train_dreambooth_kronecker.py", "sdxl": "train_dreambooth_kronecker_sdxl.py"}
@@ -60,10 +62,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     options = parser(__doc__, rounds=5)
-    options.add_argument("--diffusers_script", type=Path, required=True, help="Path of diffusers' training script.")
+    options.add_argument(
+        "--diffusers_script", type=path_argument, required=True, help="Path of diffusers' training script."
+    )
     options.add_argument("--kind", choices=list(OURS), default="sd", help="Family of the base model and the scripts.")
     options.add_argument("--pretrained_model_name_or_path", help="Base model (default: a small one, random weights).")
-    options.add_argument("--instance_data_dir", type=Path, default=ROOT / "toyworld" / "photos" / "dog")
+    options.add_argument("--instance_data_dir", type=path_argument, default=ROOT / "toyworld" / "photos" / "dog")
     options.add_argument("--resolution", type=int, default=64, help="Side of the training images, px.")
     options.add_argument("--max_train_steps", type=int, default=100, help="Optimizer steps.")
     options.add_argument("--train_batch_size", type=int, default=1, help="Instance images per step.")
@@ -117,16 +121,18 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[
 def measure(command: list[str], log: Path) -> tuple[float, float, float]:
     """Run a command and return its MEASURES. If it fails, end the program with the end of its log."""
     start = time.perf_counter()
-    with log.open("w") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
         # The usage is that of the process and of the processes that it waited for: the training is a child's child.
         _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
     if status:
-        sys.exit(f"error: {' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+        said = log.read_text(encoding="utf-8", errors="replace")
+        sys.exit(f"error: {' '.join(command)} failed:\n{said[-3000:]}")
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB elsewhere
     return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

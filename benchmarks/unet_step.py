@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
 from dreambooth.base_model.loading import DTYPES
+from dreambooth.errors import readable_errors
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Group
 from dreambooth.options.training import TrainingConfig
@@ -174,14 +175,17 @@ def saved_bytes(step: Callable[[], None], unet: nn.Module) -> int:
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> float:
     """Return the peak memory of the step beyond what was in use before it; NaN if it cannot be measured."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    counters = torch.get_device_module(device)
+    if hasattr(counters, "reset_peak_memory_stats"):
+        counters.reset_peak_memory_stats(device)
+        before = counters.memory_allocated(device)
         step()
-        return torch.cuda.max_memory_allocated(device) - before
+        return counters.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return math.nan
     try:
         ctypes.CDLL(None).malloc_trim(0)  # returns what earlier steps freed, or it would count as in use
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
         before = resident_bytes("VmRSS")
         step()
         return resident_bytes("VmHWM") - before
@@ -190,9 +194,10 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> float:
 
 
 def resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

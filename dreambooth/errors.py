@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dreambooth.console import print_anything
 from kron_formats.errors import KroneckerError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,12 @@ class SaveError(UserError):
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """On a UserError or a KroneckerError, print the message alone and exit with the error's own `exit_code`, 2 by
-    default. Other errors keep their traceback."""
+    """The outermost context of a program, in which it can print any text.
+
+    On a UserError or a KroneckerError, it prints the message alone and exits with the error's own `exit_code`, 2 by
+    default. Other errors keep their traceback.
+    """
+    print_anything()
     try:
         yield
     except (UserError, KroneckerError) as error:

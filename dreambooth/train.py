@@ -34,7 +34,7 @@ from dreambooth.report.samples import validate
 from dreambooth.runtime.accelerator import start_accelerator
 from dreambooth.runtime.memory import explain_out_of_memory
 from dreambooth.runtime.ranks import explain_lost_process
-from dreambooth.runtime.stopping import Stop
+from dreambooth.runtime.stopping import Stop, ignore_signals
 from dreambooth.tokens import subject_words, warn_of_cut_prompts
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         step = first_step = load_checkpoint(start, state) if start else 0
         draw = noise_drawer(base.denoiser.config.in_channels, pipeline.vae_scale_factor, process.num_timesteps, config)
         dataset = DreamBoothDataset(crops, prompts, moments, config)
-        batches = build_loader(dataset, draw, config, accelerator.process_index, accelerator.num_processes, first_step)
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        batches = build_loader(dataset, draw, config, rank, ranks, first_step, ignore_signals)
         reports = train_steps(
             accelerator, denoiser, latents_of, process, attached.without, batches, optimizer, lr_scheduler, config
         )

@@ -12,6 +12,7 @@ Two layers, told apart by what they raise:
 Importing this module does not import torch.
 """
 
+import codecs
 import json
 import os
 import secrets
@@ -71,9 +72,20 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
         unfinished.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, the same bytes on every system: UTF-8, lines ending in \\n."""
+    Path(path).write_text(text, encoding="utf-8", newline="\n")
+
+
 def flush(path: str | os.PathLike) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    Windows flushes files that are open for writing only, and no folders: its file system keeps a journal of names.
+    """
+    windows = os.name == "nt"
+    if windows and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -100,7 +112,13 @@ def read_text(path: str | os.PathLike, largest: int) -> str:
     check_regular(path)
     if (size := os.stat(path).st_size) > largest:
         raise ValueError(f"it has {size:,} bytes; at most {largest:,} are read")
-    return Path(path).read_text(encoding="utf-8-sig")
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = "UTF-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "not UTF-8"
+        raise ValueError(f"it is {kind} (byte {error.start}: {error.reason}); save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def printable(text: str, longest: int | None = None) -> str:

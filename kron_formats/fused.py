@@ -1,17 +1,20 @@
 """W + A ⊗ B in a copy of a base model: a pipeline folder, or a single file in the layout of Stability's code."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
-from kron_formats.files import open_safetensors
+from kron_formats.files import open_safetensors, write_text
 from kron_formats.merging import merged_weight
 from kron_formats.names import Layer
+from kron_formats.paths import shared_name
 from kron_formats.reading import Factors, LowRank
 from kron_formats.single_file import family_of_file, read_header
 from kron_formats.writing import write_tensors
@@ -70,7 +73,16 @@ def fuse_pipeline(base: str, output: Path, layers: Mapping[Layer, Factors | LowR
         module = getattr(pipeline, layer.component).get_submodule(layer.path)
         module.weight.data = _fused(module.weight.data, entry, dtype, layer)
     pipeline.to(dtype)
-    pipeline.save_pretrained(output)
+    save_pipeline(pipeline, output)
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline folder. Its configurations do not say in which folder of this computer the base model is."""
+    pipeline.save_pretrained(folder)
+    for path in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and isinstance(name := config.get("_name_or_path"), str):
+            write_text(path, json.dumps(config | {"_name_or_path": shared_name(name)}, indent=2) + "\n")
 
 
 def _fused(weight: Tensor, entry: Factors | LowRank, dtype: torch.dtype, layer: Layer) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
 from kron_formats.files import whole_file
-from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS
+from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS, NOISE_KEYS
 from kron_formats.names import Layer
+from kron_formats.paths import shared_metadata
 from kron_formats.reading import METADATA_PREFIX, AdapterFile, Factors
 
 FOREIGN = ("modelspec.", "ss_")  # what metadata keys of other tools begin with
@@ -103,21 +104,24 @@ def cast(layer: Layer, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def file_metadata(metadata: Mapping[str, str], family: Family | None, network: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file: ours under our prefix, and what other tools show or filter by."""
-    entries = {
-        **network,
+    """Return the metadata of a file: ours under our prefix, and what other tools show or filter by.
+
+    If `metadata` say nothing but what tools need, what they show is left out too.
+    """
+    entries, velocity = {**network}, metadata.get("modelspec.prediction_type") == VELOCITY
+    if family:
+        version = family.base_version_v if velocity else family.base_version
+        entries |= {"ss_base_model_version": version, "ss_v2": str(family.v2)}
+    if is_bare(metadata):
+        return entries | prefixed(metadata)
+    entries |= {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": metadata.get("title") or metadata.get("instance_prompt") or "Kronecker adapter",
         "modelspec.description": "Kronecker adapter (DiffuseKronA): W + A x B for every adapted layer",
     }
     if family:
-        velocity = metadata.get("modelspec.prediction_type") == VELOCITY
-        entries |= {
-            "ss_base_model_version": family.base_version_v if velocity else family.base_version,
-            "ss_v2": str(family.v2),
-            "modelspec.architecture": f"{family.model_spec_v if velocity else family.model_spec}/lora",
-        }
+        entries["modelspec.architecture"] = f"{family.model_spec_v if velocity else family.model_spec}/lora"
     if prompt := metadata.get("instance_prompt"):
         entries |= {
             "modelspec.trigger_phrase": prompt,
@@ -126,9 +130,17 @@ def file_metadata(metadata: Mapping[str, str], family: Family | None, network: M
     return entries | prefixed(metadata)
 
 
+def is_bare(metadata: Mapping[str, str]) -> bool:
+    """Whether metadata say nothing but how layers are laid out and what noise the base model has."""
+    return set(metadata) <= {*LAYOUT_KEYS, *NOISE_KEYS}
+
+
 def carried_metadata(file: AdapterFile) -> dict[str, str]:
-    """Return what a file says about its training, for a file made from it; not what it says about its layers."""
-    own = {key: value for key, value in file.own_metadata.items() if key not in LAYOUT_KEYS}
+    """Return what a file says about its training, for a file made from it; not what it says about its layers.
+
+    The folders of the computer that it was trained on, which earlier versions wrote, are left out.
+    """
+    own = shared_metadata({key: value for key, value in file.own_metadata.items() if key not in LAYOUT_KEYS})
     return own | {key: file.metadata[key] for key in CARRIED if key in file.metadata}
 
 

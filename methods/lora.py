@@ -30,6 +30,7 @@ from kron_formats.export import write_low_rank
 from kron_formats.names import components, find_layers
 from kron_formats.names import family as family_of
 from kron_formats.reading import AdapterFile, LowRank
+from kron_formats.writing import is_bare
 from methods.options import LoraOptions
 
 ADAPTER = "default"  # the name under which peft keeps what trains
@@ -71,7 +72,8 @@ class AttachedLora:
                 sides = (getattr(wrapper, side)[ADAPTER].weight for side in ("lora_B", "lora_A"))
                 layers[layer] = LowRank(*sides)
         (r,) = {lora.down.shape[0] for lora in layers.values()}
-        metadata = {"modelspec.description": "LoRA", **metadata}
+        if not is_bare(metadata):
+            metadata = {"modelspec.description": "LoRA", **metadata}
         write_low_rank(path, layers, float(r), family_of(self.models), metadata, dtype)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:

@@ -35,6 +35,7 @@ from dreambooth.base_model.loading import DTYPES
 from dreambooth.base_model.source import base_source
 from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.base_model import BaseModelOptions
+from dreambooth.options.paths import path_argument, path_or_name
 from kron_formats.architectures import load_architecture, match_published
 from kron_formats.export import (
     dense_bytes,
@@ -53,6 +54,7 @@ from kron_formats.inspection import inspect
 from kron_formats.lora import lora_to_kronecker
 from kron_formats.matching import MatchedAdapter, match_layers
 from kron_formats.names import Layer
+from kron_formats.paths import shared_name
 from kron_formats.reading import AdapterFile, LowRank, read_adapter
 from kron_formats.writing import carried_metadata, write_native
 
@@ -62,6 +64,7 @@ FLAG_IS_FOR = {  # flag -> the formats that it has a meaning for
     "sdxl_names": ("native", "lora"),
     "kron_a1": ("native",),
     "kron_a2": ("native",),
+    "no_metadata": ("native", "diffusers", "peft", "lora"),
 }
 
 
@@ -74,12 +77,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("input", nargs="?", type=Path, metavar="INPUT", help="adapter file, or a folder that peft wrote")
-    add("--inspect", type=Path, metavar="FILE", help="print what a file is and what can load it, and exit")
+    add("input", nargs="?", type=path_argument, metavar="INPUT", help="adapter file, or a folder that peft wrote")
+    add("--inspect", type=path_argument, metavar="FILE", help="print what a file is and what can load it, and exit")
     add("--to", choices=tuple(FORMATS), metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
-    add("--output", type=Path, metavar="PATH", help="file or folder to write; must not exist")
+    add("--output", type=path_argument, metavar="PATH", help="file or folder to write; must not exist")
     add(
         "--pretrained_model_name_or_path",
+        type=path_or_name,
         metavar="BASE",
         help="base model: a name on the Hub, a folder in diffusers' layout, or one .safetensors file",
     )
@@ -101,6 +105,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="also read a .bin of the paper's code: only its tensors; no code in it is run",
     )
+    add(
+        "--no_metadata",
+        action="store_true",
+        help="leave out what tools do not need: prompts, options, the base model's name, thumbnail",
+    )
     add("--kron_a1", type=positive, help="native: rows of A, for a LoRA that this project did not make")
     add("--kron_a2", type=positive, help="native: columns of A, for a LoRA that this project did not make")
     arguments = parser.parse_args(argv)
@@ -120,14 +129,14 @@ def inconsistency(arguments: argparse.Namespace) -> str | None:
     """Return what is wrong with the arguments, naming the flags to change; None if nothing is."""
     if arguments.inspect is not None:
         given = {name: value for name, value in vars(arguments).items() if name not in ("inspect", "allow_pickle")}
-        if extra := [name for name, value in given.items() if value is not None]:
+        if extra := [name for name, value in given.items() if value not in (None, False)]:
             flags = ", ".join("INPUT" if name == "input" else f"--{name}" for name in extra)
             return f"--inspect FILE cannot be combined with {flags}"
         return None
     if not (arguments.input and arguments.to and arguments.output):
         return "give INPUT, --to and --output, or --inspect FILE"
     for flag, formats in FLAG_IS_FOR.items():
-        if getattr(arguments, flag) is not None and arguments.to not in formats:
+        if getattr(arguments, flag) not in (None, False) and arguments.to not in formats:
             return f"--{flag} is for --to {' and --to '.join(formats)}, not for --to {arguments.to}"
     if (arguments.kron_a1 is None) != (arguments.kron_a2 is None):
         return "--kron_a1 and --kron_a2 must be given together"
@@ -215,7 +224,7 @@ def factor_shape(layer: Layer, file: AdapterFile, arguments: argparse.Namespace)
 
 
 def to_native(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
-    metadata, kohya_names = carried_metadata(adapter.file), arguments.sdxl_names == "diffusers"
+    metadata, kohya_names = metadata_for(adapter, arguments), arguments.sdxl_names == "diffusers"
     write_native(arguments.output, adapter.factors, adapter.family, metadata, dtype_of(arguments), kohya_names)
     announce(adapter, arguments)
     if any(factors.transposed_rows for factors in adapter.factors.values()):
@@ -223,14 +232,15 @@ def to_native(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
 
 
 def to_diffusers(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
-    write_diffusers(arguments.output, adapter.factors, carried_metadata(adapter.file), dtype_of(arguments))
+    write_diffusers(arguments.output, adapter.factors, metadata_for(adapter, arguments), dtype_of(arguments))
     announce(adapter, arguments)
     print(f"\nIn diffusers 0.42 and later:\n\n{diffusers_snippet(arguments.output, adapter.factors)}")
 
 
 def to_peft(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
     base = arguments.pretrained_model_name_or_path or adapter.file.own_metadata.get("base_model")
-    write_peft(arguments.output, adapter.factors, base, dtype_of(arguments))
+    name = shared_name(base) if base and not arguments.no_metadata else None
+    write_peft(arguments.output, adapter.factors, name, dtype_of(arguments))
     announce(adapter, arguments)
     print(f"\nIn peft:\n\n{peft_snippet(arguments.output, adapter.factors)}")
 
@@ -242,7 +252,7 @@ def to_lora(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
     if size >= changed:
         print(f", the weights that it changes {changed / 2**20:,.1f}: use a small --rank, or --to fused", end="")
     print(flush=True)
-    metadata, kohya_names = carried_metadata(adapter.file), arguments.sdxl_names == "diffusers"
+    metadata, kohya_names = metadata_for(adapter, arguments), arguments.sdxl_names == "diffusers"
     report = write_lora(arguments.output, layers, adapter.family, metadata, dtype, rank, kohya_names)
     if rank:
         for layer, (r, error) in report.items():
@@ -272,6 +282,10 @@ FORMATS: dict[str, Callable[[MatchedAdapter, argparse.Namespace], None]] = {
 
 def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
     return DTYPES[arguments.save_precision or DEFAULT_PRECISION]
+
+
+def metadata_for(adapter: MatchedAdapter, arguments: argparse.Namespace) -> dict[str, str]:
+    return {} if arguments.no_metadata else carried_metadata(adapter.file)
 
 
 def announce(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:

@@ -42,6 +42,7 @@ from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import GIVEN, option
 from dreambooth.options.parsing import parse_options
+from dreambooth.options.paths import check_folder
 from dreambooth.runtime.library_warnings import show_library_warnings
 from dreambooth.scoring.subject import PLACEHOLDER, name_subject, prompt_lines, read_subject_photos
 
@@ -59,10 +60,12 @@ GAP = (16, 192)  # px, between the models
 class Config(AdaptedModelOptions, DrawingOptions):
     """What to score, on which prompts, and with which models."""
 
-    instance_data_dir: str = option("Folder with the photos of the subject to compare images with.")
+    instance_data_dir: str = option("Folder with the photos of the subject to compare images with.", path=True)
     instance_token: str = option("Rare token that the adapter was trained with.", "sks")
     class_noun: str = option('Class of the subject, for example dog; {} in prompts then stands for "sks dog".')
-    prompts: str | None = option("File with one prompt per line, for example configs/prompts/objects.txt.", None)
+    prompts: str | None = option(
+        "File with one prompt per line, for example configs/prompts/objects.txt.", None, path=True
+    )
     prompt: list[str] = option("Prompts, instead of a file. Each has {} for the subject.", [])
     class_prompt: str | None = option(
         'Prompt of the class images. Default: "a photo of" and class_noun.', None, needs={"adapter": GIVEN}
@@ -70,9 +73,13 @@ class Config(AdaptedModelOptions, DrawingOptions):
     num_class_images: int = option(
         "Class images per model; 0 skips the prior.", 16, at_least=0, needs={"adapter": GIVEN}
     )
-    clip_model: str = option("CLIP to score with: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32")
-    dino_model: str = option("DINO to score with: a name on the Hub, or a folder.", "facebook/dino-vits16")
-    output_dir: str = option("Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation")
+    clip_model: str = option(
+        "CLIP to score with: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32", hub=True
+    )
+    dino_model: str = option("DINO to score with: a name on the Hub, or a folder.", "facebook/dino-vits16", hub=True)
+    output_dir: str = option(
+        "Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation", path=True
+    )
 
     def check(self) -> None:
         if bool(self.prompts) == bool(self.prompt):
@@ -100,6 +107,7 @@ class Results:
 
 def main() -> None:
     config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
+    check_folder(config.output_dir, "--output_dir")
     sources, prompts = zip(*named_prompts(config))
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")

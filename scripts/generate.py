@@ -22,6 +22,7 @@ from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
+from dreambooth.options.paths import check_folder
 from dreambooth.runtime.library_warnings import show_library_warnings
 
 
@@ -30,13 +31,14 @@ class Config(AdaptedModelOptions, DrawingOptions):
     """What to draw, and where to write it."""
 
     prompt: list[str] = option("Prompts, one row of the grid each.")
-    output_dir: str = option("Folder for the images and grid.png.", "outputs/images")
+    output_dir: str = option("Folder for the images and grid.png.", "outputs/images", path=True)
 
 
 def main() -> None:
     config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
 
     show_library_warnings()
+    check_folder(config.output_dir, "--output_dir")
 
     import torch
 

@@ -16,6 +16,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
+from dreambooth.options.paths import check_folder
 from dreambooth.runtime.library_warnings import show_library_warnings
 
 
@@ -23,12 +24,13 @@ from dreambooth.runtime.library_warnings import show_library_warnings
 class Config(AdaptedModelOptions):
     """The merged pipeline."""
 
-    adapter: list[str] = option("Adapter files to merge, as FILE or FILE:SCALE.")
-    output_dir: str = option("Folder for the merged pipeline; new or empty.")
+    adapter: list[str] = option("Adapter files to merge, as FILE or FILE:SCALE.", path=True)
+    output_dir: str = option("Folder for the merged pipeline; new or empty.", path=True)
 
 
 def main() -> None:
     config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
+    check_folder(config.output_dir, "--output_dir")
     output = Path(config.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output} is not empty; choose another folder")
@@ -36,11 +38,12 @@ def main() -> None:
     show_library_warnings()
 
     from dreambooth.drawing.pipelines import load_adapted_pipeline, merge_adapters
+    from kron_formats.fused import save_pipeline
     from methods.readers import READERS
 
     pipeline = load_adapted_pipeline(config, READERS)
     layers = merge_adapters(pipeline, READERS)
-    pipeline.save_pretrained(output)
+    save_pipeline(pipeline, output)
     print(f"Merged {layers} layers into {output}")
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 from tqdm import tqdm
 
+from dreambooth.options.paths import path_argument
 from kron_formats.files import whole_file
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,7 +33,7 @@ def build_parser(doc: str | None, **defaults) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output_dir",
-        type=Path,
+        type=path_argument,
         required=True,
         help="folder for the model, sample sheets and the state to resume from",
     )

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from dreambooth.errors import readable_errors
 from toyworld.backgrounds import BACKGROUNDS, background
 from toyworld.objects import CLASSES, character, pattern
 from toyworld.shapes import TONES, Drawing
@@ -191,4 +192,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

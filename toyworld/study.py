@@ -35,6 +35,7 @@ from dreambooth.family import Family
 from dreambooth.kronecker import KRONECKER
 from dreambooth.method import Method
 from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.options.paths import path_argument
 from dreambooth.options.training import TrainingConfig, config_class
 from dreambooth.runtime.library_warnings import show_library_warnings
 from dreambooth.scoring.embeddings import Evaluators, load_evaluators
@@ -155,7 +156,7 @@ def run_all(options: argparse.Namespace, evaluators: Evaluators, log: Path) -> l
 
     Raises UserError if `log` holds runs with other settings: their scores cannot be compared.
     """
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     settings = {name: getattr(options, name) for name in SETTINGS}
     check_settings(records, settings, log)
     done = {Run(*(record[name] for name in Run._fields)) for record in records}
@@ -264,7 +265,7 @@ def main() -> None:
     )
     parser.add_argument("--family", choices=FAMILIES, default="sd", help="of the base model; default: sd")
     parser.add_argument("--base", help="base model; default: the toy world's of the family")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=path_argument, required=True)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS_COMPARED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from dreambooth.errors import readable_errors
+from dreambooth.options.paths import path_argument
 from toyworld.backgrounds import BACKGROUNDS
 from toyworld.render import render
 from toyworld.world import STYLES, Look, Scene, caption, recolour
@@ -91,7 +93,7 @@ def save_photos(name: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=path_argument, required=True)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=BUNDLED)
     args = parser.parse_args()
     for name in args.subjects:
@@ -99,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

@@ -8,7 +8,6 @@ loads with `from_pretrained`. Every attention projection divides by (4, 64), (64
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,9 @@ from diffusers import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dreambooth.errors import readable_errors
+from dreambooth.options.paths import path_argument
 
 HIDDEN_SIZE = 64  # of each text encoder
 TEXT_LENGTH = 77  # tokens
@@ -147,11 +149,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("kind", choices=("sd", "sdxl"))
-    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("output_dir", type=path_argument)
     arguments = parser.parse_args()
     build_pipeline(arguments.kind).save_pretrained(arguments.output_dir)
     print(f"Wrote {arguments.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 from dreambooth.base_model.process import DiscreteProcess, build_sampler
 from dreambooth.drawing.draw import draw_images
+from dreambooth.errors import readable_errors
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
+from dreambooth.options.paths import path_argument
 from dreambooth.options.prompts import CHUNK_LENGTH
 from toyworld.base_models import build_base, place_reserved_words, take_over
 from toyworld.fitting import batches, build_parser, device, fit
@@ -168,10 +170,12 @@ def draw_sheets(pipeline: DiffusionPipeline, folder: Path) -> None:
 def main() -> None:
     parser = build_parser(__doc__, steps=6_000, batch_size=32, learning_rate=5e-3)
     parser.add_argument("kind", choices=tuple(FAMILIES))
-    parser.add_argument("--vae", type=Path, default=MODELS / "vae", help="autoencoder; default: the shipped one")
+    parser.add_argument(
+        "--vae", type=path_argument, default=MODELS / "vae", help="autoencoder; default: the shipped one"
+    )
     parser.add_argument(
         "--clip",
-        type=Path,
+        type=path_argument,
         default=MODELS / "clip",
         help="CLIPModel whose text encoder to use; default: the shipped one",
     )
@@ -204,4 +208,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

@@ -30,6 +30,7 @@ from transformers import (
     ViTModel,
 )
 
+from dreambooth.errors import readable_errors
 from toyworld.base_models import build_tokenizer
 from toyworld.fitting import build_parser, device, fit
 from toyworld.pictures import render_batch
@@ -224,4 +225,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from dreambooth.errors import readable_errors
 from toyworld.fitting import build_parser, device, fit
 from toyworld.pictures import render_batch, sample
 from toyworld.tiny_pipeline import vae_blocks
@@ -116,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

@@ -124,5 +124,5 @@ def _enable_xformers(denoiser: Any) -> None:
 def free_memory() -> None:
     """Release device memory that is no longer in use."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.get_device_module().empty_cache()  # torch.accelerator's own fails on Apple's GPUs in some versions

@@ -162,9 +162,19 @@ def _stack_loss_weights(rows: Sequence[Row]) -> Tensor | None:
 
 
 def build_loader(
-    dataset: Dataset, draw: Draw, config: BatchOptions, rank: int, num_ranks: int, first_step: int
+    dataset: Dataset,
+    draw: Draw,
+    config: BatchOptions,
+    rank: int,
+    num_ranks: int,
+    first_step: int,
+    begin_worker: Callable[[int], None] | None = None,
 ) -> DataLoader:
-    """Return this device's endless batches after `first_step` optimizer steps, with noise from `draw`."""
+    """Return this device's endless batches after `first_step` optimizer steps, with noise from `draw`.
+
+    `begin_worker` is called in every worker process, with its number. All arguments can be pickled: where processes
+    are not forked, as on Windows, workers get them that way.
+    """
     return DataLoader(
         dataset,
         batch_sampler=GlobalSampler(
@@ -172,6 +182,7 @@ def build_loader(
         ),
         collate_fn=functools.partial(collate, draw=draw),
         num_workers=config.dataloader_num_workers,
+        worker_init_fn=begin_worker,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -17,6 +17,7 @@ from dreambooth.drawing.draw import draw_batches
 from dreambooth.options.training import TrainingConfig
 from dreambooth.seeds import Stream, seed_of
 from kron_formats.files import excerpt, whole_file
+from kron_formats.paths import shared_name
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def _origin(index: int, config: TrainingConfig) -> PngInfo:
     for name, value in {
         PROMPT_KEY: config.class_prompt,
         "negative_prompt": config.prior_negative_prompt,
-        "base_model": config.pretrained_model_name_or_path,
+        "base_model": shared_name(config.pretrained_model_name_or_path),
         "seed": seed_of(config.seed, Stream.CLASS_IMAGE, index),
     }.items():
         text.add_itxt(name, str(value))

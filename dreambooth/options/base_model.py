@@ -13,12 +13,13 @@ class BaseModelOptions:
     """Base model."""
 
     pretrained_model_name_or_path: str = option(
-        "Base model: a name on the Hub, a folder in diffusers' layout, or one .safetensors file."
+        "Base model: a name on the Hub, a folder in diffusers' layout, or one .safetensors file.", hub=True
     )
     base_config: str | None = option(
         "For a base model in one file: a name on the Hub, or a folder, with the configurations and tokenizers of such "
         "a model; its weights are not read. Default: SD 1.5, SD 2.1 or SDXL on the Hub, whichever the file is like.",
         None,
+        hub=True,
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(
         "What the UNet predicts: the noise or the velocity. Default: as the file or its configuration says.", None
@@ -32,11 +33,12 @@ class BaseModelOptions:
         "VAE to use instead of the base model's: a name on the Hub, a folder, or one .safetensors file. Default: the "
         "base model's.",
         None,
+        hub=True,
     )
     revision: str | None = option("Revision of the base model on the Hub. Default: its main branch.", None)
     variant: str | None = option("Variant of the base model's weight files, for example fp16. Default: none.", None)
     cache_dir: str | None = option(
-        "Folder for downloads from the Hub. Default: the Hub's own cache.", None, decides_result=False
+        "Folder for downloads from the Hub. Default: the Hub's own cache.", None, decides_result=False, path=True
     )
 
 
@@ -67,7 +69,9 @@ class FrozenModelOptions(BaseModelOptions, PromptOptions):
 class AdaptedModelOptions(BaseModelOptions):
     """Adapters."""
 
-    adapter: list[str] = option("Adapter files, as FILE or FILE:SCALE. Default: none, only the base model.", [])
+    adapter: list[str] = option(
+        "Adapter files, as FILE or FILE:SCALE. Default: none, only the base model.", [], path=True
+    )
     adapter_scale: float = option(
         "Multiplies the strength of every adapter: 0 gives the base model, 1 the adapter as trained.",
         1.0,

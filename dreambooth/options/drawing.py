@@ -41,7 +41,10 @@ class PriorOptions(SampleBatchOptions):
         needs={"with_prior_preservation": [True]},
     )
     class_data_dir: str | None = option(
-        "Folder with the class images; the base model draws those that are missing.", None, decides_result=False
+        "Folder with the class images; the base model draws those that are missing.",
+        None,
+        decides_result=False,
+        path=True,
     )
     class_prompt: str | None = option('Prompt for the class, for example "a photo of dog".', None)
     num_class_images: int = option(

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from kron_formats.paths import last_part, shared_name
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -52,6 +54,8 @@ class Declaration:
     decides_result: bool
     secret: bool
     needs: Mapping[str, Sequence[Any]]
+    path: bool
+    hub: bool
 
 
 def option(
@@ -67,16 +71,19 @@ def option(
     decides_result: bool = True,
     secret: bool = False,
     needs: Mapping[str, Sequence[Any]] | None = None,
+    path: bool = False,
+    hub: bool = False,
 ) -> Any:  # type checkers then accept it as the value of a field of any type
     """Return a dataclass field that becomes a flag. `help` says what it does, with its unit.
 
     The bounds apply to a number, or to each number of a list; None is always in range. `decides_result=False` marks an
     option that may change when a run resumes. A secret is never written anywhere. `needs` maps other options to the
-    values, or GIVEN, without which this one has no effect; setting it then is a warning.
+    values, or GIVEN, without which this one has no effect; setting it then is a warning. In a `path`, ~ is the home
+    folder; `hub` says that it may also be a name on the Hub.
     """
     bounds = Bounds(at_least=at_least, above=above, below=below, at_most=at_most, multiple_of=multiple_of)
     offered = None if choices is None else tuple(choices)
-    declaration = Declaration(help, bounds, offered, decides_result, secret, needs or {})
+    declaration = Declaration(help, bounds, offered, decides_result, secret, needs or {}, path or hub, hub)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"option": declaration})
     return field(default=default, metadata={"option": declaration})
@@ -134,6 +141,20 @@ def public_options(config: "DataclassInstance") -> dict[str, Any]:
     """Return all options but secrets, which are never written, in the order of the groups."""
     values = asdict(config)
     return {name: values[name] for name, declared in declarations(type(config)).items() if not declared.secret}
+
+
+def shared_options(config: "DataclassInstance") -> dict[str, Any]:
+    """Return the public options as files that are shared hold them: of paths on this computer, only the last part."""
+    declared = declarations(type(config))
+    return {name: _shared(value, declared[name]) for name, value in public_options(config).items()}
+
+
+def _shared(value: Any, declared: Declaration) -> Any:
+    if isinstance(value, list):
+        return [_shared(entry, declared) for entry in value]
+    if not declared.path or not isinstance(value, str):
+        return value
+    return shared_name(value) if declared.hub else last_part(value)
 
 
 def result_options(config: "DataclassInstance") -> dict[str, Any]:

@@ -211,8 +211,8 @@ TABLE: tuple[tuple[str, str], ...] = (
         "the file in --output_dir loads in ComfyUI, A1111 and Forge as it is; scripts/merge.py writes a full pipeline",
     ),
     (
-        "no_metadata training_comment metadata_title metadata_author",
-        "the metadata of the file in --output_dir always say how it was trained; nothing else can be added",
+        "training_comment metadata_title metadata_author",
+        "the metadata of the file in --output_dir say how it was trained, unless --no_metadata; nothing can be added",
     ),
     # ---- samples, logs, the Hub ----
     ("sample_prompts validation_prompts", "use --validation_prompt, which takes several prompts"),

@@ -15,13 +15,21 @@ class OutputOptions:
     """Output and checkpoints."""
 
     output_dir: str = option(
-        "Folder for the adapter, checkpoints, samples and logs.", "kronecker-dreambooth-model", decides_result=False
+        "Folder for the adapter, checkpoints, samples and logs.",
+        "kronecker-dreambooth-model",
+        decides_result=False,
+        path=True,
     )
     overwrite_output_dir: bool = option(
         "Replace the results of an earlier run in output_dir.", False, decides_result=False
     )
     save_precision: Literal["fp32", "fp16", "bf16"] = option(
         "Precision of the adapter file.", "fp32", decides_result=False
+    )
+    no_metadata: bool = option(
+        "Leave out of the adapter file what tools do not need: prompts, options, the base model's name, thumbnail.",
+        False,
+        decides_result=False,
     )
     checkpointing_steps: int = option(
         "Save a checkpoint every this many optimizer steps.", 500, at_least=1, decides_result=False
@@ -33,6 +41,7 @@ class OutputOptions:
         "Checkpoint folder to continue from, or 'latest' for the newest complete one in output_dir.",
         None,
         decides_result=False,
+        path=True,
     )
     allow_config_change: bool = option(
         "Resume even if options or photos changed in a way that changes the result.", False, decides_result=False
@@ -63,9 +72,10 @@ class ReportOptions:
         decides_result=False,
     )
     logging_dir: str = option(
-        "Folder for TensorBoard's and wandb's files, inside output_dir.",
+        "Folder for TensorBoard's and wandb's files, inside output_dir unless it is an absolute path.",
         "logs",
         decides_result=False,
+        path=True,
         needs={"report_to": ["tensorboard", "wandb"]},
     )
     tracker_project_name: str | None = option(

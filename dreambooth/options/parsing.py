@@ -12,8 +12,9 @@ from transformers import HfArgumentParser
 
 from dreambooth.errors import UserError
 from dreambooth.options.checking import check_options, idle_options
-from dreambooth.options.field import Declaration, describe_group, groups_of, option_names, public_options
+from dreambooth.options.field import Declaration, declarations, describe_group, groups_of, option_names, public_options
 from dreambooth.options.foreign import explain_unknown
+from dreambooth.options.paths import expand_home
 from dreambooth.options.yaml_file import flags_from_yaml
 
 if TYPE_CHECKING:
@@ -50,14 +51,31 @@ def _parse(config_class: type[C], description: str | None, argv: list[str]) -> C
     first_look = _Parser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     known, rest = first_look.parse_known_args(argv)
-    flags = flags_from_yaml(known.config, config_class) if known.config is not None else []
+    flags = []
+    if known.config is not None:
+        flags = flags_from_yaml(expand_home(known.config, "--config"), config_class)
     *groups, _, strays = _build_parser(config_class, description).parse_args_into_dataclasses(
         [*flags, *rest], look_for_args_file=False, return_remaining_strings=True
     )
     if strays:
         source = f" (on the command line or in {known.config})" if known.config else ""
         raise UserError(f"unexpected: {' '.join(strays)}{source}")
-    return config_class(**{name: value for group in groups for name, value in vars(group).items()})
+    declared = declarations(config_class)
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    return config_class(**{name: _meant(name, value, declared[name]) for name, value in values.items()})
+
+
+def _meant(name: str, value: Any, declared: Declaration) -> Any:
+    """Return what an option means by its value: paths with ~ replaced. Raises UserError if text is not text."""
+    if isinstance(value, list):
+        return [_meant(name, entry, declared) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if declared.path:
+        return expand_home(value, f"--{name}")
+    if re.search("[\ud800-\udfff]", value):  # bytes that are not text in the system's encoding, as Python has them
+        raise UserError(f"--{name} contains a character that is not text: {value!a}")
+    return value
 
 
 def _refuse_unknown(argv: Sequence[str], config_class: type["DataclassInstance"]) -> None:

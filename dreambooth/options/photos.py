@@ -19,12 +19,14 @@ class PhotoOptions:
         "metadata.jsonl or metadata.csv; masks: photo.mask.png; class prompts: photo.class.txt.",
         None,
         decides_result=False,
+        path=True,
     )
     dataset_name: str | None = option(
         "Dataset to use instead of instance_data_dir: a name on the Hub, a folder or a table file; its split train, or "
         "its only one.",
         None,
         decides_result=False,
+        hub=True,
     )
     dataset_config_name: str | None = option("Configuration of that dataset.", None, decides_result=False)
     image_column: str = option("Column of that dataset that holds the images.", "image", decides_result=False)
@@ -81,7 +83,10 @@ class CacheOptions:
         "auto",
     )
     cache_latents_to_disk: str | None = option(
-        "Folder in which to keep encoded photos and prompts for later runs. Default: none.", None, decides_result=False
+        "Folder in which to keep encoded photos and prompts for later runs. Default: none.",
+        None,
+        decides_result=False,
+        path=True,
     )
 
     def check(self) -> None:

@@ -5,6 +5,7 @@ A script combines both:  class Config(TrainingConfig, KroneckerOptions)
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.options.base_model import FrozenModelOptions
@@ -28,6 +29,10 @@ class TrainingConfig(
     """Options of every training run, with Stable Diffusion's defaults."""
 
     def check(self) -> None:
+        for name in ("class_data_dir", "cache_latents_to_disk"):  # which are made if they do not exist
+            folder = getattr(self, name)
+            if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+                raise UserError(f"--{name} {folder} is a file; choose another folder")
         if self.class_data_dir is None or self.instance_data_dir is None:
             return
         if Path(self.class_data_dir).resolve() == Path(self.instance_data_dir).resolve():
@@ -45,4 +50,13 @@ class SDXLTrainingConfig(TrainingConfig):
 
 def config_class(*groups: type) -> type:
     """Return a class of options that combines groups: TrainingConfig or a subclass, and a method's options."""
-    return make_dataclass("Config", [], bases=groups, frozen=True, kw_only=True)
+    return make_dataclass("Config", [], bases=groups, frozen=True, kw_only=True, namespace={"__reduce__": _reduce})
+
+
+def _reduce(config: TrainingConfig) -> tuple:
+    """Return how pickle makes a config again elsewhere, where its class has no name to be imported by."""
+    return _combine, (type(config).__bases__, vars(config))
+
+
+def _combine(groups: tuple[type, ...], values: dict[str, Any]) -> Any:
+    return config_class(*groups)(**values)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dreambooth.errors import UserError
-from dreambooth.options.field import option_names, public_options
+from dreambooth.options.field import declarations, option_names, public_options, shared_options
 from dreambooth.options.foreign import explain_unknown
-from kron_formats.files import read_text
+from kron_formats.files import read_text, write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -19,8 +19,17 @@ LARGEST_FILE = 2**18  # bytes
 
 def save_config(config: "DataclassInstance", path: Path) -> None:
     """Write the options as YAML that `--config` reads back. Secrets, None and empty lists are left out."""
-    options = {name: value for name, value in public_options(config).items() if value not in (None, [])}
-    path.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, _yaml(public_options(config)))
+
+
+def shared_yaml(config: "DataclassInstance") -> str:
+    """Return the same for others to read: of paths on this computer, only the last part."""
+    return _yaml(shared_options(config))
+
+
+def _yaml(options: dict[str, Any]) -> str:
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -55,12 +64,13 @@ def flags_from_yaml(path: str, config_class: type["DataclassInstance"]) -> list[
     if unknown := [str(name) for name in options if name not in option_names(config_class)]:
         answers = "; ".join(f"{name} ({explain_unknown(name, config_class)})" for name in unknown)
         raise UserError(f"--config {path}: unknown keys: {answers}")
-    flags = []
+    declared, flags = declarations(config_class), []
     for name, value in options.items():
         words = _words(value)
         if not all(isinstance(word, str) for word in words):
             raise UserError(f"--config {path}: {name} is not a list of plain values; quote text that contains ': '")
-        if any(re.search("[\0\ud800-\udfff]", word) for word in words):
+        not_text = "[\0]" if declared[name].path else "[\0\ud800-\udfff]"  # Unix has files whose names are not text
+        if any(re.search(not_text, word) for word in words):
             raise UserError(f"--config {path}: {name} contains a character that is not text: {words!a}")
         if isinstance(value, str):
             flags.append(f"--{name}={value}")

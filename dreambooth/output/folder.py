@@ -1,6 +1,6 @@
 """The output folder: one run at a time, which checkpoint a run starts from, and what it clears before it starts."""
 
-import fcntl
+import errno
 import json
 import logging
 import os
@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
 from dreambooth.errors import UserError
 from dreambooth.layout import (
@@ -34,6 +35,8 @@ from dreambooth.runtime.ranks import on_main
 from kron_formats.files import UNFINISHED
 
 logger = logging.getLogger(__name__)
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems say that have none
 
 
 # ---- one run at a time ----
@@ -77,56 +80,42 @@ def _made(output: Path) -> Iterator[None]:
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     path = output / LOCK_NAME
-    file = _open_lock(path)
+    # Children that are forked do not inherit it. A file system without locks gets no substitute: that would outlive a
+    # process that is killed.
+    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"--output_dir {output} is in use by another run{_holder(path)}: wait until it ends, or choose another "
+            "folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise UserError(f"--output_dir {output} cannot be written to: {error}") from error
+        logger.warning("%s cannot be locked (%s): do not start a second run in it", output, error)
     try:
         yield
     finally:
-        with suppress(OSError):  # it may be gone already
+        with suppress(OSError):  # Windows removes it once it is closed
             path.unlink()
-        os.close(file)
+        lock.release()
 
 
-def _open_lock(path: Path) -> int:
-    """Return the lock file, locked, with the holder's process and host in it.
-
-    The lock is a POSIX record lock, which forked children do not inherit.
-    """
-    while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"--output_dir {path.parent} cannot be written to: {error}") from error
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = _holder(file)
-            os.close(file)
-            raise UserError(
-                f"--output_dir {path.parent} is in use by another run{holder}: wait until it ends, or "
-                "choose another folder"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): do not start a second run in it", path.parent, error)
-            return file
-        if _is_still(path, file):
-            os.truncate(file, 0)
-            os.write(file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
-            return file
-        os.close(file)  # its last holder removed it in the meantime
+def _sign(lock: int) -> None:
+    """Write this process and host into the lock file, an open descriptor, behind the byte that Windows locks."""
+    os.ftruncate(lock, 0)
+    os.write(lock, b"\n" + json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
 
 
-def _is_still(path: Path, file: int) -> bool:
+def _holder(path: Path) -> str:
+    """Return who holds a lock, in words; "" if its file does not say."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(file))
-    except FileNotFoundError:
-        return False
-
-
-def _holder(file: int) -> str:
-    try:
-        holder = json.loads(os.pread(file, 1000, 0))
+        with path.open("rb", buffering=0) as file:
+            file.seek(1)
+            holder = json.loads(file.read(1000))
         return f" (process {holder['process']} on {holder['host']})"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 

@@ -18,6 +18,7 @@ from dreambooth.options.field import defaults, result_options
 from dreambooth.options.output import OutputOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.runtime.ranks import on_main
+from kron_formats.files import printable
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ def identify_run(
     naming each; with --allow_config_change this is a warning. Also raises it if this process sees other photos than the
     main one. All processes must call this.
     """
-    named = {f"instance photo {photo.path.name}": _describe(photo) for photo in photos}
-    named |= {f"class image {photo.path.name}": _describe(photo) for photo in class_photos}
+    named = {f"instance photo {printable(photo.path.name)}": _describe(photo) for photo in photos}
+    named |= {f"class image {printable(photo.path.name)}": _describe(photo) for photo in class_photos}
     if (theirs := on_main(accelerator, lambda: named)) != named:
         differing = [name for name in dict.fromkeys([*theirs, *named]) if theirs.get(name) != named.get(name)]
         raise UserError(

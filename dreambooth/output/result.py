@@ -11,10 +11,11 @@ from dreambooth.base_model.loading import DTYPES
 from dreambooth.layout import list_sheets
 from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.state import TrainingState
-from dreambooth.options.field import public_options
+from dreambooth.options.field import shared_options
 from dreambooth.options.training import TrainingConfig
 from kron_formats.errors import KroneckerError
 from kron_formats.files import open_safetensors
+from kron_formats.paths import shared_name
 from kron_formats.reading import METADATA_PREFIX
 
 
@@ -35,14 +36,19 @@ def result_step(path: Path) -> int:
 
 
 def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:
-    """Return the metadata of the result: base model, prompts, options, and a thumbnail if samples were drawn."""
+    """Return the metadata of the result: base model, prompts, options, and a thumbnail if samples were drawn.
+
+    They hold no folders of this computer, since the file is shared. With --no_metadata there are none.
+    """
+    if config.no_metadata:
+        return {}
     return {
-        "base_model": config.pretrained_model_name_or_path,
+        "base_model": shared_name(config.pretrained_model_name_or_path),
         "instance_prompt": config.instance_prompt,
         "class_prompt": config.class_prompt or "",
         "step": str(step),
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
-        "config": json.dumps(public_options(config)),
+        "config": json.dumps(shared_options(config)),
         **_thumbnail(Path(config.output_dir)),
     }
 

@@ -1,7 +1,6 @@
 """The model card, OUTPUT_DIR/README.md, and the upload to the Hub of the result with its card."""
 
 import logging
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -20,6 +19,9 @@ from dreambooth.options.drawing import PriorOptions
 from dreambooth.options.output import ReportOptions
 from dreambooth.options.prompts import CHUNK_LENGTH
 from dreambooth.options.training import TrainingConfig
+from dreambooth.options.yaml_file import shared_yaml
+from kron_formats.files import write_text
+from kron_formats.paths import is_hub_name, shared_name
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +31,13 @@ def save_card(path: Path, attached: Attached, family: Family, steps: int, config
     output = Path(config.output_dir)
     prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
     with warn_only(f"{output / CARD_NAME} was not written"):
-        description = attached.describe(path, config.pretrained_model_name_or_path, prompt)
+        description = attached.describe(path, shared_name(config.pretrained_model_name_or_path), prompt)
         sheets = list_sheets(output)
         sheet = sheets[-1].relative_to(output).as_posix() if sheets else None
         text = _front_matter(description, family, sheet, config) + _body(
             description, attached.groups, sheet, steps, config
         )
-        (output / CARD_NAME).write_text(text, encoding="utf-8")
+        write_text(output / CARD_NAME, text)
 
 
 # ---- what the card says ----
@@ -45,7 +47,7 @@ def _front_matter(description: Description, family: Family, sheet: str | None, c
     """Return the YAML block that the Hub reads."""
     base = config.pretrained_model_name_or_path
     entries: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    if _is_on_hub(base):
+    if is_hub_name(base):
         entries |= {"base_model": base, "base_model_relation": "adapter"}
         entries |= {"license_link": f"https://huggingface.co/{base}"}
     entries |= {
@@ -59,17 +61,13 @@ def _front_matter(description: Description, family: Family, sheet: str | None, c
     return f"---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
-def _is_on_hub(name: str) -> bool:
-    """Whether a base model is a name on the Hub: it looks like one, and no such folder exists. Asks no server."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is not None and not os.path.exists(name)
-
-
 def _body(
     description: Description, groups: Sequence[Group], sheet: str | None, steps: int, config: TrainingConfig
 ) -> str:
+    base = code(shared_name(config.pretrained_model_name_or_path))
     parts = [
         f"# {code(config.instance_prompt)}",
-        f"A {description.noun} (DreamBooth) for {code(config.pretrained_model_name_or_path)}: {description.summary}. "
+        f"A {description.noun} (DreamBooth) for {base}: {description.summary}. "
         f"The subject is called as in the instance prompt, {code(config.instance_prompt)}.",
     ]
     if sheet:
@@ -112,7 +110,7 @@ def _settings(groups: Sequence[Group], steps: int, config: TrainingConfig) -> st
     if config.snr_gamma is not None:
         settings["min-SNR gamma"] = f"{config.snr_gamma:g}"
     if config.pretrained_vae_model_name_or_path:
-        settings["VAE"] = code(config.pretrained_vae_model_name_or_path)
+        settings["VAE"] = code(shared_name(config.pretrained_vae_model_name_or_path))
     lines = [f"- {name}: {value}" for name, value in settings.items()]
     return "\n".join([*lines, "", "`config.yaml` has every option."])
 
@@ -130,11 +128,13 @@ def _prior(config: PriorOptions) -> str:
 
 # ---- the upload ----
 
-SHOWN = [CARD_NAME, f"{SAMPLES_NAME}/*.png", CONFIG_NAME, CURVES_NAME]
+SHOWN = [CARD_NAME, f"{SAMPLES_NAME}/*.png", CURVES_NAME]
 
 
 def push_to_hub(result: Path, config: TrainingConfig) -> None:
-    """Upload the result, its card and what the card shows, if --push_to_hub is set.
+    """Upload the result, its card, what the card shows and the options, if --push_to_hub is set.
+
+    config.yaml holds folders of this computer, for a later run to read; what is uploaded does not.
 
     Never raises: the result is saved already, so a failure is a warning with the command that uploads it later.
     """
@@ -150,6 +150,12 @@ def push_to_hub(result: Path, config: TrainingConfig) -> None:
             folder_path=config.output_dir,
             allow_patterns=uploaded,
             commit_message="DreamBooth training",
+        )
+        api.upload_file(
+            repo_id=repository,
+            path_or_fileobj=shared_yaml(config).encode(),
+            path_in_repo=CONFIG_NAME,
+            commit_message="DreamBooth training: options",
         )
     except Exception as error:
         included = " ".join(f"--include {shlex.quote(pattern)}" for pattern in uploaded)

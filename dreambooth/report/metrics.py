@@ -12,7 +12,7 @@ from dreambooth.errors import warn_only
 from dreambooth.layout import CURVES_NAME, METRICS_NAME
 from dreambooth.options.output import OutputOptions
 from dreambooth.report.curves import draw_curves
-from kron_formats.files import whole_file
+from kron_formats.files import whole_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int):
         kept = [row for row in read_metrics(path) if row["step"] <= first_step]
         with whole_file(path) as unfinished:
-            unfinished.write_text("".join(map(_json_line, kept)), encoding="utf-8")
-        self.file, self.disk_failed = path.open("a", encoding="utf-8"), False
+            write_text(unfinished, "".join(map(_json_line, kept)))
+        self.file, self.disk_failed = path.open("a", encoding="utf-8", newline="\n"), False
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write a line. Never raises on a full disk."""

@@ -1,6 +1,7 @@
 """The accelerator: devices, precision, logging and random state, set up from the options."""
 
 import logging
+import os
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +32,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             ),
             log_with=None if "none" in config.report_to else [*config.report_to],
             project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=f"{config.output_dir}/{config.logging_dir}"
+                project_dir=config.output_dir, logging_dir=os.path.join(config.output_dir, config.logging_dir)
             ),
         )
     except ValueError as error:

@@ -1,16 +1,21 @@
 """Running out of memory: reported in a few lines, with the options that need less."""
 
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 from accelerate import Accelerator
 
 from dreambooth.errors import UserError
 from dreambooth.options.steps import TextEncoderOptions
 from dreambooth.options.training import TrainingConfig
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
@@ -52,8 +57,21 @@ def _remedies(config: TrainingConfig, accelerator: Accelerator) -> list[str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far, bytes: the device's on a GPU, the process's on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+    """Return the peak memory so far, bytes: the device's on a GPU, the process's on the CPU.
+
+    Apple's GPUs count no peak: theirs is what PyTorch holds now, which it rarely gives back.
+    """
+    if device.type == "cpu":
+        return _peak_of_process()
+    counters = torch.get_device_module(device)
+    if device.type == "mps":
+        return counters.driver_allocated_memory()
+    return counters.max_memory_reserved(device)
+
+
+def _peak_of_process() -> int:
+    if resource is None:
+        used = psutil.Process().memory_info()
+        return getattr(used, "peak_wset", used.rss)  # the first is Windows'
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -17,7 +18,8 @@ from dreambooth.runtime.ranks import mean_over_processes
 logger = logging.getLogger(__name__)
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Those that this system has: Windows has no SIGUSR1, and sends SIGBREAK where a console is closed.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
 ECHO = 1.0  # seconds in which one signal may arrive twice: from the terminal or scheduler, and through the launcher
 
 
@@ -38,7 +40,8 @@ class Stop:
         self.signalled: float | None = None  # time.monotonic of the first signal
 
     def __enter__(self) -> "Stop":
-        self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        in_main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
+        self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS if in_main_thread}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -47,12 +50,12 @@ class Stop:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
-            return  # a data-loader worker: it ends when the training process does
+            return  # a data-loader worker that was forked and has just begun
         now = time.monotonic()
         if self.signalled is not None:
             if now - self.signalled > ECHO:
                 signal.signal(number, signal.SIG_DFL)
-                os.kill(self.process, number)
+                signal.raise_signal(number)
             return
         self.signalled, self.reason = now, signal.Signals(number).name
         if not self.training:
@@ -82,6 +85,12 @@ class Stop:
         """End the program with exit code 75. The caller has saved everything up to `step`."""
         logger.warning("%s: stopped after step %d, which is saved. %s", self.reason or "Another process", step, _AGAIN)
         sys.exit(STOPPED)
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave signals to the training process. Called in a data-loader worker, which ends when that process does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 _AGAIN = "The same command with --resume_from_checkpoint latest continues the run"

@@ -9,7 +9,9 @@ from dreambooth.data.folder import Folder
 from dreambooth.data.images import read_image
 from dreambooth.data.photos import readable
 from dreambooth.errors import UserError
+from kron_formats.files import read_text
 
+LARGEST_FILE = 2**20  # bytes
 PLACEHOLDER = "{}"  # stands for the subject in a prompt
 
 
@@ -27,8 +29,8 @@ def prompt_lines(path: str) -> dict[int, str]:
     Raises UserError if the file cannot be read or has no prompts.
     """
     try:
-        lines = dict(enumerate(map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()), 1))
-    except (OSError, UnicodeDecodeError) as error:
+        lines = dict(enumerate(map(str.strip, read_text(path, LARGEST_FILE).splitlines()), 1))
+    except (OSError, ValueError) as error:
         raise UserError(f"--prompts {path}: {error}") from error
     prompts = {number: line for number, line in lines.items() if line and not line.startswith("#")}
     if not prompts:

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ class Run:
         self.output, self.log = folder / "out", folder / "log.txt"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, prepare: Callable[..., None] | None = None, *arguments, **options) -> ForkServerProcess:
+    def start(self, prepare: Callable[..., None] | None = None, *arguments, **options) -> BaseProcess:
         from tests.faults import child  # which imports the training script: not for every session of tests
 
         argv = flags({**self.options, **options})

@@ -1,5 +1,7 @@
 """scripts/generate.py and scripts/merge.py on the file that training would write."""
 
+import os
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ from PIL import Image
 
 from kron_adapter import inject_kronecker, kronecker_parameters, save_kronecker
 from scripts import generate, merge
-from tests.conftest import ROOT
+from tests.conftest import ROOT, flags
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +126,42 @@ def test_errors_of_the_command_line_are_one_line(script, tmp_path, adapter):
     assert result.stderr.splitlines()[-1].startswith(
         "error: --pretrained_model_name_or_path nowhere is not a base model"
     )
+
+
+def test_a_merged_pipeline_does_not_say_where_its_base_model_is(run_main, adapter, tiny_sd, tmp_path):
+    run_main(merge, pretrained_model_name_or_path=tiny_sd, adapter=adapter, output_dir=tmp_path / "merged")
+    files = [path for path in (tmp_path / "merged").rglob("*.json") if path.stat().st_size < 2**16]
+    assert len(files) > 5 and not [path for path in files if str(tiny_sd.parent) in path.read_text(encoding="utf-8")]
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for script, options in ((generate, ["--prompt", "sks"]), (merge, ["--adapter", "a"])):
+        argv = ["x", "--pretrained_model_name_or_path", "nowhere", "--output_dir", str(tmp_path / "file"), *options]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(ValueError, match="--output_dir .*file is a file"):
+            script.main()
+
+
+def test_training_resuming_and_drawing_need_neither_unix_nor_utf_8(options, tmp_path):
+    """In one process, with the prompt and the folder in characters that its output lacks."""
+    options = {
+        **options,
+        "output_dir": "犬",
+        "instance_prompt": "sks 犬",
+        "checkpointing_steps": 1,
+        "max_train_steps": 2,
+    }
+    train = shlex.join(["train_dreambooth_kronecker.py", *flags(options)])
+    adapter = "犬/pytorch_kronecker_weights.safetensors"
+    drawing = {"adapter": adapter, "prompt": "sks 犬", "height": 64, "width": 64, "num_inference_steps": 1}
+    drawing |= {"pretrained_model_name_or_path": options["pretrained_model_name_or_path"], "num_images": 1}
+    draw = shlex.join(["scripts/generate.py", *flags({**drawing, "output_dir": "images"})])
+    command = [sys.executable, ROOT / "tests" / "without_unix.py"]
+    command += [train, f"{train} --resume_from_checkpoint checkpoint-1", draw]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    said = result.stdout.decode("ascii")
+    assert result.returncode == 0, result.stderr.decode()
+    assert said.count("the result is \\u72ac") == 2 and "peak memory" in said and "Wrote 1 images" in said
+    assert (tmp_path / "images" / "grid.png").exists() and not (tmp_path / "犬" / ".lock").exists()

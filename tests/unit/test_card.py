@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
@@ -133,12 +134,13 @@ def test_the_families_differ_in_their_tag(config, adapter):
     assert "stable-diffusion-xl" not in written(config, adapter)[0]["tags"]
 
 
-@pytest.mark.parametrize("base", ["./models/mine", "/data/models/mine", "mine", "a folder/of mine"])
-def test_a_base_model_that_is_not_on_the_hub_is_not_named_to_it(base, config, adapter):
-    config = dataclasses.replace(config, pretrained_model_name_or_path=base)
+@pytest.mark.parametrize("base", ["./models/mine", "/data/models/mine", r"C:\me\mine", "mine", "a folder/mine/"])
+def test_a_base_model_that_is_not_on_the_hub_is_not_named_to_it_nor_where_it_is(base, config, adapter):
+    config = dataclasses.replace(config, pretrained_model_name_or_path=base, pretrained_vae_model_name_or_path=base)
     front, text = written(config, adapter)
     assert "base_model" not in front and "license_link" not in front
-    assert f"`{base}`" in text
+    assert "for `mine`:" in text and "VAE: `mine`" in text and "from_pretrained('mine'" in text.replace('"', "'")
+    assert base == "mine" or base not in text
 
 
 def test_a_folder_that_looks_like_a_name_on_the_hub_is_none(config, adapter, tmp_path, monkeypatch):
@@ -180,6 +182,7 @@ def test_without_samples_and_curves_nothing_points_at_them(config, adapter):
 def test_the_snippet_runs(config, adapter, tiny_sd, tmp_path, monkeypatch):
     """Word for word, but for the GPU and its precision, on the small pipeline."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / tiny_sd.name).symlink_to(tiny_sd)  # which the card calls by its name alone
     config = dataclasses.replace(config, pretrained_model_name_or_path=str(tiny_sd))
     snippet = re.search("```python\n(.*?)```", written(config, adapter)[1], re.DOTALL)[1]
     names: dict = {}
@@ -257,6 +260,9 @@ def hub(monkeypatch):
         def upload_folder(self, **options):
             hub.calls.append(("upload_folder", options))
 
+        def upload_file(self, **options):
+            hub.calls.append(("upload_file", options))
+
     monkeypatch.setattr(card, "HfApi", Api)
     return hub
 
@@ -270,14 +276,18 @@ def test_the_adapter_and_its_card_are_uploaded_and_nothing_else(config, adapter,
     written(config, adapter)
     with caplog.at_level(logging.INFO):
         push_to_hub(adapter[0], config)
-    (_, token), (_, name, exist_ok), (_, options) = hub.calls
+    (_, token), (_, name, exist_ok), (_, options), (_, written_options) = hub.calls
     assert (token, name, exist_ok) == (SECRET, "someone/dog", True)
     assert options["repo_id"] == "someone/dog" and options["folder_path"] == str(tmp_path)
     files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(filter_repo_objects(files, allow_patterns=options["allow_patterns"])) == [
-        "README.md", "config.yaml", "pytorch_kronecker_weights.safetensors", "samples/step-000000.png",
+        "README.md", "pytorch_kronecker_weights.safetensors", "samples/step-000000.png",
         "samples/step-000800.png", "training.png",
     ]  # fmt: skip
+    assert written_options["repo_id"] == "someone/dog" and written_options["path_in_repo"] == "config.yaml"
+    shared = yaml.safe_load(written_options["path_or_fileobj"])
+    local = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert local["output_dir"] == str(tmp_path) and shared == {**local, "output_dir": tmp_path.name}
     assert "https://huggingface.co/someone/dog" in caplog.text
 
 
@@ -302,7 +312,7 @@ def test_a_failed_upload_is_a_warning_with_the_command_for_later(error, config, 
     assert record.levelname == "WARNING" and type(error).__name__ in caplog.text and SECRET not in caplog.text
     words = shlex.split(caplog.text.rpartition("&& ")[2])
     assert words[:5] == ["hf", "upload", "someone/dog", "out put/dog's", "."]
-    assert words[5::2] == ["--include"] * 5 and words[6] == adapter[0].name
+    assert words[5::2] == ["--include"] * 4 and words[6] == adapter[0].name
 
 
 def test_the_command_for_later_is_one_that_the_hub_s_client_knows(config, adapter, hub, caplog):

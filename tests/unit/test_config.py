@@ -603,14 +603,14 @@ EVERYTHING = """
     --max_train_time 1:30:00 --validation_prompt "a, b" yes "{c}"
     --save_precision fp16 --num_validation_images 2 --validation_epochs 3 --validation_steps 7
     --validation_num_inference_steps 8
-    --validation_guidance_scale 2 --report_to wandb tensorboard --logging_dir "" --vae_precision fp16
+    --validation_guidance_scale 2 --report_to wandb tensorboard --logging_dir tensorboard --vae_precision fp16
     --base_config hub/configuration --prediction_type v_prediction --rescale_betas_zero_snr
     --pretrained_vae_model_name_or_path hub/vae --base_precision nf4 --caption_column words
     --caption_dropout_probability 0.1 --repeats 3 --unmasked_weight 0.2 --random_flip --aspect_ratio_buckets
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
     --text_encoder_kron_a1 2 --text_encoder_kron_a2 16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
-    --save_precision fp16 --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
-    --tracker_project_name dogs --tracker_run_name rex --tracker_group pets
+    --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
+    --tracker_project_name dogs --tracker_run_name rex --tracker_group pets --no_metadata
     --push_to_hub --hub_model_id me/dog --cache_dir "~/hub" --logging_steps 4 --skip_nonfinite 2
 """
 # what does not work with the above

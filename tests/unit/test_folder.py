@@ -18,6 +18,9 @@ def output(tmp_path):
     return tmp_path / "out"
 
 
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs another process at once, by os.fork")
+
+
 def save(output, *steps) -> list[Path]:
     training = Training(output)
     return [training.save(step) for step in steps]
@@ -26,6 +29,7 @@ def save(output, *steps) -> list[Path]:
 # ---- the lock ----
 
 
+@forks
 def test_a_folder_that_is_held_says_by_whom_and_is_free_afterwards(output):
     with hold_folder(make_config(output), ALONE):
         child = os.fork()  # the lock is not inherited, so that a forked process is a stranger
@@ -42,6 +46,7 @@ def test_a_folder_that_is_held_says_by_whom_and_is_free_afterwards(output):
         pass
 
 
+@forks
 def test_the_lock_of_a_dead_run_is_taken_over(output):
     child = os.fork()
     if not child:

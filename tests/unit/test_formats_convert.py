@@ -1,5 +1,7 @@
 """Conversions without their clients: the algebra, round trips, the paper's own layout, refusals, inspection."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -158,6 +160,29 @@ def test_a_lora_has_one_alpha_and_the_metadata_of_a_lora(trained, tiny_sd, tmp_p
     assert len(ranks) > 1, "all ranks are the same: the test no longer tells"
     assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == str(max(ranks))
     assert metadata["ss_base_model_version"] == "sd_v1"
+
+
+@pytest.mark.parametrize("to", ["native", "lora", "diffusers", "peft"])
+def test_a_converted_file_says_no_folders_and_without_metadata_no_prompts(to, trained, tiny_sd, tmp_path):
+    _, path = trained(8, 8)
+    old, base = tmp_path / "old.safetensors", ["--pretrained_model_name_or_path", str(tiny_sd)]
+    config = json.dumps({"output_dir": r"C:\Users\secret\dog", "validation_prompt": ["a dog"]})
+    metadata = metadata_of(path) | {"kronecker.base_model": "/home/secret/sd", "kronecker.config": config}
+    save_file(load_file(path), old, metadata)
+    said = {}
+    for flag in ((), ("--no_metadata",)):
+        output = tmp_path / f"made{len(flag)}.safetensors"
+        run(old, "--to", to, "--output", output, *base, *flag)
+        files = [output] if output.is_file() else [f for f in output.rglob("*") if f.is_file()]
+        said[flag] = b"".join(file.read_bytes() for file in files)
+        assert b"secret" not in said[flag] and str(tiny_sd.parent).encode() not in said[flag]
+    assert to == "peft" or all(words in said[()] for words in (b"a photo of sks dog", b"kronecker.config"))
+    assert not any(
+        words in said["--no_metadata",] for words in (b"sks dog", b"a dog", b"kronecker.config", b"modelspec")
+    )
+    if to in ("native", "lora"):
+        kept = metadata_of(tmp_path / "made1.safetensors")
+        assert {"ss_base_model_version", "ss_network_module", "kronecker.layers"} <= set(kept)
 
 
 def test_size_and_errors_of_a_lora_are_printed(trained, tiny_sd, tmp_path, capsys):

@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 ROOMS = (
     "kron_formats",
     "kron_adapter",
+    "dreambooth.console",
     "dreambooth.errors",
     "dreambooth.markdown",
     "dreambooth.layout",
