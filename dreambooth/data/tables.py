@@ -1,5 +1,6 @@
 """Datasets with images: on the Hub, in a folder or in a table file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def load_table(name: str, configuration: str | None, source: str) -> Any:
             loaded = datasets.load_from_disk(name)
             if not isinstance(loaded, dict):
                 return loaded
-            return loaded[_choose_split(list(loaded), source)]
+            return loaded[_choose_split([*map(str, loaded)], source)]
         split = _choose_split(datasets.get_dataset_split_names(name, configuration), source)
         return datasets.load_dataset(name, configuration, split=split)
     except UserError:
@@ -36,7 +37,7 @@ def load_table(name: str, configuration: str | None, source: str) -> Any:
         raise UserError(f"{source} cannot be loaded: {error or type(error).__name__}") from error
 
 
-def _choose_split(names: list[str], source: str) -> str:
+def _choose_split(names: Sequence[str], source: str) -> str:
     if "train" not in names and len(names) != 1:
         raise UserError(f"{source} has the splits {', '.join(names)}, but no train; save the one to use by itself")
     return "train" if "train" in names else names[0]

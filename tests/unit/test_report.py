@@ -499,7 +499,7 @@ def test_tokens_and_keys_are_not_public(config, tmp_path):
         other_token_file: str = option("Token.", SECRET, secret=True)
 
     assert SECRET not in str(public_options(Config(**vars(config))))
-    named_so = {name for name in vars(config) if "token" in name or "key" in name}
+    named_so = {name for name in vars(config) if name.endswith(("token", "key"))}
     assert named_so == {name for name, declared in declarations(TrainingConfig).items() if declared.secret}
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
