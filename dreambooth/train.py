@@ -24,6 +24,7 @@ from dreambooth.output.folder import find_start, hold_folder, prepare_output
 from dreambooth.output.identity import identify_run
 from dreambooth.report.card import push_to_hub, save_card
 from dreambooth.report.metrics import save_curves
+from dreambooth.report.opening import opening_line
 from dreambooth.report.progress import Progress
 from dreambooth.report.samples import validate
 from dreambooth.runtime.accelerator import start_accelerator
@@ -88,6 +89,9 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
             accelerator, denoiser, latents_of, process, attached.without, batches, optimizer, lr_scheduler, config
         )
 
+        if accelerator.is_main_process:
+            ranks = accelerator.num_processes
+            print(opening_line(photos, class_photos, samples, first_step, total_steps, ranks, config), flush=True)
         progress = Progress(accelerator, dataset, config, first_step, total_steps)
         show = functools.partial(validate, progress, pipeline, encode, prompts, optimizer, samples, config)
         save = functools.partial(save_checkpoint, accelerator, state, method.weights_name, run, config)

@@ -43,6 +43,7 @@ from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import option
 from dreambooth.options.parsing import parse_options
 from dreambooth.scoring.subject import PLACEHOLDER, name_subject, read_prompts, read_subject_photos
+from dreambooth.wording import counted
 
 if TYPE_CHECKING:
     from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores
@@ -99,6 +100,7 @@ def main() -> None:
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
     photos = read_subject_photos(config.instance_data_dir)
+    print(f"Comparing with {counted(len(photos), 'photo')} in {config.instance_data_dir}", flush=True)
 
     import torch
 

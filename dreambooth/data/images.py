@@ -7,12 +7,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from dreambooth.data.formats import decodable, why_unidentified
 from dreambooth.data.sizes import Size
 from dreambooth.errors import UserError
 from kron_formats.files import check_regular, printable
 
-# The only formats that are decoded, whatever a file is called: Pillow would run Ghostscript on an EPS named photo.jpg.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 TURNS = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,12 +46,10 @@ def read_image(path: Path, background: str = "white") -> Image.Image:
 def decode_image(data: BinaryIO, background: str = "white") -> Image.Image:
     """Return an open image file as `read_image` does."""
     try:
-        file = Image.open(data, formats=FORMATS)
+        file = Image.open(data, formats=decodable())
     except UnidentifiedImageError:
-        data.seek(4)
-        if data.read(4) == b"ftyp":
-            raise ValueError("HEIC is not supported; convert it to JPEG or PNG") from None
-        raise ValueError("it is not an image, or its beginning is damaged") from None
+        data.seek(0)
+        raise ValueError(why_unidentified(data.read(32))) from None
     with file:
         # Resizing it could take any amount of memory: 24 GB for 30,000 x 1 px.
         if max(file.size) > 100 * min(file.size):

@@ -2,29 +2,31 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from dreambooth.data.captions import MASK_SUFFIX, METADATA, caption_of, read_captions
+from dreambooth.data.captions import caption_of, read_captions, warn_of_lines
+from dreambooth.data.folder import TABLES, Folder, NoPhotosError, find_photos
 from dreambooth.data.images import decode_image, read_image, read_mask, resize
+from dreambooth.data.rare_words import warn_of_class_captions, warn_of_prompts
 from dreambooth.data.sizes import Size, class_size, instance_size
-from dreambooth.data.tables import load_table, undecoded
+from dreambooth.data.tables import beside_table, load_table, undecoded
 from dreambooth.errors import UserError
 from dreambooth.options.data import ImageOptions
 from dreambooth.options.photos import PhotoOptions
+from dreambooth.wording import shortlist
 from kron_formats.files import printable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 TrainingSize = Callable[[Size, PhotoOptions], Size]  # an image's original size -> the size to which it is resized
 
-# The last two are not decoded, but are named in messages instead of being ignored.
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif".split())
+LIKELY_CAPTIONS = frozenset("text texts caption captions prompt prompts description descriptions".split())  # columns
 LARGEST_SCALE = 32  # of --resolution to a photo's shorter side; smaller ones are icons and tracking pixels
 
 
@@ -38,72 +40,52 @@ class Photo:
     class_prompt: str | None
     original_size: Size  # (height, width) before resizing, upright
     mask: np.ndarray | None = None  # (height, width) uint8: 255 where the subject is
-
-
-class NoPhotosError(UserError):
-    """There is no readable image."""
+    captioned: bool = False  # whether the prompt is a caption
 
 
 def read_instance_photos(config: ImageOptions) -> list[Photo]:
     """Return the photos of the subject, from a folder or a dataset. Raises UserError if none is readable."""
-    folder = config.instance_data_dir
     if config.dataset_name is not None:
         photos = _read_dataset(config.dataset_name, config)
     else:
-        assert folder is not None  # PhotoOptions.check
-        photos = _read_folder(folder, "--instance_data_dir", config.instance_prompt, instance_size, config)
-        if config.caption_column is not None and not (Path(folder) / METADATA).exists():
-            raise UserError(f"--caption_column {config.caption_column}: --instance_data_dir {folder} has no {METADATA}")
+        assert config.instance_data_dir is not None  # PhotoOptions.check
+        as_kohya_counts = "--repeats {repeats} --instance_prompt {prompt}"
+        folder = find_photos(config.instance_data_dir, "--instance_data_dir", as_kohya_counts)
+        if config.caption_column is not None and not folder.tables:
+            raise UserError(f"--caption_column {config.caption_column}: {folder.source} has no {' or '.join(TABLES)}")
+        photos = _read_folder(folder, config.instance_prompt, instance_size, config)
     if not config.uses_base_model_prior and any(photo.class_prompt != config.class_prompt for photo in photos):
         logger.warning("Class prompts of single photos are only used with --prior_source base_model")
+    warn_of_prompts(
+        {photo.path.name: (photo.prompt, photo.class_prompt) for photo in photos if photo.captioned}, config
+    )
     return photos
 
 
 def read_class_photos(config: ImageOptions) -> list[Photo]:
     """Return the class images in class_data_dir. Raises NoPhotosError if none is readable."""
     assert config.class_data_dir is not None and config.class_prompt is not None  # PriorOptions.check
-    return _read_folder(config.class_data_dir, "--class_data_dir", config.class_prompt, class_size, config)
+    folder = find_photos(config.class_data_dir, "--class_data_dir", "--class_prompt {prompt}")
+    photos = _read_folder(folder, config.class_prompt, class_size, config)
+    warn_of_class_captions({photo.path.name: photo.prompt for photo in photos if photo.captioned}, config)
+    return photos
 
 
 # ---- folders ----
 
 
-def _read_folder(folder: str, flag: str, prompt: str, size: TrainingSize, config: ImageOptions) -> list[Photo]:
-    """Return the readable images in a folder in the order of their names; `flag` is the option that names the folder.
-
-    `prompt` is for images without a caption. Files that are not images, captions or masks are ignored.
-    """
-    directory, source = Path(folder), f"{flag} {folder}"
-    paths = image_files(directory, source)
-    captions = read_captions(directory, [path.name for path in paths], source, config)
+def _read_folder(folder: Folder, prompt: str, size: TrainingSize, config: ImageOptions) -> list[Photo]:
+    """Return the readable photos in a folder in the order of their names; `prompt` is for those without a caption."""
+    captions = read_captions(folder, config)
 
     def read(path: Path) -> Photo:
-        image = read_image(path)
-        mask = read_mask(path.with_suffix(MASK_SUFFIX), image, source)
-        return make_photo(path, image, captions[path.name].prompts(prompt, config), size, config, mask)
+        image, caption = read_image(path), captions[path]
+        masks = folder.of_photo(path, "mask")
+        mask = read_mask(masks[0], image, folder.source) if masks else None
+        photo = make_photo(path, image, caption.prompts(prompt, config), size, config, mask)
+        return replace(photo, captioned=caption.text is not None)
 
-    return readable(((path.name, path) for path in paths), read, source)
-
-
-def image_files(folder: Path, source: str) -> list[Path]:
-    """Return the image files in a folder in the order of their names; `source` is what messages call the folder."""
-    try:
-        if not folder.is_dir():
-            raise NoPhotosError(f"{source}: there is no such folder")
-        return [path for path in sorted(folder.iterdir()) if _is_photo(path)]
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}") from error
-
-
-def _is_photo(path: Path) -> bool:
-    """Whether a path is an image file by its name: not hidden, and not a mask."""
-    name = path.name.lower()
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES
-        and not name.startswith(".")
-        and not name.endswith(MASK_SUFFIX)
-        and not path.is_dir()
-    )
+    return readable(((path.name, path) for path in folder.photos), read, folder.source)
 
 
 def readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], source: str) -> list[T]:
@@ -120,8 +102,7 @@ def readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], sourc
         except Exception as error:  # image codecs raise almost anything on damaged files
             unreadable.append(f"{printable(name)}: {printable(str(error) or type(error).__name__)}")
     if not photos:
-        found = "; ".join(unreadable) or "it contains no image files"
-        raise NoPhotosError(f"{source}: there is no readable image ({found})")
+        raise NoPhotosError(f"{source}: there is no readable image ({'; '.join(unreadable) or 'it has no rows'})")
     if unreadable:
         logger.warning("%s: skipped unreadable images (%s)", source, "; ".join(unreadable))
     return photos
@@ -131,25 +112,48 @@ def readable(entries: Iterable[tuple[str, Any]], read: Callable[[Any], T], sourc
 
 
 def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
-    """Return the photos in the training split of a dataset, in its order."""
+    """Return the photos in a dataset, in its order."""
     source = f"--dataset_name {name}"
     dataset = load_table(name, config.dataset_config_name, source)
     wanted = {"image_column": config.image_column, "caption_column": config.caption_column}
     for flag, column in wanted.items():
         if column is not None and column not in dataset.column_names:
-            raise UserError(f"--{flag} {column}: {source} only has the columns {', '.join(dataset.column_names)}")
+            raise UserError(f"--{flag} {column}: {source} only has the columns {shortlist(dataset.column_names)}")
+    _note_unused_captions(dataset.column_names, source, config)
     dataset = undecoded(dataset, config.image_column, source)
+    several_lines: list[str] = []
 
     def read(number: int) -> Photo:
         row = dataset[number]
         stored = row[config.image_column]
-        if stored is None:
+        if stored is None or not (stored["bytes"] or stored["path"]):
             raise ValueError("there is no image")
-        image = decode_image(io.BytesIO(stored["bytes"])) if stored["bytes"] else read_image(Path(stored["path"]))
-        prompts = caption_of(row, config.caption_column).prompts(config.instance_prompt, config)
-        return make_photo(Path(stored["path"] or f"row {number}"), image, prompts, instance_size, config)
+        path = Path(stored["path"] or f"row {number}")
+        if not stored["bytes"]:
+            path = beside_table(name, path)
+        image = decode_image(io.BytesIO(stored["bytes"])) if stored["bytes"] else read_image(path)
+        caption = caption_of(row, config.caption_column, f"{source}, row {number}")
+        if caption.has_lines:
+            several_lines.append(f"row {number}")
+        prompts = caption.prompts(config.instance_prompt, config)
+        photo = make_photo(path, image, prompts, instance_size, config)
+        return replace(photo, captioned=caption.text is not None)
 
-    return readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
+    photos = readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
+    warn_of_lines(several_lines, source)
+    return photos
+
+
+def _note_unused_captions(columns: Collection[str], source: str, config: PhotoOptions) -> None:
+    """Warn of columns that may hold captions, if no column was asked for: captions would replace --instance_prompt."""
+    likely = [column for column in columns if column.lower() in LIKELY_CAPTIONS and column != config.image_column]
+    if likely and config.caption_column is None:
+        logger.warning(
+            "%s: not used: the column %s; --caption_column %s would use its captions instead of --instance_prompt",
+            source,
+            shortlist(likely),
+            printable(likely[0]),
+        )
 
 
 # ---- one photo ----

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from dreambooth.data.folder import find_photos
 from dreambooth.data.images import read_image
-from dreambooth.data.photos import image_files, readable
+from dreambooth.data.photos import readable
 from dreambooth.errors import UserError
 
 PLACEHOLDER = "{}"  # stands for the subject in a prompt
@@ -34,5 +35,5 @@ def name_subject(prompts: Sequence[str], subject: str) -> list[str]:
 
 def read_subject_photos(folder: str) -> list[Image.Image]:
     """Return the photos of a folder uncropped, upright, in RGB. Raises UserError if none can be read."""
-    source = f"--instance_data_dir {folder}"
-    return readable(((path.name, path) for path in image_files(Path(folder), source)), read_image, source)
+    found = find_photos(folder, "--instance_data_dir")
+    return readable(((path.name, path) for path in found.photos), read_image, found.source)

@@ -12,6 +12,7 @@ ROOMS = (
     "kron_adapter",
     "dreambooth.errors",
     "dreambooth.markdown",
+    "dreambooth.wording",
     "dreambooth.layout",
     "dreambooth.seeds",
     "dreambooth.options",
