@@ -64,7 +64,7 @@ def read_captions(folder: Folder, config: PhotoOptions) -> dict[Path, Caption]:
         first.setdefault((text.photo, text.kind), text)
     others = [(text, first[text.photo, text.kind]) for text in written]
     differing = [
-        f"{text.place} (but {used.place})" for text, used in others if one_line(text.text) != one_line(used.text)
+        f"{text.place} ({used.place} is)" for text, used in others if one_line(text.text) != one_line(used.text)
     ]
     if differing:
         logger.warning(

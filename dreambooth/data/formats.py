@@ -62,11 +62,12 @@ def decodable() -> tuple[str, ...]:
     return tuple(name for name in (*FORMATS, *PLUGINS) if name in Image.OPEN)
 
 
-def why_unidentified(beginning: bytes) -> str:
-    """Return why a file with these first bytes cannot be identified as an image, and what to do."""
-    for name, places in BEGINNINGS.items():
-        if name not in decodable() and any(beginning[offset:].startswith(mark) for offset, mark in places):
-            return f"{name} needs another package: pip install {PLUGINS[name][1]}; or convert it to JPEG or PNG"
+def why_unidentified(name: str, beginning: bytes) -> str:
+    """Return why a file with this name and these first bytes cannot be identified as an image, and what to do."""
+    for format, (suffixes, package, _) in PLUGINS.items():
+        begins_so = any(beginning[offset:].startswith(mark) for offset, mark in BEGINNINGS[format])
+        if format not in decodable() and (begins_so or PurePath(name).suffix.lower() in suffixes.split()):
+            return f"{format} needs another package: pip install {package}; or convert it to JPEG or PNG"
     return "it is not an image, or its beginning is damaged"
 
 

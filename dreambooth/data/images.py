@@ -49,7 +49,7 @@ def decode_image(data: BinaryIO, background: str = "white") -> Image.Image:
         file = Image.open(data, formats=decodable())
     except UnidentifiedImageError:
         data.seek(0)
-        raise ValueError(why_unidentified(data.read(32))) from None
+        raise ValueError(why_unidentified(str(getattr(data, "name", "")), data.read(32))) from None
     with file:
         # Resizing it could take any amount of memory: 24 GB for 30,000 x 1 px.
         if max(file.size) > 100 * min(file.size):

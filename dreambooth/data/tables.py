@@ -1,5 +1,6 @@
 """Datasets with images: on the Hub, in a folder or in a table file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def load_table(name: str, configuration: str | None, source: str) -> Any:
     return _training_split(loaded, source) if isinstance(loaded, dict) else loaded
 
 
-def _training_split(splits: dict[str, Any], source: str) -> Any:
+def _training_split(splits: Mapping[Any, Any], source: str) -> Any:
     if "train" in splits:
         return splits["train"]
     if len(splits) == 1:

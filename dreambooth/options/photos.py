@@ -15,18 +15,22 @@ class PhotoOptions:
 
     # A resumed run compares the photos and captions themselves, so it does not matter where they come from.
     instance_data_dir: str | None = option(
-        "Folder with the photos of the subject. Captions: photo.txt beside photo.jpg, or metadata.jsonl; masks: "
-        "photo.mask.png; class prompts: photo.class.txt.",
+        "Folder with the photos of the subject; subfolders are not read. Captions: photo.txt or photo.caption beside "
+        "photo.jpg, metadata.jsonl or metadata.csv; masks: photo.mask.png; class prompts: photo.class.txt.",
         None,
         decides_result=False,
     )
     dataset_name: str | None = option(
-        "Dataset to use instead of instance_data_dir: a name on the Hub, or a folder.", None, decides_result=False
+        "Dataset to use instead of instance_data_dir: a name on the Hub, a folder, also one of save_to_disk, or a "
+        "table file. Its only split is used, or train.",
+        None,
+        decides_result=False,
     )
     dataset_config_name: str | None = option("Configuration of that dataset.", None, decides_result=False)
     image_column: str = option("Column of that dataset that holds the images.", "image", decides_result=False)
     caption_column: str | None = option(
-        "Column of that dataset, or key in metadata.jsonl, that holds the captions. Default: text.",
+        "Column that holds the captions. Default: text in a folder's metadata.jsonl or metadata.csv; in a dataset, "
+        "none: its photos have instance_prompt.",
         None,
         decides_result=False,
     )

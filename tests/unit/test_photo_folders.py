@@ -193,6 +193,7 @@ def test_what_runs_other_programs_or_is_not_an_image_is_never_tried():
         ("a.heic", b"\0\0\0\x18ftypheic", "pillow-heif"),
         ("a.jxl", b"\xff\x0a\0\0", "pillow-jxl-plugin"),
         ("a.jpg", b"\0\0\0\x0cJXL \r\n\x87\n", "pillow-jxl-plugin"),
+        ("a.HEIF", b"", "pillow-heif"),
     ],
 )
 def test_what_a_plugin_would_read_is_named_with_the_plugin(
