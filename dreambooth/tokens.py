@@ -121,8 +121,8 @@ def warn_of_cut_prompts(
 
 def subject_words(instance_prompt: str, class_prompt: str | None) -> str:
     """Return the words that only the subject has: those of the instance prompt that the class prompt lacks."""
-    others = bare_words(class_prompt or "")
-    return " ".join(word for word in bare_words(instance_prompt) if word not in others)
+    others = _bare(class_prompt or "")
+    return " ".join(word for word in _bare(instance_prompt) if word not in others)
 
 
 def cut_prompt(text: str, tokenizers: Sequence[Any], max_token_length: int) -> SplitPrompt | None:
@@ -133,11 +133,11 @@ def cut_prompt(text: str, tokenizers: Sequence[Any], max_token_length: int) -> S
 
 def _lost(subject: str, text: str, rest: str) -> list[str]:
     """Return the words of `subject` that are in the rest of a text and not before it."""
-    read, cut = bare_words(text.removesuffix(rest)), bare_words(rest)
-    return [word for word in dict.fromkeys(bare_words(subject)) if word in cut and word not in read]
+    read, cut = _bare(text.removesuffix(rest)), _bare(rest)
+    return [word for word in dict.fromkeys(_bare(subject)) if word in cut and word not in read]
 
 
-def bare_words(text: str) -> list[str]:
+def _bare(text: str) -> list[str]:
     """Return the words of a text without punctuation, in lower case."""
     return re.findall(r"\w+", text.lower())
 

@@ -1,7 +1,6 @@
 """Training, from options to the result: the steps of every run, whatever its base model and method."""
 
 import functools
-import logging
 
 from dreambooth.base_model.checks import check_family, check_parts, empty_models
 from dreambooth.base_model.latents import latent_source
@@ -36,8 +35,6 @@ from dreambooth.runtime.memory import explain_out_of_memory
 from dreambooth.runtime.ranks import explain_lost_process
 from dreambooth.runtime.stopping import Stop, ignore_signals
 from dreambooth.tokens import subject_words, warn_of_cut_prompts
-
-logger = logging.getLogger(__name__)
 
 
 @explain_lost_process()
@@ -77,7 +74,6 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         class_photos = ensure_class_images(base, config) if config.uses_class_images else []
         warn_of_cut_prompts(own_captions(class_photos, config.class_prompt), tokenizers, config.max_token_length)
         run = identify_run(method, start, photos, class_photos, config, accelerator)
-        logger.info("%s", opening_line(photos, class_photos, samples, total_steps, accelerator.num_processes, config))
         prompts = prompts_of(photos, class_photos, config)
         crops = Crops(photos, class_photos, config)
         moments = cache_moments(crops, base.load_vae, config, accelerator)
@@ -105,6 +101,8 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
             accelerator, denoiser, latents_of, process, attached.without, batches, optimizer, lr_scheduler, config
         )
 
+        if accelerator.is_main_process:
+            print(opening_line(photos, class_photos, samples, first_step, total_steps, ranks, config), flush=True)
         progress = Progress(accelerator, dataset, config, first_step, total_steps)
         show = functools.partial(validate, progress, pipeline, encode, prompts, optimizer, samples, config)
         save = functools.partial(save_checkpoint, accelerator, state, method.weights_name, run, config)

@@ -45,6 +45,7 @@ from dreambooth.options.parsing import parse_options
 from dreambooth.options.paths import check_folder
 from dreambooth.runtime.library_warnings import show_library_warnings
 from dreambooth.scoring.subject import PLACEHOLDER, name_subject, prompt_lines, read_subject_photos
+from dreambooth.wording import counted
 
 if TYPE_CHECKING:
     from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores
@@ -112,6 +113,7 @@ def main() -> None:
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
     photos = read_subject_photos(config.instance_data_dir)
+    print(f"Comparing with {counted(len(photos), 'photo')} in {config.instance_data_dir}", flush=True)
 
     show_library_warnings()
 

@@ -14,16 +14,13 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dreambooth.data.colour import ColourError, colours_of, to_srgb
+from dreambooth.data.formats import decodable, why_unidentified
 from dreambooth.data.sizes import Size
 from dreambooth.errors import UserError
 from kron_formats.files import check_regular, printable
 
 logger = logging.getLogger(__name__)
 
-# The only formats that are decoded, whatever a file is called: Pillow would run Ghostscript on an EPS named photo.jpg.
-FORMATS = (
-    *("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "DIB", "QOI", "PSD", "PCX", "SGI", "TGA"),
-)
 TURNS = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -150,12 +147,10 @@ def _own_limits() -> Iterator[None]:
 def _open(data: BinaryIO) -> ImageFile:
     """Return an image file, not decoded yet."""
     try:
-        return Image.open(data, formats=FORMATS)
+        return Image.open(data, formats=decodable())
     except UnidentifiedImageError:
-        data.seek(4)
-        if data.read(4) == b"ftyp":
-            raise ValueError("HEIC is not supported; convert it to JPEG or PNG") from None
-        raise ValueError("it is not an image, or its beginning is damaged") from None
+        data.seek(0)
+        raise ValueError(why_unidentified(str(getattr(data, "name", "")), data.read(32))) from None
 
 
 def _check_size(file: ImageFile) -> Size:

@@ -3,7 +3,7 @@
 import functools
 import io
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from dreambooth.data.captions import CLASS_COLUMN, caption_of, read_captions, warn_of_missing_subject
-from dreambooth.data.folder import METADATA, Folder, NoPhotosError, listed
+from dreambooth.data.captions import caption_of, read_captions, warn_of_lines
+from dreambooth.data.folder import TABLES, Folder, NoPhotosError, find_photos
 from dreambooth.data.images import (
     Picture,
     decode_picture,
@@ -23,11 +23,13 @@ from dreambooth.data.images import (
     warn_of_flaw,
 )
 from dreambooth.data.pixels import Held, Pixels
+from dreambooth.data.rare_words import warn_of_class_captions, warn_of_prompts
 from dreambooth.data.sizes import Size, class_size, instance_size
-from dreambooth.data.tables import file_of, load_table, undecoded
+from dreambooth.data.tables import beside_table, load_table, undecoded
 from dreambooth.errors import UserError
 from dreambooth.options.data import ImageOptions
 from dreambooth.options.photos import PhotoOptions
+from dreambooth.wording import shortlist
 from kron_formats.files import printable
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ T = TypeVar("T")
 TrainingSize = Callable[[Size, PhotoOptions], Size]  # an image's original size -> the size to which it is resized
 Decode = Callable[[], Picture]  # reads an image from where it is; can be pickled, for workers of the data loader
 
+LIKELY_CAPTIONS = frozenset("text texts caption captions prompt prompts description descriptions".split())  # columns
 LARGEST_SCALE = 32  # of --resolution to a photo's shorter side; smaller ones are icons and tracking pixels
 
 
@@ -48,7 +51,7 @@ class Photo:
     class_prompt: str | None
     original_size: Size  # (height, width) before resizing, upright
     mask: np.ndarray | None = None  # (height, width) uint8: 255 where the subject is
-    has_caption: bool = False  # whether the prompt is its own
+    captioned: bool = False  # whether the prompt is a caption
 
     @property
     def size(self) -> Size:
@@ -63,44 +66,23 @@ class Photo:
 
 def read_instance_photos(config: ImageOptions) -> list[Photo]:
     """Return the photos of the subject, from a folder or a dataset. Raises UserError if none is readable."""
-    folder = config.instance_data_dir
     if config.dataset_name is not None:
         photos = _read_dataset(config.dataset_name, config)
     else:
-        assert folder is not None  # PhotoOptions.check
-        photos = _read_folder(folder, "--instance_data_dir", config.instance_prompt, instance_size, config)
-        if config.caption_column is not None and not any((Path(folder) / name).exists() for name in METADATA):
-            raise UserError(
-                f"--caption_column {config.caption_column}: --instance_data_dir {folder} has no {' or '.join(METADATA)}"
-            )
-    captions = {photo.path.name: photo.prompt for photo in photos if photo.has_caption}
-    warn_of_missing_subject(
-        captions, f"--instance_data_dir {folder}" if folder else f"--dataset_name {config.dataset_name}", config
-    )
-    _warn_of_equal_prompts(photos, config)
+        assert config.instance_data_dir is not None  # PhotoOptions.check
+        as_kohya_counts = "--repeats {repeats} --instance_prompt {prompt}"
+        folder = find_photos(config.instance_data_dir, "--instance_data_dir", as_kohya_counts)
+        if config.caption_column is not None and not folder.tables:
+            raise UserError(f"--caption_column {config.caption_column}: {folder.source} has no {' or '.join(TABLES)}")
+        photos = _read_folder(folder, config.instance_prompt, instance_size, config)
     if not config.uses_base_model_prior and any(photo.class_prompt != config.class_prompt for photo in photos):
         logger.warning("Class prompts of single photos are only used with --prior_source base_model")
+    warn_of_prompts(
+        {photo.path.name: (photo.prompt, photo.class_prompt) for photo in photos if photo.captioned}, config
+    )
     if config.unmasked_weight and all(photo.mask is None for photo in photos):
         logger.warning("--unmasked_weight %g has no effect: no photo has a mask", config.unmasked_weight)
     return photos
-
-
-def _warn_of_equal_prompts(photos: Sequence[Photo], config: ImageOptions) -> None:
-    """Warn of a class prompt that is a prompt of the subject too: the prior would hold the subject back."""
-    if not config.with_prior_preservation:
-        return
-    same = [photo for photo in photos if photo.class_prompt and _normal(photo.class_prompt) == _normal(photo.prompt)]
-    if same:
-        logger.warning(
-            "the class prompt '%s' is the prompt of %s too, so that the prior holds the subject back; leave out of "
-            "--class_prompt what names the subject",
-            printable(same[0].class_prompt or ""),
-            listed([printable(photo.path.name) for photo in same]),
-        )
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def read_class_photos(config: ImageOptions) -> list[Photo]:
@@ -109,35 +91,30 @@ def read_class_photos(config: ImageOptions) -> list[Photo]:
     Others are not decoded. Raises NoPhotosError if none is readable.
     """
     assert config.class_data_dir is not None and config.class_prompt is not None  # PriorOptions.check
-    return _read_folder(
-        config.class_data_dir, "--class_data_dir", config.class_prompt, class_size, config, config.num_class_images
-    )
+    folder = find_photos(config.class_data_dir, "--class_data_dir", "--class_prompt {prompt}")
+    photos = _read_folder(folder, config.class_prompt, class_size, config, config.num_class_images)
+    warn_of_class_captions({photo.path.name: photo.prompt for photo in photos if photo.captioned}, config)
+    return photos
 
 
 # ---- folders ----
 
 
 def _read_folder(
-    folder: str, flag: str, prompt: str, size: TrainingSize, config: ImageOptions, at_most: int | None = None
+    folder: Folder, prompt: str, size: TrainingSize, config: ImageOptions, at_most: int | None = None
 ) -> list[Photo]:
-    """Return the readable images in a folder in the order of their names; `flag` is the option that names the folder.
-
-    `prompt` is for images without a caption. Warns of files that are not used.
-    """
-    files = Folder(Path(folder), f"{flag} {folder}")
-    captions = read_captions(files, config)
-    files.warn_of_unused()
-
-    held = Held()
+    """Return the readable photos in a folder in the order of their names; `prompt` is for those without a caption."""
+    captions, held = read_captions(folder, config), Held()
 
     def read(path: Path) -> Photo:
-        decode, caption = functools.partial(read_picture, path), captions[path.name]
-        mask_of = functools.partial(read_mask, files.mask_of(path), source=files.source)
+        decode, caption = functools.partial(read_picture, path), captions[path]
+        mask = next(iter(folder.of_photo(path, "mask")), None)
+        mask_of = functools.partial(read_mask, mask, source=folder.source)
         photo = make_photo(path, decode, caption.prompts(prompt, config), size, config, mask_of)
         held.add(photo.stored)
-        return replace(photo, has_caption=caption.text is not None)
+        return replace(photo, captioned=caption.text is not None)
 
-    return readable(((path.name, path) for path in files.photos), read, files.source, at_most)
+    return readable(((path.name, path) for path in folder.photos), read, folder.source, at_most)
 
 
 def readable(
@@ -158,8 +135,7 @@ def readable(
         except Exception as error:  # image codecs raise almost anything on damaged files
             unreadable.append(f"{printable(name)}: {printable(str(error) or type(error).__name__)}")
     if not photos:
-        found = "; ".join(unreadable) or "it contains no image files"
-        raise NoPhotosError(f"{source}: there is no readable image ({found})")
+        raise NoPhotosError(f"{source}: there is no readable image ({'; '.join(unreadable) or 'it has no rows'})")
     if unreadable:
         logger.warning("%s: skipped unreadable images (%s)", source, "; ".join(unreadable))
     return photos
@@ -169,55 +145,58 @@ def readable(
 
 
 def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
-    """Return the photos in the training split of a dataset, in its order."""
+    """Return the photos in a dataset, in its order."""
     source = f"--dataset_name {name}"
     dataset = load_table(name, config.dataset_config_name, source)
     wanted = {"image_column": config.image_column, "caption_column": config.caption_column}
     for flag, column in wanted.items():
         if column is not None and column not in dataset.column_names:
-            raise UserError(f"--{flag} {column}: {source} only has the columns {', '.join(dataset.column_names)}")
-    _warn_of_unused_texts(dataset, source, config)
+            raise UserError(f"--{flag} {column}: {source} only has the columns {shortlist(dataset.column_names)}")
+    _note_unused_captions(dataset.column_names, source, config)
     dataset = undecoded(dataset, config.image_column, source)
-
+    several_lines: list[str] = []
     held = Held()
 
     def read(number: int) -> Photo:
         row = dataset[number]
         decode = functools.partial(_picture_of_row, dataset, config.image_column, number, name)
-        caption = caption_of(row, config.caption_column)
-        label = (row[config.image_column] or {}).get("path") or f"row {number}"
+        stored = row[config.image_column] or {"path": None, "bytes": None}
+        path = Path(stored["path"] or f"row {number}")
+        if not stored["bytes"]:
+            path = beside_table(name, path)
+        caption = caption_of(row, config.caption_column, f"{source}, row {number}")
+        if caption.has_lines:
+            several_lines.append(f"row {number}")
         prompts = caption.prompts(config.instance_prompt, config)
-        photo = make_photo(Path(label), decode, prompts, instance_size, config)
+        photo = make_photo(path, decode, prompts, instance_size, config)
         held.add(photo.stored)
-        return replace(photo, has_caption=caption.text is not None)
+        return replace(photo, captioned=caption.text is not None)
 
-    return readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
+    photos = readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
+    warn_of_lines(several_lines, source)
+    return photos
 
 
-def _warn_of_unused_texts(dataset: Any, source: str, config: ImageOptions) -> None:
-    """Say so if a dataset has texts that are not used, since captions are only read if a column is named."""
-    kinds = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
-    used = {config.image_column, CLASS_COLUMN}
-    if config.caption_column is None and (
-        texts := [name for name in kinds if kinds[name] == "string" and name not in used]
-    ):
+def _note_unused_captions(columns: Collection[str], source: str, config: PhotoOptions) -> None:
+    """Warn of columns that may hold captions, if no column was asked for: captions would replace --instance_prompt."""
+    likely = [column for column in columns if column.lower() in LIKELY_CAPTIONS and column != config.image_column]
+    if likely and config.caption_column is None:
         logger.warning(
-            "%s has texts that are not used: %s; --caption_column %s would take them as captions in place of "
-            "--instance_prompt",
+            "%s: not used: the column %s; --caption_column %s would use its captions instead of --instance_prompt",
             source,
-            listed(texts),
-            texts[0],
+            shortlist(likely),
+            printable(likely[0]),
         )
 
 
 def _picture_of_row(dataset: Any, column: str, number: int, name: str) -> Picture:
     """Return the image in a row of the dataset `name`."""
     stored = dataset[number][column]
-    if stored is None:
+    if stored is None or not (stored["bytes"] or stored["path"]):
         raise ValueError("there is no image")
-    return (
-        decode_picture(io.BytesIO(stored["bytes"])) if stored["bytes"] else read_picture(file_of(stored["path"], name))
-    )
+    if stored["bytes"]:
+        return decode_picture(io.BytesIO(stored["bytes"]))
+    return read_picture(beside_table(name, Path(stored["path"])))
 
 
 # ---- one photo ----

@@ -1,51 +1,56 @@
 """Datasets with images: on the Hub, in a folder or in a table file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
+from dreambooth.wording import shortlist
 
 # Suffixes of table files and the builders of `datasets` that read them
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
+
+SAVED = ("state.json", "dataset_dict.json")  # by which a folder of save_to_disk is told, one dataset or several splits
 
 
 def load_table(name: str, configuration: str | None, source: str) -> Any:
-    """Return a dataset on the Hub, in a folder, saved by `save_to_disk`, or in a table file: its training split.
+    """Return a dataset on the Hub, in a folder or in a table file: its only split, or of several the split `train`.
 
-    If it has a single split, that one. Raises UserError, with the splits, if there are several and none is `train`.
+    A folder may also be one that datasets' save_to_disk wrote.
     """
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{source} needs the package datasets: pip install datasets") from error
-    builder = TABLES.get(Path(name).suffix.lower())
+    path = Path(name)
+    builder = TABLES.get(path.suffix.lower())
     try:
-        if Path(name).is_file() and builder:
-            return datasets.load_dataset(builder, data_files=name, split="train")
-        if any((Path(name) / file).is_file() for file in SAVED):
+        if path.is_file() and builder:
+            loaded = datasets.load_dataset(builder, data_files=name)
+        elif any((path / marker).is_file() for marker in SAVED):
             loaded = datasets.load_from_disk(name)
-            if not isinstance(loaded, dict):
-                return loaded
-            return loaded[_choose_split([*map(str, loaded)], source)]
-        split = _choose_split(datasets.get_dataset_split_names(name, configuration), source)
-        return datasets.load_dataset(name, configuration, split=split)
-    except UserError:
-        raise
+        else:
+            loaded = datasets.load_dataset(name, configuration)
     except Exception as error:  # it can fail in many ways: no network, an unknown name, a damaged file
         raise UserError(f"{source} cannot be loaded: {error or type(error).__name__}") from error
+    return _training_split(loaded, source) if isinstance(loaded, dict) else loaded
 
 
-def _choose_split(names: Sequence[str], source: str) -> str:
-    if "train" not in names and len(names) != 1:
-        raise UserError(f"{source} has the splits {', '.join(names)}, but no train; save the one to use by itself")
-    return "train" if "train" in names else names[0]
+def _training_split(splits: Mapping[Any, Any], source: str) -> Any:
+    if "train" in splits:
+        return splits["train"]
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    raise UserError(
+        f"{source} has the splits {shortlist([*map(str, splits)])}, and none of them is called train; save the one to "
+        "train on with its save_to_disk, and give that folder"
+    )
 
 
-def file_of(path: str, name: str) -> Path:
-    """Return where the image is to which a row of the dataset `name` points: a table's paths are relative to it."""
-    return Path(name).parent / path if Path(name).is_file() else Path(path)
+def beside_table(name: str, path: Path) -> Path:
+    """Return where an image is whose path a row gives: relative to the table file, or to the folder with the table."""
+    table = Path(name)
+    return (table if table.is_dir() else table.parent) / path if table.exists() else path
 
 
 def undecoded(dataset: Any, column: str, source: str) -> Any:

@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from dreambooth.base_model.loading import BaseModel
-from dreambooth.data.folder import Folder, NoPhotosError
+from dreambooth.data.folder import NoPhotosError, list_folder
 from dreambooth.data.images import read_text
 from dreambooth.data.photos import Photo, read_class_photos
 from dreambooth.drawing.draw import draw_batches
@@ -94,7 +94,7 @@ def _origin(index: int, config: TrainingConfig) -> PngInfo:
 
 def _say_which(photos: Sequence[Photo], config: TrainingConfig) -> None:
     """Log how many class images are used, and whether the folder has more."""
-    count = len(Folder(Path(config.class_data_dir or ""), f"--class_data_dir {config.class_data_dir}").photos)
+    count = len(list_folder(Path(config.class_data_dir or ""), "--class_data_dir").photos)
     more = f", the first of {count} in the order of their names (--num_class_images)" if count > len(photos) else ""
     logger.info("Using %d class images from %s%s", len(photos), config.class_data_dir, more)
 

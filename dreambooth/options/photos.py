@@ -15,15 +15,15 @@ class PhotoOptions:
 
     # A resumed run compares the photos and captions themselves, so it does not matter where they come from.
     instance_data_dir: str | None = option(
-        "Folder with the photos of the subject. Captions: photo.txt or photo.caption beside photo.jpg, or a table, "
-        "metadata.jsonl or metadata.csv; masks: photo.mask.png; class prompts: photo.class.txt.",
+        "Folder with the photos of the subject; subfolders are not read. Captions: photo.txt or photo.caption beside "
+        "photo.jpg, metadata.jsonl or metadata.csv; masks: photo.mask.png; class prompts: photo.class.txt.",
         None,
         decides_result=False,
         path=True,
     )
     dataset_name: str | None = option(
-        "Dataset to use instead of instance_data_dir: a name on the Hub, a folder or a table file; its split train, or "
-        "its only one.",
+        "Dataset to use instead of instance_data_dir: a name on the Hub, a folder, also one of save_to_disk, or a "
+        "table file. Its only split is used, or train.",
         None,
         decides_result=False,
         hub=True,
@@ -31,8 +31,8 @@ class PhotoOptions:
     dataset_config_name: str | None = option("Configuration of that dataset.", None, decides_result=False)
     image_column: str = option("Column of that dataset that holds the images.", "image", decides_result=False)
     caption_column: str | None = option(
-        "Column that holds the captions, of that dataset or of metadata.jsonl or metadata.csv in the folder. Default: "
-        "none in a dataset, text in a folder's table.",
+        "Column that holds the captions. Default: text in a folder's metadata.jsonl or metadata.csv; in a dataset, "
+        "none: its photos have instance_prompt.",
         None,
         decides_result=False,
     )

@@ -1,41 +1,42 @@
-"""The line with which training begins: what was read, and how long the run is."""
+"""The opening line: what is trained on, and how often."""
 
 from collections.abc import Sequence
 
 from dreambooth.data.order import samples_of_step
 from dreambooth.data.photos import Photo
 from dreambooth.options.training import TrainingConfig
+from dreambooth.wording import counted
+from kron_formats.files import printable
 
 
 def opening_line(
     photos: Sequence[Photo],
     class_photos: Sequence[Photo],
-    samples_per_pass: int,
+    samples: int,
+    first_step: int,
     total_steps: int,
     num_ranks: int,
     config: TrainingConfig,
 ) -> str:
-    """Return "6 photos, 4 with captions; 100 class images; 800 steps = 133.3 passes over the photos"."""
-    parts = [_photos(photos)]
-    if config.uses_class_images:
-        parts.append(_counted(len(class_photos), "class image"))
-    elif config.uses_base_model_prior:
-        parts.append("the base model as prior")
-    passes = total_steps * len(samples_of_step(1, config, num_ranks)) / samples_per_pass
-    parts.append(f"{_counted(total_steps, 'step')} = {f'{passes:.1f}'.removesuffix('.0')} passes over the photos")
-    return "; ".join(parts)
+    """Return the line: how many photos, captions, masks and class images were read, and how many passes the steps are.
+
+    `samples` is the number of samples in a pass, which differs from that of the photos with repeats and buckets.
+    """
+    read = [counted(len(photos), "photo")]
+    if captions := sum(photo.captioned for photo in photos):
+        read.append(f"{captions:,} with captions")
+    if masks := sum(photo.mask is not None for photo in photos):
+        read.append(f"{masks:,} with masks")
+    passes = f"{total_steps * len(samples_of_step(1, config, num_ranks)) / samples:,.1f}".removesuffix(".0")
+    steps = f"{counted(total_steps, 'step')} = {passes} {'pass' if passes == '1' else 'passes'}"
+    if samples != len(photos):
+        steps += f" of {counted(samples, 'sample')}"
+    if first_step:
+        steps += f", of which {first_step:,} are done"
+    return "; ".join([", ".join(read), *_prior(class_photos, config), steps])
 
 
-def _photos(photos: Sequence[Photo]) -> str:
-    captions, masks = (
-        sum(photo.has_caption for photo in photos),
-        sum(photo.mask is not None for photo in photos),
-    )
-    words = [_counted(len(photos), "photo")]
-    words += [f"{captions or 'none'} with {'a caption' if captions == 1 else 'captions'}"]
-    words += [f"{masks} with {'a mask' if masks == 1 else 'masks'}"] if masks else []
-    return ", ".join(words)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def _prior(class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
+    if config.uses_base_model_prior:
+        return [f"prior of the base model for '{printable(config.class_prompt or '')}'"]
+    return [counted(len(class_photos), "class image")] if config.uses_class_images else []

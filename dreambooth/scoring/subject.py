@@ -1,11 +1,10 @@
 """What scoring reads: prompts, and photos of the subject."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
-from dreambooth.data.folder import Folder
+from dreambooth.data.folder import find_photos
 from dreambooth.data.images import read_image
 from dreambooth.data.photos import readable
 from dreambooth.errors import UserError
@@ -45,6 +44,5 @@ def name_subject(prompts: Sequence[str], subject: str) -> list[str]:
 
 def read_subject_photos(folder: str) -> list[Image.Image]:
     """Return the photos of a folder uncropped, upright, in sRGB. Raises UserError if none can be read."""
-    files = Folder(Path(folder), f"--instance_data_dir {folder}")
-    files.warn_of_unused()
-    return readable(((path.name, path) for path in files.photos), read_image, files.source)
+    found = find_photos(folder, "--instance_data_dir")
+    return readable(((path.name, path) for path in found.photos), read_image, found.source)

@@ -13,6 +13,7 @@ ROOMS = (
     "dreambooth.console",
     "dreambooth.errors",
     "dreambooth.markdown",
+    "dreambooth.wording",
     "dreambooth.layout",
     "dreambooth.seeds",
     "dreambooth.options",

@@ -1,0 +1,81 @@
+"""Warnings of prompts that teach something else than was meant: photos without the subject's word, classes with it."""
+
+import logging
+import re
+from collections.abc import Mapping
+
+from dreambooth.options.data import ImageOptions
+from dreambooth.tokens import subject_words
+from dreambooth.wording import shortlist
+from kron_formats.files import printable
+
+logger = logging.getLogger(__name__)
+
+# Words that say nothing about a subject, which prompts may have or lack
+COMMON = frozenset("a an the of in on at with by and or photo photograph picture image style".split())
+
+Prompts = Mapping[str, tuple[str, str | None]]  # name of a photo with a caption -> its prompt and class prompt
+
+
+def warn_of_prompts(captioned: Prompts, config: ImageOptions) -> None:
+    """Warn of captions without the instance prompt's rare word, and of class prompts that are about the subject."""
+    rare = rare_words([prompt for prompt, _ in captioned.values()], config)
+    lacking = [name for name, (prompt, _) in captioned.items() if not rare & words_of(prompt)]
+    if rare and lacking:
+        logger.warning(
+            "Captions without %s, which stands for the subject in --instance_prompt: %s",
+            printable(" or ".join(sorted(rare))),
+            shortlist(lacking),
+        )
+    if config.with_prior_preservation and config.class_prompt:
+        _warn_of_class_prompts(captioned, rare, config.class_prompt, config)
+
+
+def warn_of_class_captions(captioned: Mapping[str, str], config: ImageOptions) -> None:
+    """Warn of class images whose captions have the subject's rare word; `captioned` maps their names to captions."""
+    rare = rare_words([], config)
+    names = [name for name, caption in captioned.items() if rare and rare <= words_of(caption)]
+    if names:
+        logger.warning("Captions of class images that are about the subject, not its class: %s", shortlist(names))
+
+
+def words_of(prompt: str) -> set[str]:
+    """Return the words of a prompt that say something, in lower case."""
+    return set(re.findall(r"\w+", prompt.casefold())) - COMMON
+
+
+def rare_words(captions: list[str], config: ImageOptions) -> set[str]:
+    """Return the words that stand for the subject: those of the instance prompt that the class prompt lacks.
+
+    Without a class prompt, the last word is taken for the class, as in "sks dog". Of the words before it, those that no
+    caption has are returned, or else the first.
+    """
+    words = list(dict.fromkeys(re.findall(r"\w+", config.instance_prompt.casefold())))
+    words = [word for word in words if word not in COMMON]
+    if config.class_prompt:
+        return words_of(subject_words(config.instance_prompt, config.class_prompt))
+    before_class = words[:-1] or words
+    return {*before_class}.difference(*map(words_of, captions)) or {*before_class[:1]}
+
+
+def _warn_of_class_prompts(captioned: Prompts, rare: set[str], class_prompt: str, config: ImageOptions) -> None:
+    if not rare:
+        logger.warning(
+            "--class_prompt %s has every word of --instance_prompt %s, so the prior keeps the subject from being "
+            "learnt: leave the subject's rare word out of --class_prompt",
+            printable(class_prompt),
+            printable(config.instance_prompt),
+        )
+        return
+
+    def is_about_subject(prompt: str, own: str | None) -> bool:
+        used = own or class_prompt if config.uses_base_model_prior else class_prompt
+        return _plain(prompt) == _plain(used) or rare <= words_of(used)
+
+    names = [name for name, prompts in captioned.items() if is_about_subject(*prompts)]
+    if names:
+        logger.warning("Class prompts that are the same as the caption, or about the subject: %s", shortlist(names))
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
