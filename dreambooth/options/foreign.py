@@ -70,7 +70,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         "put all photos into --instance_data_dir, each with its prompt in photo.txt and its class in photo.class.txt",
     ),
     ("dataset_config in_json dataset_class", "use --instance_data_dir; captions are in photo.txt or metadata.jsonl"),
-    ("caption_extension caption_extention", "captions in --instance_data_dir are photo.txt beside photo.jpg"),
+    (
+        "caption_extension caption_extention",
+        "captions in --instance_data_dir are photo.txt or photo.caption beside photo.jpg",
+    ),
     (
         "shuffle_caption keep_tokens keep_tokens_separator caption_separator secondary_separator enable_wildcard "
         "caption_prefix caption_suffix weighted_captions token_warmup_min token_warmup_step",

@@ -1,10 +1,14 @@
 """What makes a resumed run the same run."""
 
+import unicodedata
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from dreambooth.data.photos import Photo
 from dreambooth.kronecker import KRONECKER
 from dreambooth.output import identity
 from tests.faults.checkpoints import ALONE, make_config
@@ -56,6 +60,15 @@ def test_another_method_is_another_run(tmp_path):
     config = make_config(tmp_path)
     ours, theirs = (identity.deciding_options(SimpleNamespace(name=name), config, ALONE) for name in ("a", "b"))
     assert ours != theirs
+
+
+def test_a_photo_has_one_name_however_its_accents_are_stored(tmp_path):
+    named = []
+    for form in ("NFC", "NFD"):
+        path = Path(unicodedata.normalize(form, "café.jpg"))
+        photo = Photo(path, np.zeros((8, 8, 3), np.uint8), "sks", None, (8, 8))
+        named.append(identity.identify_run(KRONECKER, None, [photo], [], make_config(tmp_path), ALONE)["photos"])
+    assert named[0] == named[1]
 
 
 def test_tokens_are_in_no_description(tmp_path):
