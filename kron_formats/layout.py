@@ -9,6 +9,7 @@ from kron_formats.files import excerpt, integer_pair, parse_json, positive_integ
 
 FORMAT_VERSION = "1"
 LAYOUT_KEYS = ("format_version", "layers", "a1", "a2", "factors", "rows")  # what describes the layers
+NEEDED_KEYS = (*LAYOUT_KEYS, "targets")  # what a file is checked against, and says even without other metadata
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
 from kron_formats.files import whole_file
-from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS
+from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS, NEEDED_KEYS
 from kron_formats.names import Layer
 from kron_formats.paths import shared_metadata
 from kron_formats.reading import METADATA_PREFIX, AdapterFile, Factors
@@ -110,7 +110,7 @@ def file_metadata(metadata: Mapping[str, str], family: Family | None, network: M
     entries = {**network}
     if family:
         entries |= {"ss_base_model_version": family.base_version, "ss_v2": str(family.v2)}
-    if set(metadata) <= set(LAYOUT_KEYS):
+    if set(metadata) <= set(NEEDED_KEYS):
         return entries | prefixed(metadata)
     entries |= {
         "modelspec.sai_model_spec": "1.0.0",
