@@ -19,7 +19,7 @@ from torch import Tensor
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
 from kron_formats.files import whole_file
-from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS, NOISE_KEYS
+from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS, NEEDED_KEYS
 from kron_formats.names import Layer
 from kron_formats.paths import shared_metadata
 from kron_formats.reading import METADATA_PREFIX, AdapterFile, Factors
@@ -131,8 +131,8 @@ def file_metadata(metadata: Mapping[str, str], family: Family | None, network: M
 
 
 def is_bare(metadata: Mapping[str, str]) -> bool:
-    """Whether metadata say nothing but how layers are laid out and what noise the base model has."""
-    return set(metadata) <= {*LAYOUT_KEYS, *NOISE_KEYS}
+    """Whether metadata say nothing but what tools need."""
+    return set(metadata) <= {*NEEDED_KEYS}
 
 
 def carried_metadata(file: AdapterFile) -> dict[str, str]:

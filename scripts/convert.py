@@ -51,6 +51,7 @@ from kron_formats.export import (
 from kron_formats.families import COMPONENTS
 from kron_formats.fused import checkpoint_family, fuse_checkpoint, fuse_pipeline
 from kron_formats.inspection import inspect
+from kron_formats.layout import NEEDED_KEYS
 from kron_formats.lora import lora_to_kronecker
 from kron_formats.matching import MatchedAdapter, match_layers
 from kron_formats.names import Layer
@@ -285,7 +286,8 @@ def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
 
 
 def metadata_for(adapter: MatchedAdapter, arguments: argparse.Namespace) -> dict[str, str]:
-    return {} if arguments.no_metadata else carried_metadata(adapter.file)
+    carried = carried_metadata(adapter.file)
+    return {key: carried[key] for key in NEEDED_KEYS if key in carried} if arguments.no_metadata else carried
 
 
 def announce(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:

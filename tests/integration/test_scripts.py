@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 
 from kron_adapter import inject_kronecker, kronecker_parameters, save_kronecker
 from scripts import generate, merge
@@ -151,6 +152,7 @@ def test_training_resuming_and_drawing_need_neither_unix_nor_utf_8(options, tmp_
         "instance_prompt": "sks 犬",
         "checkpointing_steps": 1,
         "max_train_steps": 2,
+        "no_metadata": True,
     }
     train = shlex.join(["train_dreambooth_kronecker.py", *flags(options)])
     adapter = "犬/pytorch_kronecker_weights.safetensors"
@@ -164,4 +166,6 @@ def test_training_resuming_and_drawing_need_neither_unix_nor_utf_8(options, tmp_
     said = result.stdout.decode("ascii")
     assert result.returncode == 0, result.stderr.decode()
     assert said.count("the result is \\u72ac") == 2 and "peak memory" in said and "Wrote 1 images" in said
+    with safe_open(tmp_path / adapter, "pt") as file:
+        assert not [key for key in file.metadata() if "modelspec" in key or "prompt" in key or "config" in key]
     assert (tmp_path / "images" / "grid.png").exists() and not (tmp_path / "犬" / ".lock").exists()

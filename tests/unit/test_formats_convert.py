@@ -182,7 +182,7 @@ def test_a_converted_file_says_no_folders_and_without_metadata_no_prompts(to, tr
     )
     if to in ("native", "lora"):
         kept = metadata_of(tmp_path / "made1.safetensors")
-        assert {"ss_base_model_version", "ss_network_module", "kronecker.layers"} <= set(kept)
+        assert {"ss_base_model_version", "ss_network_module", "kronecker.layers", "kronecker.targets"} <= set(kept)
 
 
 def test_size_and_errors_of_a_lora_are_printed(trained, tiny_sd, tmp_path, capsys):

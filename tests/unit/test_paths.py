@@ -23,6 +23,7 @@ from scripts import convert, evaluate, generate, merge
 
 CONFIGS = [train_dreambooth_kronecker.Config, generate.Config, merge.Config, evaluate.Config]
 NOT_PATHS = {
+    "tracker_project_name",
     "hub_model_id",
     "image_column",
     "caption_column",
@@ -180,8 +181,8 @@ def test_without_metadata_a_file_says_what_tools_need_alone(tmp_path):
     from kron_formats.families import FAMILIES
 
     network = {"ss_network_module": "lycoris.kohya"}
-    bare = file_metadata({"layers": "3", "a1": "2"}, FAMILIES[0], network)
-    assert set(bare) == {"ss_network_module", "ss_base_model_version", "ss_v2", "kronecker.layers", "kronecker.a1"}
+    bare = file_metadata({"layers": "3", "targets": "[]"}, FAMILIES[0], network)
+    assert set(bare) == {"ss_network_module", "ss_base_model_version", "ss_v2", "kronecker.layers", "kronecker.targets"}
     assert "modelspec.title" in file_metadata({"instance_prompt": "sks"}, FAMILIES[0], network)
 
 
