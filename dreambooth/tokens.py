@@ -9,10 +9,12 @@ from typing import Any
 from transformers import BatchEncoding
 
 from dreambooth.options.prompts import CHUNK_LENGTH
+from kron_formats.files import printable
 
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 20  # texts that one warning lists
+SHOWN = 120  # characters of what is cut
 
 
 # ---- chunks ----
@@ -103,7 +105,7 @@ def warn_of_cut_prompts(
         return
     lost = {text: _lost(subject, text, split.rest) for text, (_, split) in cut.items()}
     lines = [
-        f"    {', '.join(sources)}: {split.length} tokens, without {split.rest!r}"
+        f"    {', '.join(sources)}: {split.length} tokens, without '{printable(split.rest, SHOWN)}'"
         + (f"; this loses the subject's own {' '.join(map(repr, lost[text]))}" if lost[text] else "")
         for text, (sources, split) in sorted(cut.items(), key=lambda entry: not lost[entry[0]])
     ]

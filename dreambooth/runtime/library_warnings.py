@@ -13,7 +13,7 @@ NEEDLESS = {
     # dreambooth/tokens.py says which prompts are cut, and where they come from
     "transformers.tokenization_utils_base": r"Token indices sequence length is longer than ",
 }
-LIBRARIES = ("transformers", "diffusers")
+LIBRARIES = ("transformers", "diffusers", "huggingface_hub")
 
 
 def drop_needless_warnings() -> None:
@@ -37,6 +37,7 @@ def show_library_warnings(is_main_process: bool = True) -> None:
         log.enable_propagation()
         if not is_main_process:
             log.set_verbosity_error()
+    logging.getLogger("huggingface_hub").handlers.clear()  # its own one, which would say everything twice
     for handler in logging.getLogger().handlers:
         if not any(isinstance(known, _Once) for known in handler.filters):
             handler.addFilter(_Once())
