@@ -1,7 +1,7 @@
-"""LoRA-DreamBooth: W + B A of rank r on the attention projections (Hu et al., arXiv 2106.09685).
+"""LoRA-DreamBooth: W + alpha / r · B A of rank r on the attention projections (Hu et al., arXiv 2106.09685).
 
 As diffusers' examples train it, and DiffuseKronA's paper compares with it: peft's layers, A ~ N(0, 1/r²), B = 0,
-alpha = r.
+alpha = r unless it is given.
 """
 
 from collections import Counter
@@ -43,6 +43,7 @@ class AttachedLora:
     family: Family
     models: Mapping[str, nn.Module]
     groups: Sequence[Group]
+    alpha: float
 
     @contextmanager
     def without(self) -> Iterator[None]:
@@ -71,10 +72,9 @@ class AttachedLora:
             if isinstance(wrapper, LoraLinear):
                 sides = (getattr(wrapper, side)[ADAPTER].weight for side in ("lora_B", "lora_A"))
                 layers[layer] = LowRank(*sides)
-        (r,) = {lora.down.shape[0] for lora in layers.values()}
         if not is_bare(metadata):
             metadata = {"modelspec.description": "LoRA", **metadata}
-        write_low_rank(path, layers, float(r), family_of(self.models), metadata, dtype)
+        write_low_rank(path, layers, self.alpha, family_of(self.models), metadata, dtype)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         kinds = Counter(
@@ -112,7 +112,7 @@ ComfyUI, AUTOMATIC1111 and Forge load the file too: put it into their LoRA folde
 
 @dataclass(frozen=True)
 class Lora:
-    """W + B A, with W frozen and B = 0 at the start. See dreambooth/method.py."""
+    """W + alpha / r · B A, with W frozen and B = 0 at the start. See dreambooth/method.py."""
 
     name: str = "lora"
     options: type = LoraOptions
@@ -129,7 +129,7 @@ class Lora:
         for number, (name, model) in enumerate(models.items()):
             lora = LoraConfig(
                 r=config.rank,
-                lora_alpha=config.rank,
+                lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] peft takes any number
                 init_lora_weights="gaussian",
                 target_modules=list(family.targets[name]),
             )
@@ -138,7 +138,7 @@ class Lora:
             parameters[name] = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in parameters[name]:
                 parameter.data = parameter.data.float()  # whatever the base's dtype
-        return AttachedLora(family, models, adapter_groups(family, parameters, config))
+        return AttachedLora(family, models, adapter_groups(family, parameters, config), config.alpha)
 
 
 def _trained_layers(model: nn.Module) -> list[LoraLinear]:

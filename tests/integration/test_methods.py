@@ -201,6 +201,21 @@ def test_the_card_s_snippet_runs(method, name, pipeline, base, tmp_path, monkeyp
     assert (draw(names["pipeline"]) - draw(pipeline)).abs().max() <= 1  # of 255
 
 
+@pytest.mark.parametrize("name", ["sd"])
+def test_alpha_over_rank_multiplies_a_lora_in_training_and_for_diffusers_own_loader(pipeline, base, tmp_path):
+    _, attached = attach(LORA, "sd", pipeline, base, rank=2, lora_alpha=3.0)
+    perturb(attached)
+    trained = draw(pipeline)
+    layer = next(module for module in pipeline.unet.modules() if hasattr(module, "lora_A"))
+    B, A = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.get_delta_weight("default"), 1.5 * B @ A)
+    attached.save(tmp_path / "lora.safetensors", {}, torch.float32)
+    fresh = DiffusionPipeline.from_pretrained(base)
+    fresh.set_progress_bar_config(disable=True)
+    fresh.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    assert (draw(fresh) - trained).abs().max() <= 1  # of 255
+
+
 # ---- the exact numbers of trained parameters, of the real architectures ----
 
 COUNTS = {  # method, options, architecture -> UNet alone, with text encoders
