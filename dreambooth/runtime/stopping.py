@@ -88,9 +88,13 @@ class Stop:
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave signals to the training process. Called in a data-loader worker, which ends when that process does."""
+    """Leave signals to the training process. Called in a data-loader worker, which ends when that process does.
+
+    It is told to by SIGTERM, for which PyTorch has set a handler: ignored, the training process would wait for ever.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
 
 
 _AGAIN = "The same command with --resume_from_checkpoint latest continues the run"

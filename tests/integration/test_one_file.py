@@ -48,7 +48,7 @@ def test_a_run_on_one_file_is_the_run_on_the_folder(
     assert sheets[0] == sheets[1]
     with safe_open(outputs[1] / WEIGHTS, "pt") as adapter:
         assert adapter.metadata()["modelspec.prediction_type"] == "v"
-    assert f'from_single_file("{file}"' in (outputs[1] / "README.md").read_text()
+    assert f'from_single_file("{file.name}"' in (outputs[1] / "README.md").read_text()
     if kind == "sd":
         check_the_other_programs(file, of_file, folder, outputs[1] / WEIGHTS, run_main, tmp_path)
 

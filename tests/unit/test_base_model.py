@@ -393,5 +393,5 @@ def test_edm_has_no_betas_to_rescale(base):
     ],
 )
 def test_metadata_follow_the_prediction_type_as_in_sd_scripts(family, predicts, version, architecture):
-    metadata = file_metadata({"modelspec.prediction_type": predicts}, family, {})
+    metadata = file_metadata({"title": "dog", "modelspec.prediction_type": predicts}, family, {})
     assert metadata["ss_base_model_version"] == version and metadata["modelspec.architecture"] == architecture

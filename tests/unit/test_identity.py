@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dreambooth.data.photos import Photo
+from dreambooth.data.pixels import Pixels
 from dreambooth.kronecker import KRONECKER
 from dreambooth.output import identity
 from tests.faults.checkpoints import ALONE, make_config
@@ -66,7 +67,7 @@ def test_a_photo_has_one_name_however_its_accents_are_stored(tmp_path):
     named = []
     for form in ("NFC", "NFD"):
         path = Path(unicodedata.normalize(form, "café.jpg"))
-        photo = Photo(path, np.zeros((8, 8, 3), np.uint8), "sks", None, (8, 8))
+        photo = Photo(path, Pixels(np.zeros((8, 8, 3), np.uint8)), "sks", None, (8, 8))
         named.append(identity.identify_run(KRONECKER, None, [photo], [], make_config(tmp_path), ALONE)["photos"])
     assert named[0] == named[1]
 
