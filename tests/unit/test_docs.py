@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from methods.train import METHODS
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "toyworld" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,7 +100,8 @@ def test_links_lead_somewhere(page):
 
 @every_page
 def test_flags_exist(page):
-    known = set.union(FLAGS_OF_OTHERS, accelerate_flags(), *map(flags, PROGRAMS))
+    of_methods = (flags("methods/train.py", method, "sd") for method in METHODS)
+    known = set.union(FLAGS_OF_OTHERS, accelerate_flags(), *map(flags, PROGRAMS), *of_methods)
     assert set(re.findall(FLAG, page.read_text())) <= known
 
 
