@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from dreambooth.wording import shortlist
 from kron_formats.files import printable
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -49,18 +50,18 @@ def explain_folder(name: str) -> str | None:
         return "it is the output folder of a training; the adapter in it goes to --adapter" + _trained_on(folder)
     if "adapter_config.json" in names:
         return "it is an adapter that peft wrote, which goes to --adapter"
-    inside = [entry for entry in names if (folder / entry / "model_index.json").is_file()]
+    inside = [str(folder / entry) for entry in names if (folder / entry / "model_index.json").is_file()]
     if inside:
-        return f"name the folder in it that has model_index.json: {_some(str(folder / entry) for entry in inside)}"
+        return f"name the folder in it that has model_index.json: {shortlist(inside, SHOWN)}"
     if (folder.parent / "model_index.json").is_file():
         return f"it is one component of a base model; name the folder around it, {folder.parent}"
     if kind := _component(folder):
         return f"it is one component, a {kind}; name a folder that has model_index.json"
-    if files := [entry for entry in names if entry.endswith(".safetensors")]:
-        return f"it has no model_index.json; name the file: {_some(str(folder / entry) for entry in files)}"
+    if files := [str(folder / entry) for entry in names if entry.endswith(".safetensors")]:
+        return f"it has no model_index.json; name the file: {shortlist(files, SHOWN)}"
     if not names:
         return "the folder is empty"
-    return f"the folder has no model_index.json; it holds {_some(map(printable, names))}"
+    return f"the folder has no model_index.json; it holds {shortlist(names, SHOWN)}"
 
 
 def _trained_on(folder: Path) -> str:
@@ -79,8 +80,3 @@ def _component(folder: Path) -> str | None:
         return printable(str(config.get("_class_name") or config["architectures"][0]), 80)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
-
-
-def _some(names) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
