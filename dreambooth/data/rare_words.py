@@ -50,10 +50,10 @@ def rare_words(captions: list[str], config: ImageOptions) -> set[str]:
     Without a class prompt, the last word is taken for the class, as in "sks dog". Of the words before it, those that no
     caption has are returned, or else the first.
     """
-    words = list(dict.fromkeys(re.findall(r"\w+", config.instance_prompt.casefold())))
-    words = [word for word in words if word not in COMMON]
     if config.class_prompt:
         return words_of(subject_words(config.instance_prompt, config.class_prompt))
+    words = list(dict.fromkeys(re.findall(r"\w+", config.instance_prompt.casefold())))
+    words = [word for word in words if word not in COMMON]
     before_class = words[:-1] or words
     return {*before_class}.difference(*map(words_of, captions)) or {*before_class[:1]}
 
