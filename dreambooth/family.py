@@ -54,3 +54,8 @@ class Family:
         """Return the components that a method may train: the denoiser, then, if `with_text`, the text encoders."""
         encoders = [name for name in self.text_encoders if with_text and components.get(name)]
         return {name: components[name] for name in [self.denoiser, *encoders]}
+
+    def present_tokenizers(self, components: Mapping[str, Any]) -> dict[str, Any]:
+        """Return text encoder -> its tokenizer, for the tokenizers among the components."""
+        pairs = zip(self.text_encoders, self.tokenizers)
+        return {encoder: components[name] for encoder, name in pairs if components.get(name)}

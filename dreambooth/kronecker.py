@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
@@ -103,15 +104,25 @@ class Kronecker:
     name: str = "kronecker"
     options: type = KroneckerOptions
     weights_name: str = "pytorch_kronecker_weights.safetensors"
+    whole_precision: bool = False
 
     def trains_text(self, config: KroneckerOptions) -> bool:
         return config.train_text_encoder
 
-    def check(self, family: Family, models: Mapping[str, nn.Module], config: KroneckerOptions) -> None:
+    def check(
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        photos: Sequence[Photo],
+        config: KroneckerOptions,
+    ) -> None:
         """Raise KroneckerError if a target matches no layer, or factors do not divide a layer's sizes."""
-        self.attach(family, models, config)
+        self.attach(family, models, tokenizers, config)
 
-    def attach(self, family: Family, models: Mapping[str, nn.Module], config: KroneckerOptions) -> AttachedKronecker:
+    def attach(
+        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: KroneckerOptions
+    ) -> AttachedKronecker:
         layers: dict[str, dict[str, KroneckerLinear]] = {}
         for number, (name, model) in enumerate(models.items()):
             with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):

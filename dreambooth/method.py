@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dreambooth.data.photos import Photo
 from dreambooth.family import Family
 from dreambooth.options.kronecker import TextEncoderOptions
 
@@ -43,7 +44,7 @@ class Attached(Protocol):
 
     @property
     def groups(self) -> Sequence[Group]:
-        """What trains: always the same parameters, the denoiser's group first."""
+        """What trains: always the same parameters, those of the denoiser first if any of them train."""
         ...
 
     def without(self) -> AbstractContextManager[None]:
@@ -92,14 +93,32 @@ class Method(Protocol):
         """Whether embeddings of prompts change in training, and so must be computed at every step."""
         ...
 
-    def check(self, family: Family, models: Mapping[str, nn.Module], config: Any) -> None:
-        """Raise UserError or KroneckerError if the method cannot train these models. They have no weights yet."""
+    @property
+    def whole_precision(self) -> bool:
+        """Whether the base model's weights must be fp32: what trains begins with them, or is defined by them."""
         ...
 
-    def attach(self, family: Family, models: Mapping[str, nn.Module], config: Any) -> Attached:
+    def check(
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        photos: Sequence[Photo],
+        config: Any,
+    ) -> None:
+        """Raise UserError or KroneckerError if the method cannot train these models, without weights, on these photos.
+
+        Changes models and tokenizers as `attach` does, so that later checks see the words that prompts may have.
+        """
+        ...
+
+    def attach(
+        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: Any
+    ) -> Attached:
         """Freeze the models, component -> model with the denoiser first, and add what trains.
 
-        All randomness comes from config.seed, so all processes start with the same parameters.
+        `tokenizers`, text encoder -> tokenizer, learn the words that are added to the text encoders. All randomness
+        comes from config.seed, so all processes start with the same parameters.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def chunk_tokens(pipeline: Any, tokenizer: Any, prompts: Sequence[str], max_toke
 
 
 def warn_of_cut_prompts(
-    texts: Iterable[tuple[str, str]], tokenizers: Sequence[Any], max_token_length: int, subject: str = ""
+    texts: Iterable[tuple[str, str]], tokenizers: Collection[Any], max_token_length: int, subject: str = ""
 ) -> None:
     """Log one warning that names the texts that are cut, with their length in tokens and the words that are lost.
 
@@ -127,7 +127,7 @@ def subject_words(instance_prompt: str, class_prompt: str | None) -> str:
     return " ".join(word for word in _bare(instance_prompt) if word not in others)
 
 
-def cut_prompt(text: str, tokenizers: Sequence[Any], max_token_length: int) -> SplitPrompt | None:
+def cut_prompt(text: str, tokenizers: Collection[Any], max_token_length: int) -> SplitPrompt | None:
     """Return the text as the tokenizer sees it that cuts most of it, or None if none cuts anything."""
     splits = [split_prompt(text, tokenizer, max_token_length) for tokenizer in tokenizers]
     return max((split for split in splits if split.rest), key=lambda split: len(split.rest), default=None)
@@ -144,7 +144,7 @@ def _bare(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _enough(texts: Iterable[str], tokenizers: Sequence[Any], max_token_length: int) -> int:
+def _enough(texts: Iterable[str], tokenizers: Collection[Any], max_token_length: int) -> int:
     """Return the lowest --max_token_length that cuts none of the texts."""
     while any(cut_prompt(text, tokenizers, max_token_length) for text in texts):
         max_token_length += CHUNK_LENGTH

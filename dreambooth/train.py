@@ -63,16 +63,18 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         process = noise_process(load_scheduler(config), config)
         text_trains = method.trains_text(config)
         empty = empty_models(config, (family.denoiser, *family.text_encoders))
-        method.check(family, family.trained_models(empty, text_trains), config)
         tokenizers, subject = load_tokenizers(config), subject_words(config.instance_prompt, config.class_prompt)
-        warn_of_cut_prompts(prompt_sources(photos, config), tokenizers, config.max_token_length, subject)
+        method.check(family, family.trained_models(empty, text_trains), tokenizers, photos, config)
+        warn_of_cut_prompts(prompt_sources(photos, config), tokenizers.values(), config.max_token_length, subject)
 
         # The frozen model: class images, latents, distinct prompts. Components that are not needed are not read
-        base = BaseModel(family, config, accelerator)
+        base = BaseModel(family, method.whole_precision, config, accelerator)
         pipeline, base_metadata = base.pipeline, noise_metadata(base.pipeline.scheduler)
         pipeline.scheduler = build_sampler(pipeline.scheduler)
         class_photos = ensure_class_images(base, config) if config.uses_class_images else []
-        warn_of_cut_prompts(own_captions(class_photos, config.class_prompt), tokenizers, config.max_token_length)
+        warn_of_cut_prompts(
+            own_captions(class_photos, config.class_prompt), tokenizers.values(), config.max_token_length
+        )
         run = identify_run(method, start, photos, class_photos, config, accelerator)
         prompts = prompts_of(photos, class_photos, config)
         crops = Crops(photos, class_photos, config)
@@ -82,7 +84,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
 
         # What trains
         models = family.trained_models(pipeline.components, text_trains)
-        attached = method.attach(family, models, config)
+        attached = method.attach(family, models, family.present_tokenizers(pipeline.components), config)
         base.prepare_training(models)
         optimizer = build_optimizer(attached.groups, config, accelerator.num_processes)
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)

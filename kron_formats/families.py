@@ -20,6 +20,7 @@ COMPONENT_CLASSES = {
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 COMPONENTS = tuple(COMPONENT_CLASSES)
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # of the text encoders, in pipelines
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
@@ -117,14 +118,24 @@ class Lora:
     name: str = "lora"
     options: type = LoraOptions
     weights_name: str = "pytorch_lora_weights.safetensors"
+    whole_precision: bool = False
 
     def trains_text(self, config: LoraOptions) -> bool:
         return config.train_text_encoder
 
-    def check(self, family: Family, models: Mapping[str, nn.Module], config: LoraOptions) -> None:
+    def check(
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        photos: Sequence[Photo],
+        config: LoraOptions,
+    ) -> None:
         """Do nothing: every rank fits every layer."""
 
-    def attach(self, family: Family, models: Mapping[str, nn.Module], config: LoraOptions) -> AttachedLora:
+    def attach(
+        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: LoraOptions
+    ) -> AttachedLora:
         parameters: dict[str, list[nn.Parameter]] = {}
         for number, (name, model) in enumerate(models.items()):
             lora = LoraConfig(

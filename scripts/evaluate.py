@@ -131,7 +131,7 @@ def main() -> None:
     texts = name_subject(prompts, config.class_noun)
     drawn_texts = [*zip(sources, named), ("--class_prompt", class_prompt(config))]
     drawn_texts += [("--negative_prompt", config.negative_prompt)]
-    warn_of_cut_prompts(drawn_texts, load_tokenizers(config), config.max_token_length, config.instance_token)
+    warn_of_cut_prompts(drawn_texts, load_tokenizers(config).values(), config.max_token_length, config.instance_token)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
     evaluators.warn_of_cut_texts(zip(sources, texts))

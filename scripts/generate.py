@@ -58,7 +58,7 @@ def main() -> None:
     adapters = read_adapters(config, READERS)
     texts = [(f"--prompt, number {number}", text) for number, text in enumerate(config.prompt, 1)]
     texts += [("--negative_prompt", config.negative_prompt)]
-    warn_of_cut_prompts(texts, load_tokenizers(config), config.max_token_length, subject_of(adapters))
+    warn_of_cut_prompts(texts, load_tokenizers(config).values(), config.max_token_length, subject_of(adapters))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     pipeline = load_base_pipeline(config)
     add_adapters(pipeline, adapters, READERS)

@@ -9,9 +9,9 @@ from dreambooth.base_model.source import base_source, vae_source
 from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.options.base_model import BaseModelOptions
+from kron_formats.families import TOKENIZERS
 
 SIZES = 6  # numbers that SDXL's UNet gets about its image, each as an embedding
-TEXT = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 def check_family(family: Family, config: BaseModelOptions) -> None:
@@ -49,7 +49,7 @@ def check_parts(config: BaseModelOptions) -> None:
             f"{configurations.flag} is a {found}, but {config.pretrained_model_name_or_path} holds a "
             f"{source.family.pipeline} ({source.family.title})"
         )
-    encoders = [part for part in TEXT if part in configurations.classes]
+    encoders = [part for part in TOKENIZERS if part in configurations.classes]
     settings: dict[str, Any] = {part: configurations.empty(part).config for part in ("unet", *encoders)}
     if "scheduler" not in configurations.classes:
         raise UserError(f"{configurations.flag} is not a base model: it has no scheduler")
@@ -57,12 +57,13 @@ def check_parts(config: BaseModelOptions) -> None:
     _check_latents(settings["unet"], vae.configurations.empty("vae").config, flag, config)
     _check_text(settings["unet"], {part: settings[part] for part in encoders}, flag)
     for part in encoders:
-        tokenizer, known = configurations.load(TEXT[part]), settings[part].vocab_size
+        name, known = TOKENIZERS[part], settings[part].vocab_size
+        tokenizer = configurations.load(name)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without files
-            raise UserError(f"{configurations.flag} is not a base model: its {TEXT[part]} has no vocabulary")
+            raise UserError(f"{configurations.flag} is not a base model: its {name} has no vocabulary")
         if len(tokenizer) > known:
             raise UserError(
-                f"{configurations.flag}: its {TEXT[part]} has {len(tokenizer):,} tokens, its {part} knows {known:,}"
+                f"{configurations.flag}: its {name} has {len(tokenizer):,} tokens, its {part} knows {known:,}"
             )
     source.weights.check(["unet", *encoders] + ([] if config.pretrained_vae_model_name_or_path else ["vae"]))
     if config.pretrained_vae_model_name_or_path:

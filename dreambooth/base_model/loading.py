@@ -21,12 +21,15 @@ QUANTISED = ("nf4", "int8")
 
 
 class BaseModel:
-    """The frozen base model on the device. VAE and text encoders are loaded when first needed, and can be freed."""
+    """The base model on the device: in fp32 with `whole_precision`, else as the options say.
 
-    def __init__(self, family: Family, config: FrozenModelOptions, accelerator: Accelerator):
+    VAE and text encoders are loaded when first needed, and can be freed.
+    """
+
+    def __init__(self, family: Family, whole_precision: bool, config: FrozenModelOptions, accelerator: Accelerator):
         self.family, self.config, self.accelerator = family, config, accelerator
         self.device: torch.device = accelerator.device
-        self.dtype = _frozen_dtype(config, accelerator)
+        self.dtype = torch.float32 if whole_precision else _frozen_dtype(config, accelerator)
         self.source, self.vae_source = base_source(config), vae_source(config)
         # Including defaults: it says how latents are scaled
         self.vae_config: dict[str, Any] = dict(self.vae_source.configurations.empty("vae").config)

@@ -19,7 +19,7 @@ from dreambooth.base_model.weights import FileWeights, FolderWeights, Weights
 from dreambooth.errors import UserError
 from dreambooth.options.base_model import BaseModelOptions
 from kron_formats.errors import KroneckerError
-from kron_formats.families import SD2, Family
+from kron_formats.families import SD2, TOKENIZERS, Family
 from kron_formats.single_file import SingleFile, family_of_file, read_header
 
 
@@ -73,10 +73,14 @@ def vae_source(config: BaseModelOptions) -> Source:
     return Source(configurations, FolderWeights(configurations, variant=None))
 
 
-def load_tokenizers(config: BaseModelOptions) -> list[Any]:
-    """Return the tokenizers of a base model, which need no weights."""
+def load_tokenizers(config: BaseModelOptions) -> dict[str, Any]:
+    """Return text encoder -> its tokenizer, for the text encoders that a base model has. Reads no weights."""
     configurations = base_source(config).configurations
-    return [configurations.load(part) for part in configurations.classes if part.startswith("tokenizer")]
+    return {
+        encoder: configurations.load(tokenizer)
+        for encoder, tokenizer in TOKENIZERS.items()
+        if tokenizer in configurations.classes
+    }
 
 
 def load_scheduler(config: BaseModelOptions) -> Any:

@@ -46,7 +46,7 @@ class Training:
             cross_attention_dim=4,
         )
         self.config = make_config(output, **options)
-        self.attached = KRONECKER.attach(SD, {"unet": unet}, self.config)
+        self.attached = KRONECKER.attach(SD, {"unet": unet}, {}, self.config)
         (group,) = self.attached.groups
         self.factors = group.parameters
         self.optimizer = build_optimizer(self.attached.groups, self.config, num_ranks=1)

@@ -50,7 +50,7 @@ def configure(method, name, base, **options):
 def attach(method, name, pipeline, base, **options):
     family, config = FAMILIES[name][0], configure(method, name, base, **options)
     models = family.trained_models(pipeline.components, method.trains_text(config))
-    return models, method.attach(family, models, config)
+    return models, method.attach(family, models, family.present_tokenizers(pipeline.components), config)
 
 
 def parameters_of(attached):
@@ -235,7 +235,7 @@ def test_the_parameters_are_those_that_the_papers_print(case):
         if expected is None:
             continue
         models = FAMILIES[name][0].trained_models(load_architecture(case[1]), bool(with_text))
-        attached = method.attach(FAMILIES[name][0], models, configure(method, name, ""))
+        attached = method.attach(FAMILIES[name][0], models, {}, configure(method, name, ""))
         assert sum(parameter.numel() for parameter in parameters_of(attached)) == expected
 
 

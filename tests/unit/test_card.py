@@ -65,7 +65,7 @@ def adapter(tmp_path, tiny_sd, config):
     sizes = {"kron_a1": 4, "kron_a2": 32, "kron_factors": ["to_k=8,8"]}
     text_sizes = {"train_text_encoder": True, "text_encoder_kron_a1": 2, "text_encoder_kron_a2": 16}
     models = SD.trained_models(pipeline.components, with_text=True)
-    attached = KRONECKER.attach(SD, models, dataclasses.replace(config, **sizes, **text_sizes))
+    attached = KRONECKER.attach(SD, models, {}, dataclasses.replace(config, **sizes, **text_sizes))
     path = tmp_path / "pytorch_kronecker_weights.safetensors"
     attached.save(path, {}, torch.float32)
     factors = [parameter.numel() for model in models.values() for parameter in kronecker_parameters(model)]
