@@ -3,6 +3,7 @@
     accelerate launch methods/train.py METHOD FAMILY [options]
 
     METHOD    lora     W + B A of rank r on the attention projections
+              svdiff   shifts of the singular values of all weights
     FAMILY    sd       Stable Diffusion 1.x or 2.x
               sdxl     SDXL
 
@@ -23,7 +24,7 @@ All options:  methods/train.py METHOD FAMILY --help
 
 The steps of a run are listed in dreambooth/train.py.
 
-Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), checkpoint-*/, samples/*.png, metrics.jsonl, training.png,
+Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora) or spectral_shifts.safetensors (svdiff), checkpoint-*/, samples/*.png, metrics.jsonl, training.png,
 README.md (the model card), config.yaml and logs/.
 """
 
@@ -39,7 +40,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.runtime.startup import lean_imports
-from methods.options import LoraOptions
+from methods.options import LoraOptions, SvdiffOptions
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class Entry:
         return getattr(importlib.import_module(self.module), self.value)
 
 
-METHODS = {"lora": Entry(LoraOptions, "methods.lora", "LORA")}
+METHODS = {
+    "lora": Entry(LoraOptions, "methods.lora", "LORA"),
+    "svdiff": Entry(SvdiffOptions, "methods.svdiff", "SVDIFF"),
+}
 FAMILIES = {
     "sd": Entry(TrainingConfig, "dreambooth.families.sd", "SD"),
     "sdxl": Entry(SDXLTrainingConfig, "dreambooth.families.sdxl", "SDXL"),
