@@ -12,16 +12,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kron_formats import shifts
 from kron_formats.changes import Change, LowRank, StoredFactors
 from kron_formats.errors import KroneckerError
 from kron_formats.factors import check_names, other_keys, read_factors
 from kron_formats.families import COMPONENTS
 from kron_formats.files import excerpt, is_pickle, open_safetensors, read_pickle
-from kron_formats.layout import Layout, read_layout
+from kron_formats.layout import Layout, own_metadata, read_layout
 from kron_formats.trained_models import is_trained_model, read_trained_model
 from kron_formats.words import Word
 
-METADATA_PREFIX = "kronecker."  # of the metadata keys that are ours
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -58,7 +58,7 @@ class AdapterFile:
     @property
     def own_metadata(self) -> dict[str, str]:
         """What we wrote, without our prefix."""
-        return {k.removeprefix(METADATA_PREFIX): v for k, v in self.metadata.items() if k.startswith(METADATA_PREFIX)}
+        return own_metadata(self.metadata)
 
     @cached_property
     def layout(self) -> Layout:
@@ -113,6 +113,8 @@ Read = Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], AdapterFile]
 
 def _reader_of(path: Path, keys: Sequence[str]) -> Read:
     """Return what reads a file with these tensors. Raises KroneckerError, saying what it is, if it is of no method."""
+    if shifts.is_shifts(keys):
+        return _read_shifts
     unknown = other_keys(keys)
     if unknown or not keys:
         raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(unknown)}")
@@ -127,6 +129,10 @@ def _read_factors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     file = AdapterFile(path, noun, layers, metadata, has_alphas=has_alphas)
     _check_factors(file)
     return file
+
+
+def _read_shifts(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> AdapterFile:
+    return AdapterFile(path, "an SVDiff file", shifts.read(path, tensors, metadata), metadata)
 
 
 def _read_folder(folder: Path) -> AdapterFile:
