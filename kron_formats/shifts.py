@@ -99,6 +99,8 @@ class Shift:
 
     def _check_vectors(self, parts: Decomposition, change: Tensor) -> None:
         assert self.origin
+        if not self.origin.fingerprint:
+            raise KroneckerError(f"{self.where}: the metadata origin has no fingerprint of a matrix")
         expected = torch.tensor(self.origin.fingerprint, dtype=torch.float64, device=change.device)
         error = (parts.fingerprint(change) - expected).square().mean().sqrt()
         if not error <= TOLERANCE * change.norm():
