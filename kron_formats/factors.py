@@ -120,7 +120,9 @@ def _layer(
         down, up = (parts[role].flatten(1) for role in sorted(roles))
         layer = _product(up * (scale if alpha is None else scale * alpha / down.shape[0]), down, where)
     elif roles & {"lora_down", "lora_up"}:
-        raise KroneckerError(f"{path} cannot be used as an adapter: it is a LoRA file; {name} has only {', '.join(sorted(roles))}")
+        raise KroneckerError(
+            f"{path} cannot be used as an adapter: it is a LoRA file; {name} has only {', '.join(sorted(roles))}"
+        )
     else:
         held = ", ".join(f"{role} {tuple(parts[role].shape)}" for role in sorted(roles)) or "an alpha alone"
         raise KroneckerError(f"{where} does not hold two full factors lokr_w1 and lokr_w2, but {held}")

@@ -24,8 +24,8 @@ All options:  methods/train.py METHOD FAMILY --help
 
 The steps of a run are listed in dreambooth/train.py.
 
-Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora) or spectral_shifts.safetensors (svdiff), checkpoint-*/, samples/*.png, metrics.jsonl, training.png,
-README.md (the model card), config.yaml and logs/.
+Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora) or spectral_shifts.safetensors (svdiff), checkpoint-*/,
+samples/*.png, metrics.jsonl, training.png, README.md (the model card), config.yaml and logs/.
 """
 
 import importlib

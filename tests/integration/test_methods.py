@@ -146,7 +146,8 @@ def test_what_begins_depends_on_the_seed_alone(method, name, base):
 
     first, same, other = values(1, 0), values(1, 5), values(2, 0)
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    differ = not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert differ or not any(a.any() for a in first)  # what begins at zero has no seed
 
 
 @EVERY_METHOD
