@@ -19,7 +19,7 @@ from kron_formats import shifts, words
 from kron_formats.changes import Change, LowRank, StoredFactors
 from kron_formats.custom_diffusion import is_custom_diffusion, read_custom_diffusion
 from kron_formats.errors import KroneckerError
-from kron_formats.factors import other_keys, read_factors
+from kron_formats.factors import is_factors, other_keys, read_factors
 from kron_formats.families import COMPONENTS
 from kron_formats.files import excerpt, is_pickle, open_safetensors, read_pickle
 from kron_formats.layout import Layout, own_metadata, read_layout
@@ -120,13 +120,10 @@ Read = Callable[[Path, Tensors, Metadata], AdapterFile]
 
 def _reader_of(path: Path, keys: Sequence[str]) -> Read:
     """Return what reads a file with these tensors. Raises KroneckerError, saying what it is, if it is of no method."""
-    unknown = other_keys(keys)
-    if keys and not unknown:
-        return _read_factors
     for is_kind, read in KINDS:
         if is_kind(keys):
             return read
-    raise KroneckerError(f"{path} cannot be used as an adapter: {describe(unknown)}")
+    raise KroneckerError(f"{path} cannot be used as an adapter: {describe(other_keys(keys))}")
 
 
 def _read_factors(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
@@ -153,6 +150,7 @@ def _read_word(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
 
 
 KINDS: tuple[tuple[Callable[[Sequence[str]], bool], Read], ...] = (
+    (is_factors, _read_factors),
     (shifts.is_shifts, _read_shifts),
     (is_custom_diffusion, _read_custom_diffusion),
     (words.is_words, _read_word),
