@@ -4,21 +4,24 @@
     python scripts/convert.py lokr.safetensors --to native --output dog.safetensors
     python scripts/convert.py --inspect dog.safetensors
 
-INPUT is a LoRA or a Kronecker adapter of any tool (kohya, LyCORIS, ai-toolkit, OneTrainer, diffusers, peft, the
-paper's own code). FORMAT:
+INPUT is a Kronecker adapter or a LoRA of any tool (kohya, LyCORIS, ai-toolkit, OneTrainer, diffusers, peft, the paper's
+own code), or spectral shifts (SVDiff), Custom Diffusion's weights, or the folder of a model that was trained in full.
+FORMAT:
 
-    native      what training writes: for ComfyUI, A1111, Forge, LyCORIS, sd-scripts and this project
-    diffusers   for load_lora_adapter of diffusers 0.42 and later; square factors only
-    peft        a folder per component for PeftModel.from_pretrained; square factors only
-    lora        for every LoRA tool: exact, or with --rank the best of that rank, and then the error is printed
-    fused       a base model with the adapter in its weights: a folder, or one file if the base is one file
+    native      Kronecker adapters: for ComfyUI, A1111, Forge, LyCORIS, sd-scripts and this project
+    diffusers   Kronecker adapters with square factors: for load_lora_adapter of diffusers 0.42 and later
+    peft        the same: a folder per component for PeftModel.from_pretrained
+    lora        all, for every LoRA tool: with --rank the nearest of that rank, and its error is printed; a Kronecker
+                adapter also exactly
+    fused       all: a base model with the changes in its weights; a folder, or one file if the base is one file
+    custom_diffusion   Custom Diffusion: the folder that diffusers' own training writes
 
 Layers are looked up in the base model. SD 1.5, SD 2.1 and SDXL are known; name any other one.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +41,7 @@ from dreambooth.options.base_model import BaseModelOptions
 from dreambooth.options.paths import path_argument, path_or_name
 from kron_formats.architectures import load_architecture, match_published
 from kron_formats.changes import LowRank
+from kron_formats.custom_diffusion import custom_diffusion_snippet, write_diffusers_custom_diffusion
 from kron_formats.export import (
     dense_bytes,
     diffusers_snippet,
@@ -46,6 +50,7 @@ from kron_formats.export import (
     peft_snippet,
     total_error,
     write_diffusers,
+    write_equal_alphas,
     write_lora,
     write_peft,
 )
@@ -55,7 +60,8 @@ from kron_formats.inspection import inspect
 from kron_formats.layout import NEEDED_KEYS
 from kron_formats.lora import lora_to_kronecker
 from kron_formats.matching import MatchedAdapter, match_layers
-from kron_formats.names import Layer
+from kron_formats.names import Layer, find_parameters
+from kron_formats.nearest import nearest_loras
 from kron_formats.paths import shared_name
 from kron_formats.reading import AdapterFile, not_kronecker_error, read_adapter
 from kron_formats.writing import carried_metadata, write_native
@@ -79,7 +85,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("input", nargs="?", type=path_argument, metavar="INPUT", help="adapter file, or a folder that peft wrote")
+    add(
+        "input",
+        nargs="?",
+        type=path_argument,
+        metavar="INPUT",
+        help="a file of any method, or a folder of peft or of a model",
+    )
     add("--inspect", type=path_argument, metavar="FILE", help="print what a file is and what can load it, and exit")
     add("--to", choices=tuple(FORMATS), metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     add("--output", type=path_argument, metavar="PATH", help="file or folder to write; must not exist")
@@ -95,7 +107,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="for a base model in one file: a folder or name on the Hub with its configuration; default: SD 1.5's, SD "
         "2.1's or SDXL's, whichever it is like",
     )
-    add("--rank", type=positive, help="lora: largest rank of a layer; default: exact")
+    add("--rank", type=positive, help="lora: largest rank of a layer; default: exact, which needs factors")
     add("--sdxl_names", choices=("sgm", "diffusers"), help="native, lora: SDXL's block names; default: sgm")
     add(
         "--save_precision",
@@ -105,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--allow_pickle",
         action="store_true",
-        help="also read a .bin of the paper's code: only its tensors; no code in it is run",
+        help="also read a pickle (.bin): only its tensors; no code in it is run",
     )
     add(
         "--no_metadata",
@@ -173,13 +185,30 @@ def main(argv: list[str] | None = None) -> None:
         print(inspect(read_adapter(arguments.inspect, arguments.allow_pickle)))
         return
     file = read_adapter(arguments.input, arguments.allow_pickle)
-    if file.needs_weights and arguments.to != "fused":
-        raise not_kronecker_error(file)
+    check_convertible(file, arguments)
     adapter = match(file, arguments)
-    if arguments.to != "fused":
+    if arguments.to in KRONECKER_FORMATS:
         adapter = as_kronecker(adapter, arguments)
     arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)
     FORMATS[arguments.to](adapter, arguments)
+
+
+def check_convertible(file: AdapterFile, arguments: argparse.Namespace) -> None:
+    """Raise UserError or KroneckerError if a file of its method cannot be written as --to says. Reads no weights."""
+    if not file.layers:
+        raise UserError(f"--to {arguments.to}: {file.path} is {file.noun} and changes no weights; --inspect says more")
+    if arguments.to in KRONECKER_FORMATS and not (file.is_kronecker or file.is_lora):
+        raise not_kronecker_error(file)
+    if arguments.to == "lora" and not file.is_kronecker:
+        if not arguments.rank:
+            raise UserError(
+                f"--to lora: {file.path} is {file.noun}, of which no LoRA is exact: give --rank, such as 32"
+            )
+        if file.needs_weights and not arguments.pretrained_model_name_or_path:
+            raise UserError(
+                f"--to lora needs --pretrained_model_name_or_path: {file.path} is {file.noun}, whose changes depend on "
+                "the base model's weights"
+            )
 
 
 def match(file: AdapterFile, arguments: argparse.Namespace) -> MatchedAdapter:
@@ -190,12 +219,28 @@ def match(file: AdapterFile, arguments: argparse.Namespace) -> MatchedAdapter:
     base, base_config = arguments.pretrained_model_name_or_path, arguments.base_config
     if base is None:
         return match_published(file)
-    config = BaseModelOptions(pretrained_model_name_or_path=base, base_config=base_config)
+    config = base_options(arguments)
     if (
         family := base_source(config).family
     ) and base_config is None:  # a published architecture needs no configuration
         return match_layers(file, load_architecture(family.architecture))
     return match_layers(file, empty_models(config, COMPONENTS))
+
+
+def base_options(arguments: argparse.Namespace) -> BaseModelOptions:
+    return BaseModelOptions(
+        pretrained_model_name_or_path=arguments.pretrained_model_name_or_path, base_config=arguments.base_config
+    )
+
+
+def weights_of(adapter: MatchedAdapter, arguments: argparse.Namespace) -> dict[Layer, torch.Tensor]:
+    """Return the base model's weights, fp32, of what a file changes; none if they do not matter."""
+    if not adapter.file.needs_weights:
+        return {}
+    weights = base_source(base_options(arguments)).weights
+    models = {part: weights.load(part, torch.float32) for part in {layer.component for layer in adapter.layers}}
+    found = find_parameters(models)
+    return {x: getattr(x.module, x.parameter).detach() for x in found if x in adapter.layers}
 
 
 def as_kronecker(adapter: MatchedAdapter, arguments: argparse.Namespace) -> MatchedAdapter:
@@ -206,7 +251,7 @@ def as_kronecker(adapter: MatchedAdapter, arguments: argparse.Namespace) -> Matc
             raise UserError(f"--kron_a1, --kron_a2: {file.path} is not a LoRA; its factors keep their shape")
         return adapter
     if arguments.to != "native":
-        raise UserError(f"--to {arguments.to}: {file.path} is a LoRA; it can be converted --to native or --to fused")
+        raise UserError(f"--to {arguments.to}: {file.path} is a LoRA; it can be converted --to native, lora or fused")
     layers, transposed_rows, worst = dict(adapter.layers), file.own_metadata.get("rows") == "transposed", 0.0
     for layer, entry in layers.items():
         if isinstance(entry, LowRank):
@@ -251,6 +296,8 @@ def to_peft(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
 
 
 def to_lora(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    if not adapter.file.is_kronecker:
+        return to_nearest_lora(adapter, arguments)
     layers, dtype, rank = adapter.factors, dtype_of(arguments), arguments.rank
     size, changed = lora_bytes(layers, rank, dtype), dense_bytes(layers, dtype)
     print(f"The LoRA takes {size / 2**20:,.1f} MiB in {arguments.save_precision or DEFAULT_PRECISION}", end="")
@@ -260,11 +307,50 @@ def to_lora(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
     metadata, kohya_names = metadata_for(adapter, arguments), arguments.sdxl_names == "diffusers"
     report = write_lora(arguments.output, layers, adapter.family, metadata, dtype, rank, kohya_names)
     if rank:
-        for layer, (r, error) in report.items():
-            print(f"    rank {r:4d}  relative error {error:.2e}  {layer.dotted}")
+        print_errors(report)
     print(f"Relative error of all layers together: {total_error(layers, report):.2e}")
     announce(adapter, arguments)
     print(f"\nIn diffusers:\n\n{lora_snippet(arguments.output)}")
+
+
+def to_nearest_lora(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    weights, nothing = weights_of(adapter, arguments), torch.empty(0)
+    nearest = nearest_loras(adapter.layers, lambda layer: weights.get(layer, nothing), arguments.rank)
+    if not nearest.layers:
+        raise UserError(f"--to lora: {adapter.file.path} changes nothing that a LoRA can hold")
+    metadata, kohya_names = metadata_for(adapter, arguments), arguments.sdxl_names == "diffusers"
+    write_equal_alphas(
+        arguments.output, nearest.layers, adapter.family, metadata, dtype_of(arguments), kohya_names=kohya_names
+    )
+    print_errors({layer: (lora.down.shape[0], nearest.errors[layer]) for layer, lora in nearest.layers.items()})
+    if nearest.left_out:
+        print(
+            f"A LoRA cannot hold {len(nearest.left_out)} of the parameters that change, {nearest.share:.1%} of the "
+            f"change: norms, biases, embeddings and the like, such as {nearest.left_out[0].dotted}"
+        )
+    print(f"Relative error of all that changes together: {nearest.error:.2e}")
+    announce(replace(adapter, layers={layer: adapter.layers[layer] for layer in nearest.layers}), arguments)
+    print(f"\nIn diffusers:\n\n{lora_snippet(arguments.output)}")
+
+
+def print_errors(report: Mapping[Layer, tuple[int, float]]) -> None:
+    for layer, (r, error) in report.items():
+        print(f"    rank {r:4d}  relative error {error:.2e}  {layer.dotted}")
+
+
+def to_custom_diffusion(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
+    base = arguments.pretrained_model_name_or_path
+    family = adapter.family
+    if base is None and family:
+        unet = load_architecture(family.architecture)["unet"]
+    else:
+        unet = empty_models(base_options(arguments), COMPONENTS)["unet"]
+    attentions = [name.removesuffix(".processor") for name in unet.attn_processors]
+    write_diffusers_custom_diffusion(
+        arguments.output, adapter.layers, adapter.file.words, attentions, dtype_of(arguments)
+    )
+    print(f"Wrote {len(adapter.layers)} weights to {arguments.output}")
+    print(f"\nIn diffusers:\n\n{custom_diffusion_snippet(arguments.output, adapter.file.words)}")
 
 
 def to_fused(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
@@ -276,12 +362,14 @@ def to_fused(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
     announce(adapter, arguments)
 
 
+KRONECKER_FORMATS = ("native", "diffusers", "peft")
 FORMATS: dict[str, Callable[[MatchedAdapter, argparse.Namespace], None]] = {
     "native": to_native,
     "diffusers": to_diffusers,
     "peft": to_peft,
     "lora": to_lora,
     "fused": to_fused,
+    "custom_diffusion": to_custom_diffusion,
 }
 
 
@@ -297,6 +385,8 @@ def metadata_for(adapter: MatchedAdapter, arguments: argparse.Namespace) -> dict
 def announce(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
     made_for = adapter.family.title if adapter.family else "this model"
     print(f"Wrote {len(adapter.layers)} layers for {made_for} to {arguments.output}")
+    for word in adapter.file.words:
+        print(f"The word {word.text} is not in it: {adapter.file.path} has its embedding, which is loaded besides")
 
 
 if __name__ == "__main__":
