@@ -2,9 +2,11 @@
 
     accelerate launch methods/train.py METHOD FAMILY [options]
 
-    METHOD    lora     W + B A of rank r on the attention projections
-    FAMILY    sd       Stable Diffusion 1.x or 2.x
-              sdxl     SDXL
+    METHOD    lora                 W + B A of rank r on the attention projections
+              custom_diffusion     W' for W in K and V of cross-attention, and a new word before the noun
+              textual_inversion    the embedding of a new word, which stands for the noun
+    FAMILY    sd                   Stable Diffusion 1.x or 2.x
+              sdxl                 SDXL
 
 On a CPU, in minutes, with the toy world's small model:
     accelerate launch methods/train.py lora sd --pretrained_model_name_or_path toyworld/models/sd \\
@@ -23,8 +25,9 @@ All options:  methods/train.py METHOD FAMILY --help
 
 The steps of a run are listed in dreambooth/train.py.
 
-Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), checkpoint-*/, samples/*.png, metrics.jsonl, training.png,
-README.md (the model card), config.yaml and logs/.
+Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), pytorch_custom_diffusion_weights.safetensors
+(custom_diffusion), learned_embeds.safetensors (textual_inversion), checkpoint-*/, samples/*.png, metrics.jsonl,
+training.png, README.md (the model card), config.yaml and logs/.
 """
 
 import importlib
@@ -39,7 +42,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.runtime.startup import lean_imports
-from methods.options import LoraOptions
+from methods.options import CustomDiffusionOptions, LoraOptions, TextualInversionOptions
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Entry:
         return getattr(importlib.import_module(self.module), self.value)
 
 
-METHODS = {"lora": Entry(LoraOptions, "methods.lora", "LORA")}
+METHODS = {
+    "lora": Entry(LoraOptions, "methods.lora", "LORA"),
+    "custom_diffusion": Entry(CustomDiffusionOptions, "methods.custom_diffusion", "CUSTOM_DIFFUSION"),
+    "textual_inversion": Entry(TextualInversionOptions, "methods.textual_inversion", "TEXTUAL_INVERSION"),
+}
 FAMILIES = {
     "sd": Entry(TrainingConfig, "dreambooth.families.sd", "SD"),
     "sdxl": Entry(SDXLTrainingConfig, "dreambooth.families.sdxl", "SDXL"),
