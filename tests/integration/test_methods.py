@@ -37,7 +37,11 @@ OPTIONS = {  # of each method; "a" is a word of one token for the tiny tokenizer
         "initializer_token": "a",
         "instance_prompt": "a photo of <new1> dog",
     },
-    "textual_inversion": {"placeholder_token": "<dog>", "initializer_token": "a", "instance_prompt": "a photo of <dog>"},
+    "textual_inversion": {
+        "placeholder_token": "<dog>",
+        "initializer_token": "a",
+        "instance_prompt": "a photo of <dog>",
+    },
 }
 WITHOUT_CHANCE = (CUSTOM_DIFFUSION, TEXTUAL_INVERSION)  # whose beginning does not depend on the seed
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS_TESTED, ids=lambda method: method.name)
