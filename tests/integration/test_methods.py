@@ -21,6 +21,7 @@ from kron_formats.architectures import load_architecture
 from methods.custom_diffusion import CUSTOM_DIFFUSION
 from methods.lora import LORA
 from methods.readers import READERS
+from methods.svdiff import SVDIFF
 from methods.textual_inversion import TEXTUAL_INVERSION
 from methods.train import METHODS
 from tests.conftest import ROOT, flags, launch, metrics
@@ -28,10 +29,11 @@ from toyworld.tiny_pipeline import build_tokenizer
 
 FAMILIES = {"sd": (SD, TrainingConfig), "sdxl": (SDXL, SDXLTrainingConfig)}
 PROMPT = "a photo of sks dog"
-METHODS_TESTED = [KRONECKER, LORA, CUSTOM_DIFFUSION, TEXTUAL_INVERSION]
+METHODS_TESTED = [KRONECKER, LORA, SVDIFF, CUSTOM_DIFFUSION, TEXTUAL_INVERSION]
 OPTIONS = {  # of each method; "a" is a word of one token for the tiny tokenizer
     "kronecker": {"train_text_encoder": True},
     "lora": {"train_text_encoder": True},
+    "svdiff": {"train_text_encoder": True},
     "custom_diffusion": {
         "modifier_token": "<new1>",
         "initializer_token": "a",
@@ -43,7 +45,7 @@ OPTIONS = {  # of each method; "a" is a word of one token for the tiny tokenizer
         "instance_prompt": "a photo of <dog>",
     },
 }
-WITHOUT_CHANCE = (CUSTOM_DIFFUSION, TEXTUAL_INVERSION)  # whose beginning does not depend on the seed
+WITHOUT_CHANCE = (SVDIFF, CUSTOM_DIFFUSION, TEXTUAL_INVERSION)  # whose beginning does not depend on the seed
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS_TESTED, ids=lambda method: method.name)
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
@@ -79,8 +81,8 @@ def parameters_of(attached):
 def perturb(attached):
     """Make it look trained."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in parameters_of(attached):
-        with torch.no_grad():
+    with torch.no_grad():
+        for parameter in parameters_of(attached):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -88,8 +90,8 @@ def unused_parameters(models):
     """SDXL takes its prompts from the last layer but one of the first text encoder."""
     if "text_encoder_2" not in models:
         return set()
-    last = len(models["text_encoder"].encoder.layers) - 1
-    return {id(p) for path, p in models["text_encoder"].named_parameters() if f"layers.{last}." in path}
+    unused = f"layers.{len(models['text_encoder'].encoder.layers) - 1}.", "final_layer_norm."
+    return {id(p) for path, p in models["text_encoder"].named_parameters() if any(part in path for part in unused)}
 
 
 def prompt_of(method):
@@ -185,8 +187,9 @@ def test_a_state_restores_the_training_exactly(method, name, pipeline, base):
     perturb(attached)
     state = {part: {key: value.clone() for key, value in tensors.items()} for part, tensors in attached.state().items()}
     trained = [parameter.detach().clone() for parameter in parameters_of(attached)]
-    for parameter in parameters_of(attached):
-        parameter.detach().zero_()
+    with torch.no_grad():
+        for parameter in parameters_of(attached):
+            parameter.zero_()
     attached.load_state(state)
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(attached), trained, strict=True))
     with pytest.raises(ValueError):
@@ -266,6 +269,10 @@ COUNTS = {  # method, architecture, options -> UNet alone, with text encoders
     ("textual_inversion", "sd15"): (None, 768),
     ("textual_inversion", "sd21"): (None, 1024),
     ("textual_inversion", "sdxl"): (None, 768 + 1280),
+    # SDXL's second text encoder with its projection, which this architecture file is without, has 1,280 more
+    ("svdiff", "sd15"): (322_856, 397_352),
+    ("svdiff", "sd21"): (325_928, 515_368),
+    ("svdiff", "sdxl"): (1_203_880, 1_607_336),
 }
 
 
