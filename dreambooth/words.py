@@ -41,11 +41,11 @@ def add_word(text: str, count: int, tokenizers: Tokenizers) -> dict[str, int]:
     return first
 
 
-def has_word(prompt: str, first: Mapping[str, int], tokenizers: Tokenizers) -> bool:
-    """Whether a prompt has the word that was added, for any of the tokenizers."""
+def has_word(prompt: str, text: str, tokenizers: Tokenizers) -> bool:
+    """Whether a prompt has a word that was added, for any of the tokenizers."""
     return any(
-        first[encoder] in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        for encoder, tokenizer in tokenizers.items()
+        tokenizer.convert_tokens_to_ids(text) in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        for tokenizer in tokenizers.values()
     )
 
 

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreambooth.data.captions import read_captions
 from dreambooth.data.folder import list_folder
 from dreambooth.data.photos import Photo
+from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.errors import UserError
 from dreambooth.markdown import python_string
 from dreambooth.method import Group
 from dreambooth.words import Tokenizers, add_word, explain_new, has_word, only_token
 from kron_formats.families import TOKENIZERS
 from kron_formats.files import printable
+from kron_formats.reading import AdapterFile
 from kron_formats.words import CLIP_OF, Word, explain_name
 
 
@@ -136,6 +139,29 @@ def loading_word(variable: str, text: str, encoders: Sequence[str]) -> list[str]
     return lines
 
 
+@dataclass(frozen=True)
+class WordReader:
+    """The words in files. See dreambooth/drawing/pipelines.py."""
+
+    def takes(self, file: AdapterFile) -> bool:
+        return bool(file.words)
+
+    def add(self, pipeline: Any, adapters: Sequence[Adapter]) -> None:
+        """Add the words to tokenizers and text encoders, as diffusers does."""
+        for word in (word for adapter in adapters for word in adapter.matched.file.words):
+            for encoder, vectors in word.vectors.items():
+                model, tokenizer = getattr(pipeline, encoder), getattr(pipeline, TOKENIZERS[encoder])
+                pipeline.load_textual_inversion(vectors, token=word.text, text_encoder=model, tokenizer=tokenizer)
+                pool_at_end(model, tokenizer)
+
+    def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
+        """Yield nothing: a word changes no weights."""
+        return iter(())
+
+    def remove(self, pipeline: DiffusionPipeline) -> None:
+        """Do nothing: words lie in the tables of the text encoders, beside all others."""
+
+
 # ---- what is refused ----
 
 
@@ -150,19 +176,19 @@ def check_word(
         _check_initializer(initializer, encoder, tokenizer)
     if problem := explain_name(text) or explain_new(text, count, tokenizers):
         raise UserError(f"--{flag} {printable(text)}: {problem}; choose another word, for example <dog>")
-    first = add_word(text, count, tokenizers)
+    add_word(text, count, tokenizers)
     for tokenizer in tokenizers.values():
         if (read := tokenizer.tokenize(text)) != [text]:
             raise UserError(
                 f"--{flag} {text}: the tokenizer reads it as {printable(' '.join(read))}; use small letters"
             )
-    if not has_word(config.instance_prompt, first, tokenizers):
+    if not has_word(config.instance_prompt, text, tokenizers):
         raise UserError(f"--instance_prompt {config.instance_prompt} has no {text}, the word of --{flag}")
     for photo in photos:
-        if not has_word(photo.prompt, first, tokenizers):
+        if not has_word(photo.prompt, text, tokenizers):
             raise UserError(f"the caption of {printable(photo.path.name)} has no {text}, the word of --{flag}")
     for place, prompt in _class_prompts(photos, config):
-        if has_word(prompt, first, tokenizers):
+        if has_word(prompt, text, tokenizers):
             raise UserError(f"{place} has {text}, the word of --{flag}: the class has to do without it")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dreambooth.base_model.checks import check_parts, empty_models
 from dreambooth.base_model.loading import DTYPES
 from dreambooth.base_model.process import build_sampler
-from dreambooth.base_model.source import base_source, load_scheduler, vae_source
+from dreambooth.base_model.source import base_source, load_scheduler, load_tokenizers, vae_source
+from dreambooth.drawing.words import add_words, check_strength_of_words, check_width
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.tokens import subject_words
 from kron_formats.errors import KroneckerError, naming
@@ -38,7 +39,7 @@ class Reader(Protocol):
     """How a method's files are used. methods/readers.py lists the readers, in the order of `add`."""
 
     def takes(self, file: AdapterFile) -> bool:
-        """Whether this reader handles the file."""
+        """Whether the file has something for this reader; it may have something for others too."""
         ...
 
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
@@ -74,10 +75,24 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
     models, adapters = empty_models(config, COMPONENTS), []
     for number, entry in enumerate(config.adapter):
         path, scale = split_scale(entry)
-        matched = match_layers(read_adapter(path), models)
-        strength = check_strength(scale * config.adapter_scale, f"--adapter {entry}: the strength")
+        matched, what = match_layers(read_adapter(path), models), f"--adapter {entry}: the strength"
+        strength = check_strength(scale * config.adapter_scale, what)
+        check_strength_of_words(matched.file, strength, what)
+        check_width(matched.file, models)
         adapters.append(Adapter(matched, strength, f"adapter-{number}"))
+    if any(adapter.matched.file.words for adapter in adapters):
+        adapted_tokenizers(config, adapters)
     return adapters
+
+
+def adapted_tokenizers(config: AdaptedModelOptions, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return text encoder -> its tokenizer, with the words of the adapters. Reads no weights.
+
+    Raises KroneckerError if a word is no new one.
+    """
+    tokenizers = load_tokenizers(config)
+    add_words((adapter.matched.file for adapter in adapters), tokenizers)
+    return tokenizers
 
 
 def subject_of(adapters: Sequence[Adapter]) -> str:
@@ -107,7 +122,7 @@ def load_base_pipeline(config: AdaptedModelOptions) -> Any:
 def add_adapters(pipeline: Any, adapters: Sequence[Adapter], readers: Sequence[Reader]) -> None:
     """Put the adapters into the base model, the first reader's first."""
     for reader in readers:
-        if own := [adapter for adapter in adapters if _reader_of(adapter.matched.file, readers) is reader]:
+        if own := [adapter for adapter in adapters if reader.takes(adapter.matched.file)]:
             reader.add(pipeline, own)
 
 
@@ -168,7 +183,3 @@ def split_scale(entry: str) -> tuple[str, float]:
         return (path, float(scale)) if path else (entry, 1.0)
     except ValueError:
         return entry, 1.0  # the colon belongs to the path
-
-
-def _reader_of(file: AdapterFile, readers: Sequence[Reader]) -> Reader:
-    return next(reader for reader in readers if reader.takes(file))

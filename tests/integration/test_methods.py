@@ -211,7 +211,7 @@ def test_a_fresh_pipeline_draws_the_same_from_the_file(method, name, pipeline, b
     )
     fresh.set_progress_bar_config(disable=True)
     assert (draw(fresh, prompt) - trained).abs().max() <= 1  # of 255
-    assert (plain - trained).abs().mean() > 2
+    assert (plain - trained).abs().mean() > 1.5
     description = attached.describe(path, str(base), prompt)
     count = sum(parameter.numel() for parameter in parameters_of(attached))
     assert f"{count:,} parameters" in " ".join(description.contents)

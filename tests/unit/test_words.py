@@ -196,9 +196,8 @@ def test_what_can_be_learned_is_not_refused_and_tokenizers_know_the_word_afterwa
     checked(CUSTOM_DIFFUSION, {}, **{**DIFFUSION, **PRIOR, "modifier_token": None, "base_precision": "fp32"})
     checked(CUSTOM_DIFFUSION, tokenizers, [("a <new1> dog", "a dog")], **DIFFUSION, **PRIOR)
     checked(TEXTUAL_INVERSION, tokenizers, [("a <dog>", None)], **INVERSION, num_vectors=3, base_precision="nf4")
-    first = {part: tokenizer.convert_tokens_to_ids("<dog>") for part, tokenizer in tokenizers.items()}
     assert all(split_prompt("<dog>", tokenizer, 75).length == 3 for tokenizer in tokenizers.values())
-    assert has_word("two <dog>s", first, tokenizers) and not has_word("two dogs", first, tokenizers)
+    assert has_word("two <dog>s", "<dog>", tokenizers) and not has_word("two dogs", "<dog>", tokenizers)
 
 
 def test_captions_of_class_images_with_the_word_are_refused(tokenizers, tmp_path):
