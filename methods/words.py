@@ -151,6 +151,8 @@ class WordReader:
         for word in (word for adapter in adapters for word in adapter.matched.file.words):
             for encoder, vectors in word.vectors.items():
                 model, tokenizer = getattr(pipeline, encoder), getattr(pipeline, TOKENIZERS[encoder])
+                # diffusers would draw the new rows at random before it fills them, and warn of that
+                model.resize_token_embeddings(len(tokenizer) + word.count, mean_resizing=False)
                 pipeline.load_textual_inversion(vectors, token=word.text, text_encoder=model, tokenizer=tokenizer)
                 pool_at_end(model, tokenizer)
 
