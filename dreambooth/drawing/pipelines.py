@@ -17,7 +17,7 @@ from dreambooth.base_model.checks import check_parts, empty_models
 from dreambooth.base_model.loading import DTYPES
 from dreambooth.base_model.process import build_sampler
 from dreambooth.base_model.source import base_source, load_scheduler, load_tokenizers, vae_source
-from dreambooth.drawing.words import add_words, check_strength_of_words, check_width
+from dreambooth.drawing.words import add_words, check_strength_of_words
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.tokens import subject_words
 from kron_formats.errors import KroneckerError, naming
@@ -100,7 +100,6 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
         what = f"--adapter {entry}: the strength"
         strength = check_strength(scale * config.adapter_scale, what)
         check_strength_of_words(matched.file, strength, what)
-        check_width(matched.file, models)
         adapters.append(Adapter(matched, strength, f"adapter-{number}"))
     if any(adapter.matched.file.words for adapter in adapters):
         adapted_tokenizers(config, adapters)

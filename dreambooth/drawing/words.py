@@ -1,10 +1,8 @@
-"""The new words of files: whether they fit the base model, and how prompts call a subject that has one."""
+"""The new words of files: whether tokenizers can learn them, and how prompts call a subject that has one."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from torch import nn
 
 from dreambooth.wording import shortlist
 from dreambooth.words import add_word, explain_new, has_word
@@ -21,18 +19,6 @@ def check_strength_of_words(file: AdapterFile, strength: float, what: str) -> No
         raise KroneckerError(
             f"{what} is {strength:g}, but a word has none: {file.path} holds {_named(file.words)} alone"
         )
-
-
-def check_width(file: AdapterFile, models: Mapping[str, nn.Module]) -> None:
-    """Raise KroneckerError unless the words of a file have vectors for each text encoder, as wide as it reads them."""
-    wanted = {part: model.config.hidden_size for part, model in models.items() if part.startswith("text_encoder")}
-    for word in file.words:
-        widths = {part: rows.shape[1] for part, rows in word.vectors.items()}
-        if widths != wanted:
-            raise KroneckerError(
-                f"{file.path} does not fit this model: the vectors of {word.text} are {_widths(widths)} wide, the "
-                f"model reads {_widths(wanted)}; it is for another family of base models"
-            )
 
 
 def add_words(files: Iterable[AdapterFile], tokenizers: Mapping[str, Any]) -> None:
@@ -68,7 +54,3 @@ def warn_of_prompts_without_words(
 
 def _named(words: Sequence[Word]) -> str:
     return " or ".join(word.text for word in words)
-
-
-def _widths(widths: Mapping[str, int]) -> str:
-    return " and ".join(f"{width:,} ({part})" for part, width in widths.items())
