@@ -33,10 +33,11 @@ def split_prompt(prompt: str, tokenizer: Any, max_token_length: int) -> SplitPro
     """Return a prompt in at most max_token_length / 75 chunks.
 
     A word, which ends at white space, moves to the next chunk whole if only that one has room for it. The last chunk is
-    filled to its last token.
+    filled to its last token. A word of several tokens that was added to the tokenizer, as textual inversions are, is
+    read as all of them.
     """
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ids, offsets = _with_all_tokens(encoded["input_ids"], encoded["offset_mapping"], tokenizer)
     room, most_chunks = _room(tokenizer), max_token_length // CHUNK_LENGTH
     chunks: list[list[int]] = [[]]
     for word in _words(offsets):
@@ -50,6 +51,25 @@ def split_prompt(prompt: str, tokenizer: Any, max_token_length: int) -> SplitPro
                 chunks.append([])
             chunks[-1].append(ids[place])
     return SplitPrompt(chunks, len(ids), "")
+
+
+def _with_all_tokens(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], tokenizer: Any
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the tokens of a text with "<dog>", "<dog>_1", ... where the text has "<dog>", as diffusers reads it.
+
+    A token's place in the text is that of the word.
+    """
+    names = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+    numbers = {name: number for number, name in names.items()}
+    all_ids, all_offsets = [], []
+    for number, place in zip(ids, offsets):
+        tokens, name = [number], names.get(number)
+        while name and (more := numbers.get(f"{name}_{len(tokens)}")) is not None:
+            tokens.append(more)
+        all_ids += tokens
+        all_offsets += [place] * len(tokens)
+    return all_ids, all_offsets
 
 
 def _room(tokenizer: Any) -> int:
@@ -69,13 +89,12 @@ def _words(offsets: Sequence[tuple[int, int]]) -> list[list[int]]:
     return words
 
 
-def chunk_tokens(pipeline: Any, tokenizer: Any, prompts: Sequence[str], max_token_length: int) -> list[BatchEncoding]:
+def chunk_tokens(tokenizer: Any, prompts: Sequence[str], max_token_length: int) -> list[BatchEncoding]:
     """Return, for each chunk, its input_ids and attention_mask, (prompts, 77).
 
     A chunk is padded as the tokenizer pads a prompt. Every prompt has max_token_length / 75 chunks, maybe empty ones.
     """
-    converted = pipeline.maybe_convert_prompt(list(prompts), tokenizer)  # names of textual inversions
-    splits = [split_prompt(prompt, tokenizer, max_token_length) for prompt in converted]
+    splits = [split_prompt(prompt, tokenizer, max_token_length) for prompt in prompts]
     batches = []
     for number in range(max_token_length // CHUNK_LENGTH):
         contents = [split.chunks[number] if number < len(split.chunks) else [] for split in splits]
@@ -123,8 +142,8 @@ def warn_of_cut_prompts(
 
 def subject_words(instance_prompt: str, class_prompt: str | None) -> str:
     """Return the words that only the subject has: those of the instance prompt that the class prompt lacks."""
-    others = _bare(class_prompt or "")
-    return " ".join(word for word in _bare(instance_prompt) if word not in others)
+    others = words_in(class_prompt or "")
+    return " ".join(word for word in words_in(instance_prompt) if word not in others)
 
 
 def cut_prompt(text: str, tokenizers: Collection[Any], max_token_length: int) -> SplitPrompt | None:
@@ -135,13 +154,13 @@ def cut_prompt(text: str, tokenizers: Collection[Any], max_token_length: int) ->
 
 def _lost(subject: str, text: str, rest: str) -> list[str]:
     """Return the words of `subject` that are in the rest of a text and not before it."""
-    read, cut = _bare(text.removesuffix(rest)), _bare(rest)
-    return [word for word in dict.fromkeys(_bare(subject)) if word in cut and word not in read]
+    read, cut = words_in(text.removesuffix(rest)), words_in(rest)
+    return [word for word in dict.fromkeys(words_in(subject)) if word in cut and word not in read]
 
 
-def _bare(text: str) -> list[str]:
-    """Return the words of a text without punctuation, in lower case."""
-    return re.findall(r"\w+", text.lower())
+def words_in(text: str) -> list[str]:
+    """Return the words of a text without punctuation, in lower case. New ones, as "<dog>", keep their brackets."""
+    return re.findall(r"<\w[\w-]*>|\w+", text.casefold())
 
 
 def _enough(texts: Iterable[str], tokenizers: Collection[Any], max_token_length: int) -> int:

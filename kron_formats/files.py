@@ -212,6 +212,8 @@ def read_pickle(path: Path) -> "dict[str, Tensor]":
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise KroneckerError(f"{path} holds something other than tensors, or is damaged: {reason(error)}") from error
+    if isinstance(content, dict) and "string_to_param" in content:
+        content = content["string_to_param"]  # an embedding of A1111: the rest says how it was trained
     tensors, claimed = {}, 0
     for name, tensor in _named_tensors(content, path):
         claimed += tensor.numel() * tensor.element_size()

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from kron_formats.errors import KroneckerError
-from kron_formats.families import FAMILIES
+from kron_formats.families import FAMILIES, SDXL
 from kron_formats.files import excerpt
 
 WORD_KEY = "word"  # of our metadata
 COMPONENT_OF = {encoder.clip: encoder.component for family in FAMILIES for encoder in family.text_encoders}
+CLIP_OF = {encoder.component: encoder.clip for encoder in SDXL.text_encoders}  # in files of two encoders
 NAMELESS = ("emb_params", "*")  # what A1111 calls the tensor of a word
 LONGEST_WORD = 64  # characters
 MOST_VECTORS = 75  # the tokens of a prompt
@@ -130,10 +131,9 @@ def word_tensors(word: Word, dtype: torch.dtype = torch.float32) -> dict[str, Te
 
     A file with names of encoders needs `word_metadata` too.
     """
-    clips = {component: clip for clip, component in COMPONENT_OF.items() if clip != "clip_h"}
     alone = word.vectors.keys() == {"text_encoder"}
     tensors = {
-        word.text if alone else clips[component]: rows.detach().cpu().to(dtype).contiguous()
+        word.text if alone else CLIP_OF[component]: rows.detach().cpu().to(dtype).contiguous()
         for component, rows in word.vectors.items()
     }
     if not all(rows.isfinite().all() for rows in tensors.values()):

@@ -104,8 +104,12 @@ def cast(layer: Layer, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Te
     return A, B
 
 
-def file_metadata(metadata: Mapping[str, str], family: Family | None, network: Mapping[str, str]) -> dict[str, str]:
+def file_metadata(
+    metadata: Mapping[str, str], family: Family | None, network: Mapping[str, str], kind: str = "lora"
+) -> dict[str, str]:
     """Return the metadata of a file: ours under our prefix, and what other tools show or filter by.
+
+    `kind` is what the Stability model spec calls a file of this method.
 
     If `metadata` say nothing but what tools need, what they show is left out too.
     """
@@ -122,7 +126,7 @@ def file_metadata(metadata: Mapping[str, str], family: Family | None, network: M
         "modelspec.description": "Kronecker adapter (DiffuseKronA): W + A x B for every adapted layer",
     }
     if family:
-        entries["modelspec.architecture"] = f"{family.model_spec_v if velocity else family.model_spec}/lora"
+        entries["modelspec.architecture"] = f"{family.model_spec_v if velocity else family.model_spec}/{kind}"
     if prompt := metadata.get("instance_prompt"):
         entries |= {
             "modelspec.trigger_phrase": prompt,

@@ -1,10 +1,12 @@
 """The options of the compared methods. Imports no torch, so that --help is instant."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dreambooth.errors import UserError
-from dreambooth.options.field import option
-from dreambooth.options.steps import TextEncoderOptions
+from dreambooth.options.field import GIVEN, option
+from dreambooth.options.prompts import CHUNK_LENGTH
+from dreambooth.options.steps import OptimizerOptions, SeedOptions, TextEncoderOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +55,68 @@ class SvdiffOptions(TextEncoderOptions):
             raise UserError(
                 "--optimizer Prodigy finds a single learning rate: give --learning_rate_1d the value of --learning_rate"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversionOptions(SeedOptions, OptimizerOptions):
+    """Textual Inversion."""
+
+    placeholder_token: str = option('The new word, which stands for the noun: "a photo of a <dog>".', "<dog>")
+    initializer_token: str = option("Word of one token that the new word begins as: the noun, for example dog.")
+    num_vectors: int = option(
+        "Vectors of the new word, each a token of the prompt.", 1, at_least=1, at_most=CHUNK_LENGTH
+    )
+
+    foreign = (
+        (
+            "train_text_encoder text_encoder_lr",
+            "Textual Inversion trains nothing but the vectors of --placeholder_token; its rate is --learning_rate",
+        ),
+        (
+            "learnable_property",
+            "there are no templates: write the sentence into --instance_prompt, for example 'a painting by <artist>', "
+            "or a caption beside each photo",
+        ),
+        ("modifier_token", "Textual Inversion's word is --placeholder_token"),
+        ("token_string", "use --placeholder_token"),
+        ("init_word", "use --initializer_token"),
+        ("num_vectors_per_token num_new_tokens_per_abstraction", "use --num_vectors"),
+        ("save_as_full_pipeline", "only the vectors train; --placeholder_token is in the file that is written"),
+        (
+            "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha kron_a1 kron_a2 kron_factors",
+            "nothing but vectors train; their number is --num_vectors",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomDiffusionOptions(SeedOptions, OptimizerOptions):
+    """Custom Diffusion."""
+
+    learning_rate: float = 1e-5
+    freeze_model: Literal["crossattn_kv", "crossattn"] = option(
+        "crossattn_kv: of the UNet, only K and V of cross-attention train; crossattn: all of cross-attention, which is "
+        "meant for faces.",
+        "crossattn_kv",
+    )
+    modifier_token: str | None = option(
+        'A new word, which stands before the noun: "photo of a <new1> dog". Default: none, only weights train.', None
+    )
+    initializer_token: str = option(
+        "Word of one token that modifier_token begins as: a rare one.", "ktn", needs={"modifier_token": GIVEN}
+    )
+
+    foreign = (
+        (
+            "train_text_encoder text_encoder_lr",
+            "Custom Diffusion trains no weights of text encoders; --modifier_token adds a word to them",
+        ),
+        ("placeholder_token", "Custom Diffusion's word is --modifier_token"),
+        ("num_vectors num_vectors_per_token", "--modifier_token has one vector in each text encoder"),
+        ("concepts_list", "one subject is trained at a time; its word is --modifier_token"),
+        ("hflip", "use --random_flip"),
+        (
+            "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha kron_a1 kron_a2 kron_factors",
+            "whole weights train; which ones is --freeze_model",
+        ),
+    )

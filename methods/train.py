@@ -2,10 +2,12 @@
 
     accelerate launch methods/train.py METHOD FAMILY [options]
 
-    METHOD    lora     W + B A of rank r on the attention projections
-              svdiff   shifts of the singular values of all weights
-    FAMILY    sd       Stable Diffusion 1.x or 2.x
-              sdxl     SDXL
+    METHOD    lora                 W + B A of rank r on the attention projections
+              svdiff               shifts of the singular values of all weights
+              custom_diffusion     W' for W in K and V of cross-attention, and a new word before the noun
+              textual_inversion    the embedding of a new word, which stands for the noun
+    FAMILY    sd                   Stable Diffusion 1.x or 2.x
+              sdxl                 SDXL
 
 On a CPU, in minutes, with the toy world's small model:
     accelerate launch methods/train.py lora sd --pretrained_model_name_or_path toyworld/models/sd \\
@@ -24,8 +26,9 @@ All options:  methods/train.py METHOD FAMILY --help
 
 The steps of a run are listed in dreambooth/train.py.
 
-Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora) or spectral_shifts.safetensors (svdiff), checkpoint-*/,
-samples/*.png, metrics.jsonl, training.png, README.md (the model card), config.yaml and logs/.
+Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), spectral_shifts.safetensors (svdiff),
+pytorch_custom_diffusion_weights.safetensors (custom_diffusion) or learned_embeds.safetensors (textual_inversion),
+checkpoint-*/, samples/*.png, metrics.jsonl, training.png, README.md (the model card), config.yaml and logs/.
 """
 
 import importlib
@@ -40,7 +43,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.runtime.startup import lean_imports
-from methods.options import LoraOptions, SvdiffOptions
+from methods.options import CustomDiffusionOptions, LoraOptions, SvdiffOptions, TextualInversionOptions
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Entry:
 METHODS = {
     "lora": Entry(LoraOptions, "methods.lora", "LORA"),
     "svdiff": Entry(SvdiffOptions, "methods.svdiff", "SVDIFF"),
+    "custom_diffusion": Entry(CustomDiffusionOptions, "methods.custom_diffusion", "CUSTOM_DIFFUSION"),
+    "textual_inversion": Entry(TextualInversionOptions, "methods.textual_inversion", "TEXTUAL_INVERSION"),
 }
 FAMILIES = {
     "sd": Entry(TrainingConfig, "dreambooth.families.sd", "SD"),

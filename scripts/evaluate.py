@@ -6,7 +6,8 @@
         --prompts configs/prompts/live_subjects.txt --output_dir outputs/dog/evaluation
 
 Images are drawn for the prompts, with "sks dog" for {}, and for the class prompt, without and with the adapter; image i
-of every prompt is drawn from seed + i. CLIP-T is computed with "dog" for {}.
+of every prompt is drawn from seed + i. CLIP-T is computed with "dog" for {}. If the adapter has a new word, {} stands
+for that: "<dog>" of Textual Inversion, "<new1> dog" of Custom Diffusion; the base model, which lacks it, draws "dog".
 
     CLIP-I, DINO   fidelity to the subject: mean cosine of images and photos in CLIP's and in DINO's embeddings
     CLIP-T         fidelity to the prompt: mean cosine of images and their prompts in CLIP's embeddings
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 BASE, ADAPTED = "base", "adapted"
 SCORES = ("clip_i", "dino", "clip_t", "diversity")
 COLUMNS = 8  # of the sheet, images
+Prompts = Mapping[str, Sequence[str]]  # model -> the prompts that it draws
 THUMBNAIL = (192, 192)  # px
 GAP = (16, 192)  # px, between the models
 
@@ -62,7 +64,9 @@ class Config(AdaptedModelOptions, DrawingOptions):
     """What to score, on which prompts, and with which models."""
 
     instance_data_dir: str = option("Folder with the photos of the subject to compare images with.", path=True)
-    instance_token: str = option("Rare token that the adapter was trained with.", "sks")
+    instance_token: str | None = option(
+        "Rare token that the adapter was trained with. Default: the new word of the adapter, or else sks.", None
+    )
     class_noun: str = option('Class of the subject, for example dog; {} in prompts then stands for "sks dog".')
     prompts: str | None = option(
         "File with one prompt per line, for example configs/prompts/objects.txt.", None, path=True
@@ -120,8 +124,8 @@ def main() -> None:
     import torch
 
     from dreambooth.base_model.loading import DTYPES
-    from dreambooth.base_model.source import load_tokenizers
     from dreambooth.drawing.pipelines import (
+        adapted_tokenizers,
         add_adapters,
         change_weights,
         load_base_pipeline,
@@ -129,17 +133,23 @@ def main() -> None:
         prepare_drawing,
         read_adapters,
     )
+    from dreambooth.drawing.words import subject_phrase
     from dreambooth.scoring.embeddings import load_evaluators
     from dreambooth.scoring.measures import score_images, score_photos, score_prior
     from dreambooth.tokens import warn_of_cut_prompts
     from methods.readers import READERS
 
     adapters = read_adapters(config, READERS)
-    named = name_subject(prompts, f"{config.instance_token} {config.class_noun}")
+    files = [adapter.matched.file for adapter in adapters]
+    subject = subject_phrase(files, config.instance_token, config.class_noun)
     texts = name_subject(prompts, config.class_noun)
-    drawn_texts = [*zip(sources, named), ("--class_prompt", class_prompt(config))]
+    named = dict.fromkeys((BASE, ADAPTED), name_subject(prompts, subject))
+    if any(file.words for file in files):
+        named[BASE] = texts  # the base model does not have the words
+    drawn_texts = [*zip(sources, named[ADAPTED]), ("--class_prompt", class_prompt(config))]
     drawn_texts += [("--negative_prompt", config.negative_prompt)]
-    warn_of_cut_prompts(drawn_texts, load_tokenizers(config).values(), config.max_token_length, config.instance_token)
+    tokenizers = adapted_tokenizers(config, adapters)
+    warn_of_cut_prompts(drawn_texts, tokenizers.values(), config.max_token_length, subject)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
     evaluators.warn_of_cut_texts(zip(sources, texts))
@@ -149,7 +159,7 @@ def main() -> None:
             pipeline.register_modules(safety_checker=None)
         pipeline.set_progress_bar_config(disable=True)
         prepare_drawing(pipeline.to(device), READERS, config)
-        return draw(pipeline, named, model, config)
+        return draw(pipeline, named[model], model, config)
 
     pipeline = load_base_pipeline(config, DTYPES[config.dtype])
     drawn = {BASE: draw_with(pipeline, BASE)}
@@ -169,7 +179,7 @@ def main() -> None:
     output = Path(config.output_dir)
     write_json(output / "scores.json", named, texts, results, config)
     write_csv(output / "scores.csv", named, texts, results)
-    contact_sheet(photos, named, drawn, config).save(output / "sheet.png")
+    contact_sheet(photos, named[ADAPTED], drawn, config).save(output / "sheet.png")
     print(table(results))
     print(f"Wrote {output / 'scores.json'}, scores.csv, sheet.png and images")
 
@@ -212,23 +222,23 @@ def class_prompt(config: Config) -> str:
 # ---- what is written ----
 
 
-def write_json(path: Path, prompts: Sequence[str], texts: Sequence[str], results: Results, config: Config) -> None:
+def write_json(path: Path, prompts: Prompts, texts: Sequence[str], results: Results, config: Config) -> None:
     models = {}
     for model, scores in results.models.items():
         means = asdict(scores)
-        by_prompt = [{"prompt": p, "text": t} | row for p, t, row in zip(prompts, texts, means.pop("by_prompt"))]
+        by_prompt = [{"prompt": p, "text": t} | row for p, t, row in zip(prompts[model], texts, means.pop("by_prompt"))]
         models[model] = means | {"by_prompt": by_prompt}
     report = asdict(results) | {"models": models}
     text = json.dumps({"settings": asdict(config)} | report, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def write_csv(path: Path, prompts: Sequence[str], texts: Sequence[str], results: Results) -> None:
+def write_csv(path: Path, prompts: Prompts, texts: Sequence[str], results: Results) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "prompt", "text", *SCORES])
         for model, scores in results.models.items():
-            for prompt, text, row in zip(prompts, texts, scores.by_prompt):
+            for prompt, text, row in zip(prompts[model], texts, scores.by_prompt):
                 writer.writerow([model, prompt, text, *(getattr(row, name) for name in SCORES)])
 
 

@@ -43,22 +43,25 @@ def main() -> None:
 
     import torch
 
-    from dreambooth.base_model.source import load_tokenizers
     from dreambooth.drawing.draw import draw_images
     from dreambooth.drawing.pipelines import (
+        adapted_tokenizers,
         load_pipeline_with,
         prepare_drawing,
         read_adapters,
         subject_of,
     )
     from dreambooth.drawing.sheet import draw_sheet
+    from dreambooth.drawing.words import warn_of_prompts_without_words
     from dreambooth.tokens import warn_of_cut_prompts
     from methods.readers import READERS
 
     adapters = read_adapters(config, READERS)
     texts = [(f"--prompt, number {number}", text) for number, text in enumerate(config.prompt, 1)]
     texts += [("--negative_prompt", config.negative_prompt)]
-    warn_of_cut_prompts(texts, load_tokenizers(config).values(), config.max_token_length, subject_of(adapters))
+    tokenizers = adapted_tokenizers(config, adapters)
+    warn_of_cut_prompts(texts, tokenizers.values(), config.max_token_length, subject_of(adapters))
+    warn_of_prompts_without_words(config.prompt, [adapter.matched.file for adapter in adapters], tokenizers)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     pipeline = load_pipeline_with(adapters, config, READERS)
     prepare_drawing(pipeline.to(device), READERS, config)

@@ -1,11 +1,10 @@
 """Warnings of prompts that teach something else than was meant: photos without the subject's word, classes with it."""
 
 import logging
-import re
 from collections.abc import Mapping
 
 from dreambooth.options.data import ImageOptions
-from dreambooth.tokens import subject_words
+from dreambooth.tokens import subject_words, words_in
 from dreambooth.wording import shortlist
 from kron_formats.files import printable
 
@@ -41,7 +40,7 @@ def warn_of_class_captions(captioned: Mapping[str, str], config: ImageOptions) -
 
 def words_of(prompt: str) -> set[str]:
     """Return the words of a prompt that say something, in lower case."""
-    return set(re.findall(r"\w+", prompt.casefold())) - COMMON
+    return set(words_in(prompt)) - COMMON
 
 
 def rare_words(captions: list[str], config: ImageOptions) -> set[str]:
@@ -52,7 +51,7 @@ def rare_words(captions: list[str], config: ImageOptions) -> set[str]:
     """
     if config.class_prompt:
         return words_of(subject_words(config.instance_prompt, config.class_prompt))
-    words = list(dict.fromkeys(re.findall(r"\w+", config.instance_prompt.casefold())))
+    words = list(dict.fromkeys(words_in(config.instance_prompt)))
     words = [word for word in words if word not in COMMON]
     before_class = words[:-1] or words
     return {*before_class}.difference(*map(words_of, captions)) or {*before_class[:1]}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dreambooth.base_model.checks import check_parts, empty_models
 from dreambooth.base_model.loading import DTYPES
 from dreambooth.base_model.process import build_sampler
-from dreambooth.base_model.source import base_source, load_scheduler, vae_source
+from dreambooth.base_model.source import base_source, load_scheduler, load_tokenizers, vae_source
+from dreambooth.drawing.words import add_words, check_strength_of_words
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.tokens import subject_words
 from kron_formats.errors import KroneckerError, naming
@@ -96,9 +97,23 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
     for number, entry in enumerate(config.adapter):
         path, scale = split_scale(entry)
         matched = match_layers(read_adapter(path, config.allow_pickle), models)
-        strength = check_strength(scale * config.adapter_scale, f"--adapter {entry}: the strength")
+        what = f"--adapter {entry}: the strength"
+        strength = check_strength(scale * config.adapter_scale, what)
+        check_strength_of_words(matched.file, strength, what)
         adapters.append(Adapter(matched, strength, f"adapter-{number}"))
+    if any(adapter.matched.file.words for adapter in adapters):
+        adapted_tokenizers(config, adapters)
     return adapters
+
+
+def adapted_tokenizers(config: AdaptedModelOptions, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return text encoder -> its tokenizer, with the words of the adapters. Reads no weights.
+
+    Raises KroneckerError if a word is no new one.
+    """
+    tokenizers = load_tokenizers(config)
+    add_words((adapter.matched.file for adapter in adapters), tokenizers)
+    return tokenizers
 
 
 def subject_of(adapters: Sequence[Adapter]) -> str:

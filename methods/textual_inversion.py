@@ -1,0 +1,148 @@
+"""Textual Inversion: the embedding of one new word, and nothing else (Gal et al., arXiv 2208.01618).
+
+v* = argmin_v E ‖ε - ε_θ(z_t, t, c_θ(y))‖²,  y with the word that text encoders read as v
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreambooth.data.photos import Photo
+from dreambooth.errors import UserError
+from dreambooth.family import Family
+from dreambooth.markdown import code, loading_lines, python_string
+from dreambooth.method import Description, Group, check_state
+from dreambooth.runtime.ranks import splits_models
+from kron_formats.names import family as family_of
+from kron_formats.words import word_metadata, word_tensors
+from kron_formats.writing import file_metadata, is_bare, write_tensors
+from methods.options import TextualInversionOptions
+from methods.words import AttachedWord, attach_word, check_word, loading_word
+
+
+@dataclass(frozen=True)
+class AttachedTextualInversion:
+    """A word in the text encoders. See dreambooth/method.py."""
+
+    family: Family
+    models: Mapping[str, nn.Module]
+    learned: AttachedWord
+    groups: Sequence[Group]
+
+    def without(self) -> AbstractContextManager[None]:
+        return self.learned.without()
+
+    def state(self) -> dict[str, Any]:
+        return self.learned.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        check_state(self.state(), state)
+        self.learned.load_state(state)
+
+    def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+        """Write a file that `pipeline.load_textual_inversion` (SDXL: in two calls), ComfyUI, A1111 and Forge read."""
+        word = self.learned.word
+        if not is_bare(metadata):
+            metadata = {"modelspec.description": "Textual Inversion", **metadata}
+        own = file_metadata({**metadata, **word_metadata(word)}, family_of(self.models), {}, "textual-inversion")
+        write_tensors(path, word_tensors(word, dtype), own)
+
+    def describe(self, path: Path, base_model: str, prompt: str) -> Description:
+        word = self.learned.word
+        parameters = sum(rows.numel() for rows in word.vectors.values())
+        rows = "".join(
+            f"| {self.family.component_titles[name]} | {len(vectors)} | {vectors.shape[1]:,} |\n"
+            for name, vectors in word.vectors.items()
+        )
+        size = f"{code(path.name)}: {parameters:,} parameters, {path.stat().st_size / 2**10:.1f} KiB."
+        loading = loading_lines(base_model, self.family.pipeline_class.__name__)
+        return Description(
+            noun="Textual Inversion",
+            summary=f"the embedding of {code(word.text)}, which stands for the subject "
+            "([Textual Inversion](https://arxiv.org/abs/2208.01618))",
+            usage=_usage(path.name, word.text, list(word.vectors), loading, prompt),
+            contents=(size, f"| in | vectors | width |\n| --- | ---: | ---: |\n{rows.rstrip()}"),
+            tags=("textual-inversion",),
+        )
+
+
+def _usage(file: str, text: str, encoders: Sequence[str], loading: tuple[str, str], prompt: str) -> str:
+    alone = encoders == ["text_encoder"]
+    imports = "" if alone else "\nfrom safetensors.torch import load_file"
+    lines = [f'pipeline.load_textual_inversion(".", weight_name={python_string(file)})']
+    if not alone:
+        lines = [f"vectors = load_file({python_string(file)})", *loading_word("vectors", text, encoders)]
+    stem = Path(file).stem
+    return f"""```python
+import torch
+{loading[0]}{imports}
+
+{loading[1]}
+{chr(10).join(lines)}
+image = pipeline({python_string(prompt)}).images[0]
+```
+
+ComfyUI, AUTOMATIC1111 and Forge load the file too: put it into their embeddings folder. There the word is the file's
+name, {code(stem)}; in ComfyUI {code(f"embedding:{stem}")}."""
+
+
+@dataclass(frozen=True)
+class TextualInversion:
+    """The embedding of a new word, which begins as that of another. See dreambooth/method.py."""
+
+    name: str = "textual_inversion"
+    options: type = TextualInversionOptions
+    weights_name: str = "learned_embeds.safetensors"
+    whole_precision: bool = False
+
+    def trains_text(self, config: TextualInversionOptions) -> bool:
+        return True
+
+    def check(
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        photos: Sequence[Photo],
+        config: Any,
+    ) -> None:
+        """Raise UserError if the word cannot be learned from these prompts, or if there is a prior."""
+        if splits_models():
+            raise UserError("FSDP does not work with Textual Inversion, which trains a few thousand numbers")
+        if config.with_prior_preservation:
+            raise UserError(
+                "--with_prior_preservation has no effect on Textual Inversion: no weight of the base model changes, so "
+                f"what it predicts for --class_prompt {config.class_prompt} is the base model's at every step, and the "
+                "prior's gradient is zero"
+            )
+        check_word(
+            "placeholder_token",
+            config.placeholder_token,
+            config.num_vectors,
+            config.initializer_token,
+            tokenizers,
+            photos,
+            config,
+        )
+
+    def attach(
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        config: TextualInversionOptions,
+    ) -> AttachedTextualInversion:
+        for model in models.values():
+            model.requires_grad_(False)
+        learned = attach_word(
+            config.placeholder_token, config.num_vectors, config.initializer_token, models, tokenizers
+        )
+        return AttachedTextualInversion(family, models, learned, [learned.group(config)])
+
+
+TEXTUAL_INVERSION = TextualInversion()
