@@ -48,13 +48,6 @@ def other_keys(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if _split_key(key) is None]
 
 
-def check_names(path: Path, keys: Iterable[str]) -> None:
-    """Raise KroneckerError if a layer in a file has a name that none can have."""
-    for name, _ in filter(None, map(_split_key, keys)):
-        if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
-            raise KroneckerError(f"{path} is not a Kronecker adapter: no layer is called {excerpt(name)}")
-
-
 def read_factors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, StoredFactors | LowRank], bool]:
@@ -66,6 +59,8 @@ def read_factors(
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         name, role = _split_key(key) or ("", "")
+        if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
+            raise KroneckerError(f"{path} cannot be used as an adapter: no layer is called {excerpt(name)}")
         if role in parts[name]:
             raise KroneckerError(f"{path}: {name} is in it twice, under different names, for example {key}")
         parts[name][role] = _checked(tensor, role, f"{path}: {key}")
@@ -126,7 +121,7 @@ def _layer(
         layer = _product(up * (scale if alpha is None else scale * alpha / down.shape[0]), down, where)
     elif roles & {"lora_down", "lora_up"}:
         raise KroneckerError(
-            f"{path} is not a Kronecker adapter: it is a LoRA file; {name} has only {', '.join(sorted(roles))}"
+            f"{path} cannot be used as an adapter: it is a LoRA file; {name} has only {', '.join(sorted(roles))}"
         )
     else:
         held = ", ".join(f"{role} {tuple(parts[role].shape)}" for role in sorted(roles)) or "an alpha alone"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
@@ -30,6 +31,7 @@ def trained(tiny_sd, dog_photos, tmp_path, fresh_accelerator):
     def run(name, **options):
         given = {"pretrained_model_name_or_path": str(tiny_sd), "instance_data_dir": str(dog_photos), "resolution": 64}
         given |= {"report_to": ["none"], "output_dir": str(tmp_path / name), "max_train_steps": 2}
+        AcceleratorState._reset_state(reset_partial_state=True)  # which has the first run's precision
         train(SD, SVDIFF, configure(**given, **options))
         return load_file(tmp_path / name / SVDIFF.weights_name)
 
