@@ -4,6 +4,7 @@ As the paper defines it: matrices and kernels get spectral shifts, norms element
 own, biases and embeddings none; the text encoders may train too. The shifts themselves are in methods/spectral.py.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,18 @@ class AttachedSvdiff:
 
 
 def _usage(file: str, base_model: str, prompt: str) -> str:
-    return f"TODO {file} {base_model} {prompt}"
+    base, file, prompt = (shlex.quote(word) for word in (base_model, file, prompt))
+    return f"""No other tool loads such a file. With the scripts of the project that trained it:
+
+```bash
+python scripts/generate.py --pretrained_model_name_or_path {base} --adapter {file} --prompt {prompt}
+python scripts/convert.py {file} --to fused --pretrained_model_name_or_path {base} --output fused
+python scripts/convert.py {file} --to lora --rank 64 --pretrained_model_name_or_path {base} --output lora.safetensors
+```
+
+The second writes the base model with the shifts in its weights, for every tool. The third writes the nearest LoRA of a
+rank, and how far from the shifts it is, since their change has full rank. The shifts belong to the singular vectors of
+this base model's weights; with another model, revision or variant they are refused."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """SVDiff through the training itself, against its equation in plain autograd."""
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,12 @@ from torch import nn
 from dreambooth.base_model.process import DiscreteProcess
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
+from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import TrainingConfig, config_class
 from dreambooth.train import train
 from methods.options import SvdiffOptions
-from methods.svdiff import SVDIFF
+from methods.svdiff import SVDIFF, AttachedSvdiff
+from scripts import convert, generate
 
 Config = config_class(TrainingConfig, SvdiffOptions)
 
@@ -124,3 +128,16 @@ def test_prodigy_has_one_learning_rate():
     with pytest.raises(UserError, match="--learning_rate_1d"):
         SvdiffOptions.check(configure(optimizer="Prodigy", learning_rate=1.0))
     SvdiffOptions.check(configure(optimizer="Prodigy", learning_rate=1.0, learning_rate_1d=1.0))
+
+
+def test_the_card_s_commands_parse(tmp_path, monkeypatch):
+    path = tmp_path / "a b.safetensors"
+    path.touch()
+    unet = nn.Module()
+    usage = AttachedSvdiff(SD, {"unet": unet}, {"unet": {}}, []).describe(path, "some one/base", 'a "sks" dog').usage
+    commands = [shlex.split(line) for line in usage.splitlines() if line.startswith("python ")]
+    assert [words[1] for words in commands] == ["scripts/generate.py", "scripts/convert.py", "scripts/convert.py"]
+    config = parse_options(generate.Config, "", commands[0][2:])
+    assert config.adapter == [path.name] and config.prompt == ['a "sks" dog']
+    for words in commands[1:]:
+        assert convert.parse(words[2:]).pretrained_model_name_or_path == "some one/base"
