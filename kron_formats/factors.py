@@ -11,7 +11,7 @@ by row, A ⊗ B is the same.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -41,6 +41,11 @@ LONGEST_NAME = 256  # characters
 LARGEST_LAYER = 2**26  # entries of ΔW: twice the largest of SDXL, 1280 x 2560·3·3
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # some tools save an alpha as one
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def is_factors(keys: Collection[str]) -> bool:
+    """Whether tensors with these names are those of a Kronecker adapter or a LoRA."""
+    return bool(keys) and not other_keys(keys)
 
 
 def other_keys(keys: Iterable[str]) -> list[str]:

@@ -19,14 +19,13 @@ from kron_formats import shifts, words
 from kron_formats.changes import Change, LowRank, StoredFactors
 from kron_formats.custom_diffusion import is_custom_diffusion, read_custom_diffusion
 from kron_formats.errors import KroneckerError
-from kron_formats.factors import other_keys, read_factors
+from kron_formats.factors import is_factors, other_keys, read_factors
 from kron_formats.families import COMPONENTS
 from kron_formats.files import excerpt, is_pickle, open_safetensors, read_pickle
-from kron_formats.layout import Layout, read_layout
+from kron_formats.layout import Layout, own_metadata, read_layout
 from kron_formats.trained_models import is_trained_model, read_trained_model
 from kron_formats.words import Word
 
-METADATA_PREFIX = "kronecker."  # of the metadata keys that are ours
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -63,7 +62,7 @@ class AdapterFile:
     @property
     def own_metadata(self) -> dict[str, str]:
         """What we wrote, without our prefix."""
-        return _own(self.metadata)
+        return own_metadata(self.metadata)
 
     @cached_property
     def layout(self) -> Layout:
@@ -121,13 +120,10 @@ Read = Callable[[Path, Tensors, Metadata], AdapterFile]
 
 def _reader_of(path: Path, keys: Sequence[str]) -> Read:
     """Return what reads a file with these tensors. Raises KroneckerError, saying what it is, if it is of no method."""
-    unknown = other_keys(keys)
-    if keys and not unknown:
-        return _read_factors
     for is_kind, read in KINDS:
         if is_kind(keys):
             return read
-    raise KroneckerError(f"{path} cannot be used as an adapter: {describe(unknown)}")
+    raise KroneckerError(f"{path} cannot be used as an adapter: {describe(other_keys(keys))}")
 
 
 def _read_factors(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
@@ -140,29 +136,25 @@ def _read_factors(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFi
 
 
 def _read_shifts(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
-    return AdapterFile(path, "a file of spectral shifts (SVDiff)", shifts.read(path, tensors, _own(metadata)), metadata)
+    return AdapterFile(path, "an SVDiff file", shifts.read(path, tensors, metadata), metadata)
 
 
 def _read_custom_diffusion(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
-    weights, found = read_custom_diffusion(path, tensors, _own(metadata))
+    weights, found = read_custom_diffusion(path, tensors, own_metadata(metadata))
     return AdapterFile(path, "a Custom Diffusion file", weights, metadata, found)
 
 
 def _read_word(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
-    word = words.read(path, tensors, _own(metadata))
+    word = words.read(path, tensors, own_metadata(metadata))
     return AdapterFile(path, "a word (Textual Inversion)", {}, metadata, (word,))
 
 
 KINDS: tuple[tuple[Callable[[Sequence[str]], bool], Read], ...] = (
+    (is_factors, _read_factors),
     (shifts.is_shifts, _read_shifts),
     (is_custom_diffusion, _read_custom_diffusion),
     (words.is_words, _read_word),
 )
-
-
-def _own(metadata: Metadata) -> dict[str, str]:
-    """Return the metadata that we wrote, without our prefix."""
-    return {k.removeprefix(METADATA_PREFIX): v for k, v in metadata.items() if k.startswith(METADATA_PREFIX)}
 
 
 def _read_folder(folder: Path) -> AdapterFile:

@@ -21,6 +21,7 @@ from kron_formats.changes import Size, size_in_words, size_of
 from kron_formats.decomposition import PROBES, Decomposition, digest, kept_decomposition
 from kron_formats.errors import KroneckerError
 from kron_formats.files import excerpt, parse_json
+from kron_formats.layout import own_metadata
 
 SUFFIX = ".delta"
 DIGITS = 16  # of a digest in a file: 64 bits
@@ -130,10 +131,11 @@ def is_shifts(keys: Iterable[str]) -> bool:
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Shift]:
-    """Return the shift of each layer, by the file's own names. `metadata` are ours, without our prefix.
+    """Return the shift of each layer, by the file's own names.
 
     Raises KroneckerError if a tensor cannot be a shift, or if our metadata are not what we write.
     """
+    metadata = own_metadata(metadata)
     norms = metadata.get("norms", "spectral")
     if norms not in ("spectral", "elementwise"):
         raise KroneckerError(f"{path}: the metadata norms is {excerpt(norms)}, which this version does not know")
