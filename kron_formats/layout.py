@@ -9,7 +9,9 @@ from kron_formats.files import excerpt, integer_pair, parse_json, positive_integ
 
 FORMAT_VERSION = "1"
 METADATA_PREFIX = "kronecker."  # of the metadata keys that are ours
-LAYOUT_KEYS = ("format_version", "layers", "a1", "a2", "factors", "rows")  # what describes the layers
+LAYOUT_KEYS = (  # what describes the layers
+    "format_version", "layers", "a1", "a2", "factors", "rows", "norms", "origin",
+)  # fmt: skip
 NOISE_KEYS = ("modelspec.prediction_type", "ss_zero_terminal_snr")  # what tools need to know of the base model's noise
 NEEDED_KEYS = (*LAYOUT_KEYS, *NOISE_KEYS, "targets", "word")  # what a file says even without other metadata
 

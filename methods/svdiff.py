@@ -4,6 +4,8 @@ As the paper defines it: matrices and kernels get spectral shifts, norms element
 own, biases and embeddings none; the text encoders may train too. The shifts themselves are in methods/spectral.py.
 """
 
+import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +21,16 @@ from dreambooth.family import Family
 from dreambooth.markdown import size_in_words
 from dreambooth.method import Description, Group, check_state, trained_parameters
 from dreambooth.runtime.ranks import splits_models
+from kron_formats.decomposition import cache_folder
 from kron_formats.errors import KroneckerError
 from kron_formats.names import family as family_of
 from kron_formats.names import find_parameters
 from kron_formats.shifts import SUFFIX, origin_metadata
-from kron_formats.writing import file_metadata, write_tensors
+from kron_formats.writing import file_metadata, is_bare, write_tensors
 from methods.options import SvdiffOptions
 from methods.spectral import SpectralShift, TrainedShift, add_shifts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,10 @@ class AttachedSvdiff:
                 if not values.isfinite().all():
                     raise KroneckerError(f"the shifts of {name} are not all finite in {dtype}; nothing was written")
                 tensors[f"{name}{SUFFIX}"], origins[name] = values.cpu(), shift.origin(values)
-        own = {**metadata, **origin_metadata(origins)}
-        write_tensors(path, tensors, file_metadata(own, family_of(self.models), {}))
+        family, own = family_of(self.models), {**metadata, **origin_metadata(origins)}
+        if family and not is_bare(metadata):
+            own = {"modelspec.description": "SVDiff", "modelspec.architecture": f"{family.model_spec}/svdiff", **own}
+        write_tensors(path, tensors, file_metadata(own, family, {}))
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         parameters = sum(parameter.numel() for parameter in trained_parameters(self))
@@ -93,7 +100,18 @@ class AttachedSvdiff:
 
 
 def _usage(file: str, base_model: str, prompt: str) -> str:
-    return f"TODO {file} {base_model} {prompt}"
+    base, file, prompt = (shlex.quote(word) for word in (base_model, file, prompt))
+    return f"""No other tool loads such a file. With the scripts of the project that trained it:
+
+```bash
+python scripts/generate.py --pretrained_model_name_or_path {base} --adapter {file} --prompt {prompt}
+python scripts/convert.py {file} --to fused --pretrained_model_name_or_path {base} --output fused
+python scripts/convert.py {file} --to lora --rank 64 --pretrained_model_name_or_path {base} --output lora.safetensors
+```
+
+The second writes the base model with the shifts in its weights, for every tool. The third writes the nearest LoRA of a
+rank, and how far from the shifts it is, since their change has full rank. The shifts belong to the singular vectors of
+this base model's weights; with another model, revision or variant they are refused."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,10 @@ class Svdiff:
     def attach(
         self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: SvdiffOptions
     ) -> AttachedSvdiff:
+        logger.info(
+            "finding the singular vectors of all weights, which takes minutes; they are kept for later runs in %s",
+            cache_folder(),
+        )
         names = {  # what finds the layers' names does not know shifted ones
             (layer.component, layer.path): layer.name if layer.component == family.denoiser else layer.dotted
             for layer in find_parameters(models)

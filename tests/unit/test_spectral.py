@@ -117,20 +117,25 @@ def test_every_linear_layer_convolution_and_norm_has_a_shift_and_only_shifts_tra
 
 # ---- composed once ----
 
+PACKAGES = {"ScheduleFreeAdamW": "schedulefree", "Prodigy": "prodigyopt", "AdamW8bit": "bitsandbytes"}
+
 
 def optimizer_of(shifts, name):
     config = TrainingConfig(
-        pretrained_model_name_or_path="x", instance_data_dir="y", instance_prompt="z", optimizer=name,
+        pretrained_model_name_or_path="x", instance_data_dir="y", instance_prompt="z",
+        optimizer=name.removesuffix("8bit"), use_8bit_adam=name.endswith("8bit"),
         learning_rate=1.0 if name == "Prodigy" else 0.1,
     )  # fmt: skip
     group = Group("all", [shift.delta for shift in shifts.values()], config.learning_rate, 0.0)
     return build_optimizer([group], config, 1)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Prodigy", "Adafactor", "ScheduleFreeAdamW"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Prodigy", "Adafactor", "ScheduleFreeAdamW"])
 def test_a_weight_is_composed_once_for_every_step_of_the_optimizer(model, x, optimizer, compositions):
-    if optimizer == "ScheduleFreeAdamW":
-        pytest.importorskip("schedulefree")
+    if package := {"ScheduleFreeAdamW": "schedulefree", "Prodigy": "prodigyopt", "AdamW8bit": "bitsandbytes"}.get(
+        optimizer
+    ):
+        pytest.importorskip(package)
     shifts = add_shifts(model)
     trainer = optimizer_of(shifts, optimizer)
     for step in (1, 2, 3):
