@@ -49,7 +49,10 @@ class SDXLTrainingConfig(TrainingConfig):
 
 
 def config_class(*groups: type) -> type:
-    """Return a class of options that combines groups: TrainingConfig or a subclass, and a method's options."""
+    """Return a class of options that combines groups: a method's options, and TrainingConfig or a subclass.
+
+    If two groups have an option, its default is that of the first.
+    """
     return make_dataclass("Config", [], bases=groups, frozen=True, kw_only=True, namespace={"__reduce__": _reduce})
 
 

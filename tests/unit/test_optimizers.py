@@ -17,7 +17,7 @@ from dreambooth.families.sdxl import SDXL
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup, evaluating
 from dreambooth.method import Group, adapter_groups
 from dreambooth.options.checking import check_options
-from dreambooth.output.checkpoint import pack, unpack
+from dreambooth.output.checkpoint import read_state, write_state
 from kron_adapter import (
     inject_kronecker,
     kronecker_parameters,
@@ -314,7 +314,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     train_three(step, lr_scheduler)
     factors = {f"{name}.{i}": factor for name, group in model.factors.items() for i, factor in enumerate(group)}
     state = {"factors": factors, "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
-    packed = pack(state)
+    write_state(tmp_path, state)
     with evaluating(optimizer):  # samples drawn in between
         model(X)
     train_three(step, lr_scheduler)
@@ -322,7 +322,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     optimizer_state = tensors(optimizer.state_dict()["state"])
 
     model, optimizer, lr_scheduler, step = start()
-    state = unpack(packed)
+    state = read_state(tmp_path)
     with torch.no_grad():
         for name, group in model.factors.items():
             for i, factor in enumerate(group):
