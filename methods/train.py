@@ -2,9 +2,10 @@
 
     accelerate launch methods/train.py METHOD FAMILY [options]
 
-    METHOD    lora     W + B A of rank r on the attention projections
-    FAMILY    sd       Stable Diffusion 1.x or 2.x
-              sdxl     SDXL
+    METHOD    lora        W + B A of rank r on the attention projections
+              dreambooth  all weights of the UNet
+    FAMILY    sd          Stable Diffusion 1.x or 2.x
+              sdxl        SDXL
 
 On a CPU, in minutes, with the toy world's small model:
     accelerate launch methods/train.py lora sd --pretrained_model_name_or_path toyworld/models/sd \\
@@ -23,8 +24,8 @@ All options:  methods/train.py METHOD FAMILY --help
 
 The steps of a run are listed in dreambooth/train.py.
 
-Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), checkpoint-*/, samples/*.png, metrics.jsonl, training.png,
-README.md (the model card), config.yaml and logs/.
+Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora) or pipeline/ (dreambooth), checkpoint-*/, samples/*.png,
+metrics.jsonl, training.png, README.md (the model card), config.yaml and logs/.
 """
 
 import importlib
@@ -39,7 +40,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.runtime.startup import lean_imports
-from methods.options import LoraOptions
+from methods.options import DreamBoothOptions, LoraOptions
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class Entry:
         return getattr(importlib.import_module(self.module), self.value)
 
 
-METHODS = {"lora": Entry(LoraOptions, "methods.lora", "LORA")}
+METHODS = {
+    "lora": Entry(LoraOptions, "methods.lora", "LORA"),
+    "dreambooth": Entry(DreamBoothOptions, "methods.dreambooth", "DREAMBOOTH"),
+}
 FAMILIES = {
     "sd": Entry(TrainingConfig, "dreambooth.families.sd", "SD"),
     "sdxl": Entry(SDXLTrainingConfig, "dreambooth.families.sdxl", "SDXL"),
@@ -73,7 +77,7 @@ def main() -> None:
                 f"{kind} is {given}; choose from {', '.join(table)}: methods/train.py METHOD FAMILY [options]"
             )
     method, family = METHODS[words[0]], FAMILIES[words[1]]
-    config = parse_options(config_class(family.options, method.options), __doc__, words[2:])
+    config = parse_options(config_class(method.options, family.options), __doc__, words[2:])
     with lean_imports():
         from dreambooth.train import train
 
