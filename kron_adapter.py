@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kron_formats.attach import attach_to_diffusers, check_not_fused
+from kron_formats.changes import Factors
 from kron_formats.errors import KroneckerError, naming
 from kron_formats.families import ATTENTION_TARGETS
 from kron_formats.matching import MatchedAdapter, differences, match_layers
@@ -48,7 +49,7 @@ from kron_formats.names import (
     matrix_size,
     unwrapped,
 )
-from kron_formats.reading import Factors, read_kronecker
+from kron_formats.reading import read_kronecker
 from kron_formats.writing import write_native
 
 __all__ = [

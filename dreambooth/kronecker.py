@@ -150,7 +150,7 @@ class KroneckerReader:
     """Kronecker adapters in files. See dreambooth/drawing/pipelines.py."""
 
     def takes(self, file: AdapterFile) -> bool:
-        return not file.is_lora
+        return file.is_kronecker
 
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:

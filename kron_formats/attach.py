@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kron_formats.changes import Factors, LowRank
 from kron_formats.errors import KroneckerError
 from kron_formats.lora import kronecker_to_lora
 from kron_formats.matching import match_layers
 from kron_formats.names import Layer, Models, components, find_layers
-from kron_formats.reading import Factors, LowRank, read_kronecker
+from kron_formats.reading import read_kronecker
 from kron_formats.writing import cast
 
 

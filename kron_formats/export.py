@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from kron_formats.changes import Factors, LowRank
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
 from kron_formats.lora import kronecker_to_lora
 from kron_formats.names import Layer
-from kron_formats.reading import PEFT_WEIGHTS, Factors, LowRank
+from kron_formats.reading import PEFT_WEIGHTS
 from kron_formats.strength import PEFT_PREFIX
 from kron_formats.writing import cast, file_metadata, file_names, prefixed, shape_metadata, write_tensors
 

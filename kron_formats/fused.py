@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kron_formats.changes import Change
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
 from kron_formats.files import open_safetensors, write_text
 from kron_formats.merging import merged_weight
 from kron_formats.names import Layer
 from kron_formats.paths import shared_name
-from kron_formats.reading import Factors, LowRank
 from kron_formats.single_file import family_of_file, read_header
 from kron_formats.writing import write_tensors
 
@@ -47,7 +47,7 @@ def original_key(layer: Layer, family: Family) -> tuple[str, slice]:
     )
 
 
-def fuse_checkpoint(base: Path, output: Path, layers: Mapping[Layer, Factors | LowRank], family: Family) -> None:
+def fuse_checkpoint(base: Path, output: Path, layers: Mapping[Layer, Change], family: Family) -> None:
     """Write a copy of the checkpoint `base`, a single file, with every delta added to its weight and rounded once."""
     with open_safetensors(base) as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
@@ -64,14 +64,14 @@ def fuse_checkpoint(base: Path, output: Path, layers: Mapping[Layer, Factors | L
     write_tensors(output, tensors, metadata)
 
 
-def fuse_pipeline(base: str, output: Path, layers: Mapping[Layer, Factors | LowRank], dtype: torch.dtype) -> None:
+def fuse_pipeline(base: str, output: Path, layers: Mapping[Layer, Change], dtype: torch.dtype) -> None:
     """Write a pipeline folder with every delta added to its weight and rounded once."""
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(base)
     for layer, entry in layers.items():
-        module = getattr(pipeline, layer.component).get_submodule(layer.path)
-        module.weight.data = _fused(module.weight.data, entry, dtype, layer)
+        weight = getattr(getattr(pipeline, layer.component).get_submodule(layer.path), layer.parameter)
+        weight.data = _fused(weight.data, entry, dtype, layer)
     pipeline.to(dtype)
     save_pipeline(pipeline, output)
 
@@ -90,5 +90,5 @@ def hide_folders(folder: Path) -> None:
             write_text(path, json.dumps(config | {"_name_or_path": shared_name(name)}, indent=2) + "\n")
 
 
-def _fused(weight: Tensor, entry: Factors | LowRank, dtype: torch.dtype, layer: Layer) -> Tensor:
-    return merged_weight(weight, [entry.dense()], dtype, f"the fused weight of {layer.dotted}")
+def _fused(weight: Tensor, entry: Change, dtype: torch.dtype, layer: Layer) -> Tensor:
+    return merged_weight(weight, [entry.delta(weight)], dtype, f"the fused weight of {layer.dotted}")

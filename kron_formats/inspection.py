@@ -5,12 +5,13 @@ from math import prod
 
 from torch.linalg import svdvals
 
+from kron_formats.changes import Factors, LowRank, StoredFactors
 from kron_formats.families import TEXT_ENCODER_TARGETS
 from kron_formats.files import excerpt, printable
 from kron_formats.lora import numerical_rank
 from kron_formats.matching import file_family
 from kron_formats.names import component_of, is_kohya
-from kron_formats.reading import AdapterFile, Factors, LowRank, StoredFactors
+from kron_formats.reading import AdapterFile
 
 PARTS = {"unet": "the UNet", "text_encoder": "the text encoder", "text_encoder_2": "the second text encoder"}
 

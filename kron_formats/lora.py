@@ -10,8 +10,8 @@ pair gives the nearest one for any other matrix (Van Loan and Pitsianis 1993).
 import torch
 from torch import Tensor
 
+from kron_formats.changes import Factors, LowRank, transpose_rows
 from kron_formats.errors import KroneckerError
-from kron_formats.reading import Factors, LowRank, transpose_rows
 
 
 def kronecker_to_lora(factors: Factors, rank: int | None = None) -> tuple[LowRank, float]:

@@ -4,15 +4,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from kron_formats.changes import Change, Factors, StoredFactors
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family, family_of_version, family_of_width
-from kron_formats.names import Layer, Models, family, find_layers, match_target, spelling_index
-from kron_formats.reading import AdapterFile, Factors, LowRank, StoredFactors, is_lora_error
+from kron_formats.names import Layer, Models, family, find_parameters, match_target, spelling_index
+from kron_formats.reading import AdapterFile, not_kronecker_error
 
 
 @dataclass(frozen=True)
 class MatchedAdapter:
-    """An adapter file that fits a model, with the model's layers for its entries.
+    """A file that fits a model, with the model's parameters for its entries.
 
     The layers are those of the model that it was matched with, which may have no weights; in another model of the same
     architecture they are found again by component and name, by which layers are equal.
@@ -20,14 +21,14 @@ class MatchedAdapter:
 
     file: AdapterFile
     family: Family | None  # of the model; None if it is not one of diffusers
-    layers: dict[Layer, Factors | LowRank]
+    layers: dict[Layer, Change]
 
     @cached_property
     def factors(self) -> dict[Layer, Factors]:
-        """The layers of a Kronecker adapter. Raises KroneckerError if the file is a LoRA."""
+        """The layers of a Kronecker adapter. Raises KroneckerError if the file is of another method."""
         factors = {layer: entry for layer, entry in self.layers.items() if isinstance(entry, Factors)}
         if len(factors) < len(self.layers):
-            raise is_lora_error(self.file.path)
+            raise not_kronecker_error(self.file)
         return factors
 
     def target(self, layer: Layer) -> str:
@@ -36,30 +37,25 @@ class MatchedAdapter:
 
 
 def match_layers(file: AdapterFile, models: Models) -> MatchedAdapter:
-    """Return the file with the model's layer for each of its entries.
+    """Return the file with the model's parameter for each of its entries.
 
     Factors that are stored as products are multiplied out, since now their size is known to be a layer's.
 
-    Raises KroneckerError unless every entry has a layer of its size and every target of the file has an entry, and as
-    `components` does.
+    Raises KroneckerError unless every entry has a parameter of its size, every target of the file has an entry and, of
+    a model that was trained in full, every parameter; and as `components` does.
     """
-    layers = find_layers(models)
-    index = spelling_index(layers)
+    parameters = find_parameters(models)
+    index = spelling_index(parameters)
     matched = {index[name]: entry for name, entry in file.layers.items() if name in index}
     touched = {layer.component for layer in matched}
-    expected = {x.native for x in layers if x.component in touched and match_target(x.name, file.layout.targets)}
-    given = [index[name].native if name in index else name for name in file.layers]
-    problems = differences({*expected, *(layer.native for layer in matched)}, given)
+    expected = {_label(x) for x in parameters if x.component in touched and _must_have(file, x)}
+    given = [_label(index[name]) if name in index else name for name in file.layers]
+    problems = differences({*expected, *map(_label, matched)}, given)
     if len(file.layers) < file.layout.number:
         problems.append(f"the file holds {len(file.layers)} of its {file.layout.number} layers")
     if len(given) > len(set(given)):
         problems.append("some layers are in it twice, under different names")
-    problems += [
-        f"{layer.native} holds factors for {entry.size[1]} to {entry.size[0]} features, "
-        f"the model's layer maps {layer.size[1]} to {layer.size[0]}"
-        for layer, entry in matched.items()
-        if entry.size != layer.size
-    ]
+    problems += [f"{_label(layer)} {words}" for layer, entry in matched.items() if (words := entry.misfit(layer.size))]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise KroneckerError(
@@ -68,16 +64,27 @@ def match_layers(file: AdapterFile, models: Models) -> MatchedAdapter:
     multiplied = {
         layer: entry.multiplied() if isinstance(entry, StoredFactors) else entry for layer, entry in matched.items()
     }
-    if infinite := [layer.native for layer, entry in multiplied.items() if not entry.isfinite()]:
-        raise KroneckerError(f"{file.path}: the factors of {infinite[0]} are not all finite when multiplied out")
+    if infinite := next((layer for layer, entry in multiplied.items() if not entry.isfinite()), None):
+        raise KroneckerError(f"{file.path}: what it holds for {_label(infinite)} is not all finite")
     return MatchedAdapter(file, family(models), multiplied)
+
+
+def _must_have(file: AdapterFile, parameter: Layer) -> bool:
+    """Whether a file that changes a component has to have this parameter of it."""
+    return file.is_whole or (parameter.is_matrix and match_target(parameter.name, file.layout.targets) is not None)
+
+
+def _label(parameter: Layer) -> str:
+    """Return a parameter's name in messages: a layer's is that in our files."""
+    return parameter.native if parameter.is_matrix else parameter.dotted
 
 
 def file_family(file: AdapterFile) -> Family | None:
     """Return the family that a file was made for, by its metadata or the width of the text that it attends to."""
     if by_version := family_of_version(file.metadata.get("ss_base_model_version")):
         return by_version
-    widths = {entry.size[1] for name, entry in file.layers.items() if "attn2" in name and "to_k" in name}
+    keys = (entry for name, entry in file.layers.items() if "attn2" in name and "to_k" in name)
+    widths = {entry.size[1] for entry in keys if entry.size}
     return family_of_width(widths.pop()) if len(widths) == 1 else None
 
 
@@ -85,7 +92,7 @@ def _wrong_family(file: AdapterFile, models: Models) -> str:
     made_for, is_for = file_family(file), family(models)
     if made_for is None or is_for is None or made_for == is_for:
         return ""
-    return f"it is an adapter for {made_for.title}, the model is {is_for.title}; "
+    return f"it is {file.noun} for {made_for.title}, the model is {is_for.title}; "
 
 
 def differences(expected: Iterable[str], given: Iterable[str]) -> list[str]:

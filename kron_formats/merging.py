@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from kron_formats.changes import as_matrix
 from kron_formats.errors import KroneckerError
 
 
@@ -41,11 +42,11 @@ def check_takes_delta(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def merged_weight(weight: Tensor, deltas: Iterable[Tensor], dtype: torch.dtype, what: str) -> Tensor:
-    """Return weight + Σ deltas, each (d_out, d_in), summed in fp64 and rounded once to `dtype`; a kernel stays one.
+    """Return weight + Σ deltas, matrices or vectors, summed in fp64 and rounded once to `dtype`; a kernel stays one.
 
     Raises KroneckerError, calling the sum `what`, if it is not finite in `dtype`.
     """
-    exact = sum((delta.to(weight.device, torch.float64) for delta in deltas), weight.detach().double().flatten(1))
+    exact = sum((delta.to(weight.device, torch.float64) for delta in deltas), as_matrix(weight.detach().double()))
     merged = exact.view_as(weight).to(dtype)
     if not merged.isfinite().all():
         raise KroneckerError(

@@ -1,15 +1,16 @@
-"""What the layers of a pipeline are called in files.
+"""What the layers and the other parameters of a pipeline are called in files.
 
     diffusers   unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q        text_encoder.text_model...
     kohya       lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q   lora_te_text_model_encoder_...
     SGM         lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q             (SDXL's UNet, kohya's prefix)
     ComfyUI     diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q       text_encoders.clip_l...
 
-Names are never parsed: every layer of the model at hand is spelled in all ways, and a file's names are looked up.
+Names are never parsed: every layer of the model at hand is spelled in all ways, and a file's names are looked up. A
+parameter's name is that of its module with ".weight" or ".bias"; the name of a module alone means its weight.
 Models for which files have no names are refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -17,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
+from kron_formats.changes import Size, size_of
 from kron_formats.errors import KroneckerError
 from kron_formats.families import (
     COMPONENT_CLASSES,
@@ -34,9 +36,12 @@ Models = nn.Module | Mapping[str, Any] | Any  # a UNet, {"unet": ..., "text_enco
 WITHOUT_NAMES = ("vae", "safety_checker", "image_encoder", "controlnet", "adapter")  # a pipeline's other models
 LIBRARIES = ("diffusers", "transformers")
 WRAPPERS = ("base", "base_layer")  # where KroneckerLinear and peft's layers keep the layer that they wrap
+IN_TEXT_MODEL = ("embeddings.", "encoder.", "final_layer_norm")  # what CLIPTextModel has
 UNET_PREFIX = "lora_unet"  # what kohya's names of a UNet's layers begin with
 COMFY_UNET_PREFIXES = ("diffusion_model.", "unet.", "")
 SGM_RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -45,6 +50,7 @@ SGM_RESNET = {
 SGM_WITHIN = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}  # places in a block of the tree
 SGM_OUTSIDE = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -68,20 +74,30 @@ class LinearLike(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer or a convolution of a pipeline. Layers with the same component and name are equal."""
+    """A parameter of a pipeline: mostly the weight of a linear layer or a convolution.
+
+    Those with the same component, name and parameter are equal.
+    """
 
     component: str  # "unet", "text_encoder" or "text_encoder_2"
-    name: str  # diffusers' path in the component; a text encoder's always begins with "text_model."
+    name: str  # diffusers' path of its module in the component; what CLIPTextModel has is in "text_model."
     path: str = field(compare=False)  # where the module is found now: under wrappers, or without "text_model"
-    module: nn.Linear | nn.Conv2d = field(compare=False)
+    module: Any = field(compare=False)  # an nn.Linear, an nn.Conv2d, or whatever has the parameter
     sgm: str = field(compare=False)  # its path in the tree of Stability's own code; a text encoder's is its name
     native: str = field(compare=False)  # its name in the files that we write
     kohya: str = field(compare=False)  # its name under diffusers' block names, dots as underscores
     text_encoder: TextEncoder | None = field(compare=False)  # None in the UNet
+    parameter: str = "weight"  # its name in the module
 
     @property
     def dotted(self) -> str:
-        return f"{self.component}.{self.name}"
+        """The component and diffusers' path of the module, and the parameter if it is not the weight."""
+        return f"{self.component}.{self.name}" + ("" if self.parameter == "weight" else f".{self.parameter}")
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is the weight of a linear layer or a convolution."""
+        return self.parameter == "weight" and isinstance(self.module, (nn.Linear, nn.Conv2d))
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -89,12 +105,22 @@ class Layer:
         return self.module.kernel_size if isinstance(self.module, nn.Conv2d) else ()
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(d_out, d_in) of its weight as a matrix."""
-        return matrix_size(self.module)
+    def size(self) -> Size:
+        """(d_out, d_in) of a weight as a matrix, (n,) of a vector."""
+        return matrix_size(self.module) if self.is_matrix else size_of(getattr(self.module, self.parameter).shape)
 
-    def spellings(self) -> tuple[str, ...]:
-        """Return every name under which a file may mean this layer."""
+    def spellings(self) -> list[str]:
+        """Return every name under which a file may mean this parameter."""
+        parent, _, projection = self.name.removesuffix(".0").rpartition(".")
+        custom = f"{parent}.processor.{projection}_custom_diffusion{'.0' if self.name.endswith('.0') else ''}"
+        modules = [f"{self.component}.{self.name}", f"{self.component}.{self.path}", self.name, self.path, custom]
+        if self.text_encoder is None:
+            modules.append(f"model.diffusion_model.{self.sgm}")
+        names = [f"{module}.{self.parameter}" for module in modules]
+        return [*self._module_spellings(), *names] if self.parameter == "weight" else names
+
+    def _module_spellings(self) -> tuple[str, ...]:
+        """Names of the module, as adapters have them."""
         parent, _, projection = self.name.removesuffix(".0").rpartition(".")
         reference = f"{parent}.processor.{projection}_lora"
         flat = self.name.replace(".", "_")
@@ -128,25 +154,40 @@ def _comfy_prefixes(text_encoder: TextEncoder) -> tuple[str, str]:
 
 
 def find_layers(models: Models) -> list[Layer]:
-    """Return the linear layers and convolutions of a model, a mapping of models or a pipeline, in its order.
+    """Return the weights of the linear layers and convolutions of a model, a mapping of models or a pipeline, in order.
 
     Raises KroneckerError as `components` does.
     """
+    return list(_named(models, (nn.Linear, nn.Conv2d), lambda module: ("weight",)))
+
+
+def find_parameters(models: Models) -> list[Layer]:
+    """Return every parameter of a model, a mapping of models or a pipeline: biases, norms and embeddings too.
+
+    Raises KroneckerError as `components` does.
+    """
+    return list(_named(models, (nn.Module,), lambda module: dict(module.named_parameters(recurse=False))))
+
+
+def _named(
+    models: Models, types: tuple[type[nn.Module], ...], parameters: Callable[[nn.Module], Iterable[str]]
+) -> Iterator[Layer]:
     parts = components(models)
     spelled_as = family(parts) or family_of_components(parts)
-    layers = []
     for component, model in parts.items():
         text_encoder = None if component == "unet" else spelled_as.text_encoder(component)
-        for path, name, module in modules_of(model, (nn.Linear, nn.Conv2d)):
-            if text_encoder and name.startswith("encoder."):
+        for path, name, module in modules_of(model, types):
+            if not (own := parameters(module)):
+                continue
+            if text_encoder and name.startswith(IN_TEXT_MODEL):
                 name = f"text_model.{name}"  # transformers 5 dropped that level from CLIPTextModel; files keep it
             sgm = name if text_encoder else sgm_name(name, model)
             kohya = f"{text_encoder.prefix if text_encoder else UNET_PREFIX}_{name.replace('.', '_')}"
             native = kohya
             if text_encoder is None and spelled_as.sgm_names:
                 native = f"{UNET_PREFIX}_{sgm.replace('.', '_')}"
-            layers.append(Layer(component, name, path, module, sgm, native, kohya, text_encoder))
-    return layers
+            for parameter in own:
+                yield Layer(component, name, path, module, sgm, native, kohya, text_encoder, parameter)
 
 
 def spelling_index(layers: Sequence[Layer]) -> dict[str, Layer]:
@@ -265,7 +306,7 @@ def modules_of(model: nn.Module, types: tuple[type[M], ...]) -> list[tuple[str, 
     for path, module in model.named_modules():
         if isinstance(module, types):
             words = [word for word in path.removeprefix("base_model.model.").split(".") if word != "_orig_mod"]
-            while words[-1] in WRAPPERS and len(words) > 1:
+            while len(words) > 1 and words[-1] in WRAPPERS:
                 words.pop()
             found.append((path, ".".join(words), module))
     return found

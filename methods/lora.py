@@ -27,10 +27,11 @@ from dreambooth.method import Description, Group, adapter_groups, check_state, t
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_adapter import KroneckerLinear
 from kron_formats.attach import attach_lora
+from kron_formats.changes import LowRank
 from kron_formats.export import write_low_rank
 from kron_formats.names import components, find_layers
 from kron_formats.names import family as family_of
-from kron_formats.reading import AdapterFile, LowRank
+from kron_formats.reading import AdapterFile
 from kron_formats.writing import is_bare
 from methods.options import LoraOptions
 

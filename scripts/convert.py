@@ -37,6 +37,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.base_model import BaseModelOptions
 from dreambooth.options.paths import path_argument, path_or_name
 from kron_formats.architectures import load_architecture, match_published
+from kron_formats.changes import LowRank
 from kron_formats.export import (
     dense_bytes,
     diffusers_snippet,
@@ -56,7 +57,7 @@ from kron_formats.lora import lora_to_kronecker
 from kron_formats.matching import MatchedAdapter, match_layers
 from kron_formats.names import Layer
 from kron_formats.paths import shared_name
-from kron_formats.reading import AdapterFile, LowRank, read_adapter
+from kron_formats.reading import AdapterFile, not_kronecker_error, read_adapter
 from kron_formats.writing import carried_metadata, write_native
 
 DEFAULT_PRECISION = "fp32"
@@ -171,7 +172,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.inspect is not None:
         print(inspect(read_adapter(arguments.inspect, arguments.allow_pickle)))
         return
-    adapter = match(read_adapter(arguments.input, arguments.allow_pickle), arguments)
+    file = read_adapter(arguments.input, arguments.allow_pickle)
+    if file.needs_weights and arguments.to != "fused":
+        raise not_kronecker_error(file)
+    adapter = match(file, arguments)
     if arguments.to != "fused":
         adapter = as_kronecker(adapter, arguments)
     arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from kron_formats.changes import StoredFactors
 from kron_formats.errors import KroneckerError
 from kron_formats.inspection import inspect
 from kron_formats.matching import match_layers
-from kron_formats.reading import StoredFactors, read_adapter
+from kron_formats.reading import read_adapter
 from tests.conftest import ROOT
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -16,10 +16,11 @@ from kron_adapter import (
     save_kronecker,
 )
 from kron_formats.architectures import load_architecture
+from kron_formats.changes import Factors, LowRank
 from kron_formats.export import dense_bytes, lora_bytes
 from kron_formats.lora import kronecker_to_lora, lora_to_kronecker
 from kron_formats.names import components, find_layers, match_target
-from kron_formats.reading import Factors, LowRank, read_adapter
+from kron_formats.reading import read_adapter
 from scripts import convert
 from tests.adapters import (
     adapted_pipeline,
@@ -345,7 +346,7 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
     for arguments, words in (
         (
             (path, "--to", "native", *out, "--pretrained_model_name_or_path", tiny_sdxl),
-            "an adapter for Stable Diffusion 1",
+            "Kronecker adapter for Stable Diffusion 1",
         ),
         ((path, "--to", "native", *out), "fits none of SD 1.5, SD 2.1, SDXL: .*--pretrained_model"),
         ((tmp_path / "lora.safetensors", "--to", "diffusers", *out, *base), "--to diffusers: .* is a LoRA"),
@@ -353,7 +354,7 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
             (path, "--to", "native", *out, *base, "--kron_a1", 4, "--kron_a2", 64),
             "--kron_a1, .* is not a LoRA",
         ),
-        ((tiny_sd, "--to", "native", *out), "there is no adapter in the folder"),
+        ((tiny_sd, "--to", "native", *out), "is not a Kronecker adapter: it is a model trained in full"),
     ):
         with pytest.raises(ValueError, match=words):
             run(*arguments)

@@ -170,8 +170,8 @@ def test_a_file_for_another_base_is_called_by_its_base(sd, sdxl, tmp_path):
     save_kronecker(sd, tmp_path / "sd.safetensors")
     save_kronecker(sdxl, tmp_path / "sdxl.safetensors")
     for kind, path, words in (
-        ("sd", "sdxl", "it is an adapter for SDXL, the model is Stable Diffusion 1.x"),
-        ("sdxl", "sd", "it is an adapter for Stable Diffusion 1.x, the model is SDXL"),
+        ("sd", "sdxl", "it is a Kronecker adapter for SDXL, the model is Stable Diffusion 1.x"),
+        ("sdxl", "sd", "it is a Kronecker adapter for Stable Diffusion 1.x, the model is SDXL"),
     ):
         pipeline = plain_pipeline(kind)
         with pytest.raises(KroneckerError, match=f"does not fit this model: {words}"):
