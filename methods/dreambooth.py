@@ -156,7 +156,10 @@ class DreamBooth:
         groups = adapter_groups(family, {part: list(own.values()) for part, own in weights.items()}, config, flat=False)
         before = None
         if config.uses_base_model_prior:
-            before = {parameter: parameter.detach().clone() for own in weights.values() for parameter in own.values()}
+            # What trains is the copy: the base model's own memory, whose alignment decides the last bit, stays its own
+            before = {parameter: parameter.data for own in weights.values() for parameter in own.values()}
+            for parameter, value in before.items():
+                parameter.data = value.clone()
         return AttachedDreamBooth(family, models, weights, before, groups, config)
 
 
