@@ -10,7 +10,7 @@ from kron_formats.files import excerpt, integer_pair, parse_json, positive_integ
 FORMAT_VERSION = "1"
 LAYOUT_KEYS = ("format_version", "layers", "a1", "a2", "factors", "rows")  # what describes the layers
 NOISE_KEYS = ("modelspec.prediction_type", "ss_zero_terminal_snr")  # what tools need to know of the base model's noise
-NEEDED_KEYS = (*LAYOUT_KEYS, *NOISE_KEYS, "targets")  # what a file says even without other metadata
+NEEDED_KEYS = (*LAYOUT_KEYS, *NOISE_KEYS, "targets", "word")  # what a file says even without other metadata
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dreambooth.errors import UserError
 from dreambooth.options.field import option
 from dreambooth.options.steps import TextEncoderOptions
 
@@ -26,6 +27,32 @@ class LoraOptions(TextEncoderOptions):
     def alpha(self) -> float:
         """lora_alpha, or the rank if it is not given."""
         return float(self.rank) if self.lora_alpha is None else self.lora_alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdiffOptions(TextEncoderOptions):
+    """SVDiff."""
+
+    learning_rate_1d: float = option(
+        "Learning rate of the shifts of one-dimensional weights, those of norms; --learning_rate is that of singular "
+        "values.",
+        1e-6,
+        at_least=0,
+    )
+
+    foreign = (
+        (
+            "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha",
+            "SVDiff has no rank: every singular value trains",
+        ),
+        ("kron_a1 kron_a2 kron_factors", "SVDiff has no factors: every singular value trains"),
+    )
+
+    def check(self) -> None:
+        if self.optimizer_name() == "Prodigy" and self.learning_rate_1d != self.learning_rate:
+            raise UserError(
+                "--optimizer Prodigy finds a single learning rate: give --learning_rate_1d the value of --learning_rate"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
     accelerate launch methods/train.py METHOD FAMILY [options]
 
     METHOD    lora        W + B A of rank r on the attention projections
+              svdiff      shifts of the singular values of all weights
               dreambooth  all weights of the UNet
     FAMILY    sd          Stable Diffusion 1.x or 2.x
               sdxl        SDXL
@@ -24,8 +25,9 @@ All options:  methods/train.py METHOD FAMILY --help
 
 The steps of a run are listed in dreambooth/train.py.
 
-Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora) or pipeline/ (dreambooth), checkpoint-*/, samples/*.png,
-metrics.jsonl, training.png, README.md (the model card), config.yaml and logs/.
+Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), spectral_shifts.safetensors (svdiff) or pipeline/
+(dreambooth), checkpoint-*/, samples/*.png, metrics.jsonl, training.png, README.md (the model card), config.yaml and
+logs/.
 """
 
 import importlib
@@ -40,7 +42,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.runtime.startup import lean_imports
-from methods.options import DreamBoothOptions, LoraOptions
+from methods.options import DreamBoothOptions, LoraOptions, SvdiffOptions
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Entry:
 METHODS = {
     "lora": Entry(LoraOptions, "methods.lora", "LORA"),
     "dreambooth": Entry(DreamBoothOptions, "methods.dreambooth", "DREAMBOOTH"),
+    "svdiff": Entry(SvdiffOptions, "methods.svdiff", "SVDIFF"),
 }
 FAMILIES = {
     "sd": Entry(TrainingConfig, "dreambooth.families.sd", "SD"),

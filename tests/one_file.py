@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kron_formats.names import sgm_name
 
-RESNET_NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_CLIP = {
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -52,13 +51,7 @@ def unet_tensors(unet) -> dict[str, Tensor]:
 
 def unet_name(name: str, unet) -> str:
     module, _, kind = name.rpartition(".")
-    last = module.rpartition(".")[2]
-    if module == "conv_norm_out":
-        return f"out.0.{kind}"
-    place = sgm_name(module, unet)
-    if ".resnets." in module and last in RESNET_NORMS:
-        place = f"{place.removesuffix(last)}{RESNET_NORMS[last]}"
-    return f"{place}.{kind}"
+    return f"{sgm_name(module, unet)}.{kind}"
 
 
 def vae_tensors(vae) -> dict[str, Tensor]:

@@ -16,10 +16,11 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dreambooth.base_model.cache import key_of, load_or_make, vae_identity
+from dreambooth.base_model.cache import vae_identity
 from dreambooth.data.crops import Crop, Crops
 from dreambooth.errors import UserError
 from dreambooth.options.training import TrainingConfig
+from kron_formats.kept import key_of, load_or_make
 
 logger = logging.getLogger(__name__)
 LoadVae = Callable[[], AutoencoderKL]

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dreambooth.base_model.cache import key_of, load_or_make, text_identity
+from dreambooth.base_model.cache import text_identity
 from dreambooth.base_model.loading import BaseModel
 from dreambooth.errors import UserError
 from dreambooth.family import Embeddings
 from dreambooth.options.photos import CacheOptions
+from kron_formats.kept import key_of, load_or_make
 
 Encode = Callable[[Tensor], Embeddings]
 

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth.errors import UserError
@@ -58,6 +59,9 @@ def build_optimizer(groups: Sequence[Group], config: TrainingConfig, num_ranks: 
     )
     if _is_schedule_free(optimizer):
         optimizer.train()
+    # Not every optimizer does: see `FlatGroups`, and 8-bit kernels write through pointers
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    optimizer.register_step_post_hook(lambda *_: increment_version(parameters))
     return optimizer
 
 
@@ -149,16 +153,20 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not _is_schedule_free(optimizer):
         yield
         return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    trained = [parameter.detach().clone() for parameter in parameters]
+    vectors = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [vector.detach().clone() for vector in vectors]
+    flat = getattr(optimizer, "optimizer", optimizer)
+    assert isinstance(flat, FlatGroups)
     optimizer.eval()
+    flat.count_change()
     try:
         yield
     finally:
         optimizer.train()
         with torch.no_grad():
-            for parameter, value in zip(parameters, trained):
-                parameter.copy_(value)
+            for vector, value in zip(vectors, trained):
+                vector.copy_(value)
+        flat.count_change()
 
 
 class _ScheduleFree(torch.optim.Optimizer):
@@ -186,6 +194,9 @@ class FlatGroups(torch.optim.Optimizer):
     The parameters and their gradients become views of two buffers per group; names, shapes and values stay the same.
     State dicts hold an entry per parameter, as if the optimizer stepped the parameters one by one.
 
+    Views made through .data do not share their buffer's version, by which others see that a tensor has changed: who
+    writes into a buffer calls `count_change`.
+
     The views must stay in place. `step` raises RuntimeError if a parameter was moved to another device, or if a
     gradient was set to None instead of being zeroed by this class's `zero_grad`.
     """
@@ -200,6 +211,10 @@ class FlatGroups(torch.optim.Optimizer):
         if any(_places(parameter) != places for parameter, places in zip(parameters, self.places)):
             raise RuntimeError("a parameter or its gradient no longer lies in the optimizer's buffers")
         return super().step(closure)
+
+    def count_change(self) -> None:
+        """Have the version of every parameter say that it has changed."""
+        increment_version([parameter for group in self.parameters for parameter in group])
 
     def zero_grad(self) -> None:
         for group in self.param_groups:

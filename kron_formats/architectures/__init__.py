@@ -17,12 +17,14 @@ ARCHITECTURES = {family.published: family.architecture for family in FAMILIES}  
 def load_architecture(file: str) -> dict[str, nn.Module]:
     """Return {"unet": ..., "text_encoder": ..., (SDXL) "text_encoder_2": ...}, on the meta device."""
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    text_encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
     parts = json.loads(Path(__file__).with_name(f"{file}.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         models: dict[str, nn.Module] = {"unet": UNet2DConditionModel(**parts.pop("unet"))}
-        return models | {name: CLIPTextModel(CLIPTextConfig(**values)) for name, values in parts.items()}
+        return models | {name: text_encoders[name](CLIPTextConfig(**values)) for name, values in parts.items()}
 
 
 def match_published(file: AdapterFile) -> MatchedAdapter:

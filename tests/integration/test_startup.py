@@ -11,8 +11,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
-from dreambooth.base_model.cache import load_tensors
 from dreambooth.base_model.loading import BaseModel
+from kron_formats.kept import load_tensors
 from tests.conftest import ROOT, assert_same, factors, flags
 
 PARTS = {

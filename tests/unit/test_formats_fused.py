@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from kron_adapter import KroneckerError, save_kronecker
 from kron_formats.architectures import load_architecture
-from kron_formats.fused import original_key
-from kron_formats.names import components, family, find_layers
+from kron_formats.fused import original_place
+from kron_formats.names import components, family, find_layers, find_parameters
 from scripts import convert
 from tests.adapters import adapted_pipeline, dense_weights, draw, plain_weights, worst_error
 
@@ -37,55 +37,47 @@ def test_a_fused_folder_draws_the_same_image_without_this_project(tiny_sd, tmp_p
     assert components(fused).keys() == {"unet", "text_encoder"}
 
 
-@pytest.mark.parametrize("architecture", ["sd15", "sd21", "sdxl"])
-def test_places_in_a_single_file_are_those_that_diffusers_reads(architecture):
-    """Every weight of the UNet, put where we think it lies, comes out of diffusers' converter as the right layer's."""
-    from diffusers.loaders import single_file_utils as theirs
-
-    unet = load_architecture(architecture)["unet"]
-    layers = {f"{layer.name}.weight": layer for layer in find_layers({"unet": unet})}
-    markers = {name: torch.tensor(float(n)) for n, name in enumerate(layers)}
-    file = {original_key(layer, family(unet))[0]: markers[name] for name, layer in layers.items()}
-    assert len(file) == len(layers)
-    file |= {key.replace(".weight", ".bias"): torch.tensor(-1.0) for key in file}
-    file |= {key.replace("in_layers.2", "in_layers.0"): torch.tensor(-1.0) for key in file if "in_layers.2" in key}
-    file |= {f"model.diffusion_model.out.0.{part}": torch.tensor(-1.0) for part in ("weight", "bias")}
-    config = {"layers_per_block": 2, "addition_embed_type": unet.config["addition_embed_type"],
-              "class_embed_type": None}  # fmt: skip
-    converted = theirs.convert_ldm_unet_checkpoint(file, config)
-    assert {name: converted.get(name) for name in layers} == markers
+CONVERTED = [
+    ("sd15", "unet"), ("sd21", "unet"), ("sdxl", "unet"),
+    ("sd15", "text_encoder"), ("sd21", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture, component", [("sd21", "text_encoder"), ("sdxl", "text_encoder_2")])
-def test_places_of_open_clip_in_a_single_file_are_those_that_diffusers_reads(architecture, component):
-    """OpenCLIP stacks q, k and v, and has other names; diffusers' converter takes them apart again."""
-    from diffusers.loaders import single_file_utils as theirs
-
+@pytest.mark.parametrize("architecture, component", CONVERTED)
+def test_places_in_a_single_file_are_those_that_diffusers_reads(architecture, component):
+    """Every parameter, put where we think it lies, comes out of diffusers' converters under its own name."""
     models = load_architecture(architecture)
-    made_for, encoder = family(models), models[component]
-    prefix = {"sd21": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}[architecture]
-    size = encoder.config.hidden_size
-    layers = [layer for layer in find_layers(models) if layer.dotted.startswith(f"{component}.text_model.encoder.")]
-    assert len(layers) == 6 * encoder.config.num_hidden_layers
+    parameters = [layer for layer in find_parameters(models) if layer.component == component]
+    own = {f"{layer.path}.{layer.parameter}" for layer in parameters}
+    assert own == {name for name, _ in models[component].named_parameters()}
+    markers = {layer: marker(layer, number) for number, layer in enumerate(parameters)}
     file = {}
-    for n, layer in enumerate(layers):
-        key, rows = original_key(layer, made_for)
-        tensor = file.setdefault(key, torch.zeros(3 * size if rows.start is not None else 2, 1))
-        tensor[rows] = n + 1
-    file |= {f"{prefix}text_projection": torch.zeros(size, size), f"{prefix}positional_embedding": torch.zeros(2)}
-    converted = theirs.convert_open_clip_checkpoint(encoder, dict(file), prefix)
-    converted = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
-    for n, layer in enumerate(layers):
-        assert (converted[f"{layer.name.removeprefix('text_model.')}.weight"] == n + 1).all(), layer.name
+    for layer, tensor in markers.items():
+        place = original_place(layer, family(models))
+        rows = 3 * len(tensor) if place.rows else len(tensor)
+        place.within(file.setdefault(place.key, tensor.new_zeros(rows, *tensor.shape[1:]))).copy_(tensor)
+    converted = convert_as_diffusers(file, component, models)
+    for layer, tensor in markers.items():
+        assert torch.equal(converted.pop(f"{layer.name}.{layer.parameter}"), tensor), layer.dotted
+    assert not converted
 
 
-@pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
-def test_clip_has_transformers_names_in_a_single_file(architecture):
-    models = load_architecture(architecture)
-    prefix = {"sd15": "cond_stage_model", "sdxl": "conditioner.embedders.0"}[architecture]
-    for layer in find_layers(models):
-        if layer.component == "text_encoder":
-            assert original_key(layer, family(models)) == (f"{prefix}.transformer.{layer.name}.weight", slice(None))
+def marker(layer, number):
+    """A tensor of which every row says whose and which it is, with 2 columns; a projection has all of its columns."""
+    rows = 1e5 * number + torch.arange(layer.size[0], dtype=torch.float64)
+    columns = layer.size[1] if layer.name == "text_projection" else 2
+    return rows if len(layer.size) == 1 else rows[:, None].repeat(1, columns)
+
+
+def convert_as_diffusers(file, component, models):
+    from diffusers.loaders import single_file_utils as theirs
+
+    if component == "unet":
+        return theirs.convert_ldm_unet_checkpoint(file, {**models["unet"].config, "class_embed_type": None})
+    prefix = next(iter(file)).partition("token_embedding")[0].removesuffix("text_model.embeddings.")
+    if "transformer" in prefix:
+        return theirs.convert_ldm_clip_checkpoint(file)
+    return theirs.convert_open_clip_checkpoint(models[component], file, prefix)
 
 
 def test_fusing_into_one_file_changes_the_adapted_weights_alone(tmp_path):

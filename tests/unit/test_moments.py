@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dreambooth.base_model.cache import key_of, load_or_make, load_tensors, save_tensors, text_identity, vae_identity
+from dreambooth.base_model.cache import text_identity, vae_identity
 from dreambooth.base_model.loading import DTYPES
 from dreambooth.base_model.moments import cache_moments, encode_moments
 from dreambooth.data.crops import Crops
@@ -23,6 +23,7 @@ from dreambooth.data.pixels import Pixels
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
 from dreambooth.options.training import TrainingConfig
+from kron_formats.kept import key_of, load_or_make, load_tensors, save_tensors
 
 RESOLUTION = 64
 FIXED = {"center_crop": True}

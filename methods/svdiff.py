@@ -1,0 +1,159 @@
+"""SVDiff: shifts of the singular values of all weights (Han et al., arXiv 2303.11305).
+
+As the paper defines it: matrices and kernels get spectral shifts, norms elementwise ones with a learning rate of their
+own, biases and embeddings none; the text encoders may train too. The shifts themselves are in methods/spectral.py.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreambooth.data.photos import Photo
+from dreambooth.errors import UserError
+from dreambooth.family import Family
+from dreambooth.markdown import size_in_words
+from dreambooth.method import Description, Group, check_state, trained_parameters
+from dreambooth.runtime.ranks import splits_models
+from kron_formats.errors import KroneckerError
+from kron_formats.names import family as family_of
+from kron_formats.shifts import SUFFIX, origin_metadata
+from kron_formats.writing import file_metadata, write_tensors
+from methods.options import SvdiffOptions
+from methods.spectral import SpectralShift, TrainedShift, add_shifts
+
+
+@dataclass(frozen=True)
+class AttachedSvdiff:
+    """Shifts in a base model. See dreambooth/method.py."""
+
+    family: Family
+    models: Mapping[str, nn.Module]
+    shifts: Mapping[str, Mapping[str, TrainedShift]]  # component -> path -> shift
+    groups: Sequence[Group]
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        shifts = [shift for of_component in self.shifts.values() for shift in of_component.values()]
+        for shift in shifts:
+            shift.enabled = False
+        try:
+            yield
+        finally:
+            for shift in shifts:
+                shift.enabled = True
+
+    def state(self) -> dict[str, Any]:
+        return {
+            component: {path: shift.delta.detach() for path, shift in shifts.items()}
+            for component, shifts in self.shifts.items()
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        check_state(self.state(), state)
+        with torch.no_grad():
+            for component, shifts in self.shifts.items():
+                for path, shift in shifts.items():
+                    shift.delta.copy_(state[component][path])
+
+    def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+        """Write <path>.delta for every layer of the UNet, text_encoder.<path>.delta for those of text encoders."""
+        tensors, origins = {}, {}
+        for component, shifts in self.shifts.items():
+            for name, shift in shifts.items():
+                if component != self.family.denoiser:
+                    name = f"{component}.{name}"
+                values = shift.delta.detach().to(dtype)
+                if not values.isfinite().all():
+                    raise KroneckerError(f"the shifts of {name} are not all finite in {dtype}; nothing was written")
+                tensors[f"{name}{SUFFIX}"], origins[name] = values.cpu(), shift.origin(values)
+        own = {**metadata, **origin_metadata(origins)}
+        write_tensors(path, tensors, file_metadata(own, family_of(self.models), {}))
+
+    def describe(self, path: Path, base_model: str, prompt: str) -> Description:
+        parameters = sum(parameter.numel() for parameter in trained_parameters(self))
+        rows = ""
+        for component, shifts in self.shifts.items():
+            for kind, title in ((True, "singular values of matrices and kernels"), (False, "weights of norms")):
+                found = [shift.delta.numel() for shift in shifts.values() if isinstance(shift, SpectralShift) is kind]
+                rows += f"| {self.family.component_titles[component]} | {title} | {len(found)} | {sum(found):,} |\n"
+        return Description(
+            noun="SVDiff file",
+            summary="shifts of the singular values of all weights ([SVDiff](https://arxiv.org/abs/2303.11305))",
+            usage=_usage(path.name, base_model, prompt),
+            contents=(
+                size_in_words(path, sum(len(shifts) for shifts in self.shifts.values()), parameters),
+                f"| in | shifts of | layers | parameters |\n| --- | --- | ---: | ---: |\n{rows.rstrip()}",
+            ),
+            tags=("svdiff",),
+        )
+
+
+def _usage(file: str, base_model: str, prompt: str) -> str:
+    return f"TODO {file} {base_model} {prompt}"
+
+
+@dataclass(frozen=True)
+class Svdiff:
+    """W = U diag(σ) V becomes U diag(relu(σ + δ)) V, with δ = 0 at the start. See dreambooth/method.py."""
+
+    name: str = "svdiff"
+    options: type = SvdiffOptions
+    weights_name: str = "spectral_shifts.safetensors"
+    whole_precision: bool = True
+
+    def trains_text(self, config: SvdiffOptions) -> bool:
+        return config.train_text_encoder
+
+    def check(
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        photos: Sequence[Photo],
+        config: Any,
+    ) -> None:
+        """Raise UserError where weights cannot be composed: if they are not fp32, are split, or are compiled."""
+        if config.base_precision not in (None, "fp32"):
+            raise UserError(
+                f"--base_precision {config.base_precision}: SVDiff shifts the singular values of the base model's own "
+                "weights, which stay in fp32; leave it out. --mixed_precision bf16 computes in bf16"
+            )
+        if splits_models():
+            raise UserError(
+                "SVDiff does not work with FSDP, which accelerate launch was told to use: every process composes whole "
+                "weights; use --multi_gpu (configs/accelerate/multi_gpu.yaml)"
+            )
+        if config.compile:
+            raise UserError(
+                "--compile does not work with SVDiff, whose weights are composed once for many passes, which "
+                "torch.compile cannot trace; leave it out"
+            )
+
+    def attach(
+        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: SvdiffOptions
+    ) -> AttachedSvdiff:
+        shifts = {component: add_shifts(model) for component, model in models.items()}
+        return AttachedSvdiff(family, models, shifts, _groups(family, shifts, config))
+
+
+def _groups(family: Family, shifts: Mapping[str, Mapping[str, TrainedShift]], config: SvdiffOptions) -> list[Group]:
+    """Return the denoiser's singular values and norms, then the text encoders', each with its learning rate."""
+    text = [shift for component in shifts if component != family.denoiser for shift in shifts[component].values()]
+    groups = []
+    for title, rate, found in (
+        (family.component_titles[family.denoiser], config.learning_rate, shifts[family.denoiser].values()),
+        ("text encoders", config.text_encoder_learning_rate, text),
+    ):
+        for kind, suffix, learning_rate in ((True, "", rate), (False, ", norms", config.learning_rate_1d)):
+            parameters = [shift.delta for shift in found if isinstance(shift, SpectralShift) is kind]
+            if parameters:
+                groups.append(Group(title + suffix, parameters, learning_rate, config.adam_weight_decay))
+    return groups
+
+
+SVDIFF = Svdiff()
