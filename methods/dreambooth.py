@@ -13,15 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreambooth.base_model.process import EDM
+from dreambooth.base_model.source import load_scheduler
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state, trained_parameters
 from dreambooth.runtime.ranks import splits_models
-from kron_formats.files import whole_folder
+from kron_formats.files import remove, whole_folder
 from methods.options import DreamBoothOptions
-from methods.pipeline_folder import base_numbers, write_base_parts, write_component, write_index, write_metadata
+from methods.pipeline_folder import (
+    base_numbers,
+    write_base_parts,
+    write_component,
+    write_index,
+    write_metadata,
+    write_single_file,
+)
 
 State = dict[str, dict[str, Tensor]]  # component -> name -> tensor
 
@@ -71,6 +80,11 @@ class AttachedDreamBooth:
             classes |= write_base_parts(folder, self.family, self.models.keys(), dtype, self.config)
             write_index(folder, classes, self.config)
             write_metadata(folder, metadata)
+        copy = path.with_suffix(".safetensors")
+        if self.config.single_file:
+            write_single_file(path, copy, metadata, self.config)
+        else:
+            remove(copy)  # an earlier one, of other weights
 
     def save_parts(self, folder: Path, dtype: torch.dtype) -> None:
         for component, model in self.models.items():
@@ -133,12 +147,17 @@ class DreamBooth:
         photos: Sequence[Photo],
         config: Any,
     ) -> None:
-        """Raise UserError if weights would be held in less than fp32, or split over processes."""
+        """Raise UserError if weights would be held in less than fp32 or split over processes, or have no one file."""
         if config.base_precision not in (None, "fp32"):
             raise UserError(
                 f"--base_precision {config.base_precision} does not work with dreambooth: all weights train, in "
                 f"steps of about --learning_rate {config.learning_rate:g}, which less than fp32 rounds away. Leave it "
                 "out; --mixed_precision is the precision of the computation"
+            )
+        if config.single_file and type(load_scheduler(config)).__name__ in EDM:
+            raise UserError(
+                f"--single_file: {config.pretrained_model_name_or_path} was trained with EDM's noise, which tools "
+                "recognise in no common way in one file; leave it out: the folder says what the noise is"
             )
         if splits_models():
             raise UserError(

@@ -13,16 +13,20 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from dreambooth.base_model.configurations import Configurations
 from dreambooth.base_model.source import Source, base_source, load_scheduler, vae_source
 from dreambooth.family import Family
 from dreambooth.layout import TRAINING_NAME
 from dreambooth.options.base_model import BaseModelOptions
+from kron_formats.checkpoint_file import write_checkpoint_file
 from kron_formats.errors import KroneckerError
+from kron_formats.families import TOKENIZERS, family_of_config
 from kron_formats.files import write_text
 from kron_formats.fused import hide_folders
-from kron_formats.streaming import Pending, stream_tensors
+from kron_formats.streaming import Pending, pending, stream_tensors
 
 FORMAT = {"format": "pt"}  # metadata that transformers and diffusers want
 WITHOUT_LEVEL = ("text_projection.", "logit_scale")  # what is beside text_model in a text encoder
@@ -79,7 +83,7 @@ def write_base_parts(
     classes = {}
     for part, source in _base_parts(family, trained, config):
         component = source.weights.load(part, dtype)
-        component.save_pretrained(folder / part)
+        write_component(folder / part, component, dict(component.named_parameters()), dtype)
         classes[part] = type(component)
     configurations = base_source(config).configurations
     present = [part for part in family.tokenizers if part in configurations.classes]
@@ -105,6 +109,26 @@ def _base_parts(family: Family, trained: Collection[str], config: BaseModelOptio
         if part in source.configurations.classes and part not in trained:
             yield part, source
     yield "vae", vae_source(config)
+
+
+# ---- the same in one file ----
+
+
+def write_single_file(folder: Path, path: Path, metadata: Mapping[str, str], config: BaseModelOptions) -> None:
+    """Write the pipeline in `folder` as one file in the layout of Stability's code, tensor by tensor."""
+    saved = Configurations(str(folder), str(folder), {})
+    parts = [part for part in ("unet", *TOKENIZERS, "vae") if part in saved.classes]
+    models = {part: saved.empty(part) for part in parts}
+    weights = {part: _weights_in(next((folder / part).glob("*.safetensors"))) for part in parts}
+    family = base_source(config).family or family_of_config(models["unet"].config)
+    write_checkpoint_file(path, models, weights, family, metadata)
+
+
+def _weights_in(path: Path) -> dict[str, Pending]:
+    """Return the weights of a file that was just written, read when they are needed."""
+    with safe_open(path, framework="pt") as file:
+        views = {name: file.get_tensor(name) for name in file.keys()}  # of the file, mapped into memory
+    return {name: pending(view) for name, view in views.items()}
 
 
 # ---- what the folder says of itself ----
