@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kron_formats.changes import as_matrix
 from kron_formats.kept import key_of, load_tensors, save_tensors, tensor_bytes
 
 RESERVE = 2**30  # bytes of the disk that kept decompositions leave free
@@ -42,15 +43,14 @@ class Decomposition:
         return Decomposition(self.U.to(device), self.sigma.to(device), self.V.to(device))
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """Return a weight as the matrix that is decomposed: a kernel as (c_out, c_in·k·k), a vector as (1, n)."""
-    return weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(0)
-
-
 def decompose(weight: Tensor) -> Decomposition:
-    """Return the decomposition of a weight, computed in fp64 on the CPU, on the weight's device."""
+    """Return the decomposition of a weight, computed in fp64 on the CPU, on the weight's device.
+
+    A kernel is a matrix (c_out, c_in·k·k), a vector one of a single row.
+    """
     device = weight.device if weight.is_meta else torch.device("cpu")  # on meta only the sizes are known
-    exact = torch.linalg.svd(as_matrix(weight.detach()).to(device, torch.float64), full_matrices=False)
+    matrix = torch.atleast_2d(as_matrix(weight.detach())).to(device, torch.float64)
+    exact = torch.linalg.svd(matrix, full_matrices=False)
     return Decomposition(*(part.float().contiguous() for part in exact)).to(weight.device)
 
 

@@ -11,7 +11,7 @@ by row, A ⊗ B is the same.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -43,16 +43,14 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # some tools sa
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def is_factors(keys: Collection[str]) -> bool:
+    """Whether tensors with these names are those of a Kronecker adapter or a LoRA."""
+    return bool(keys) and not other_keys(keys)
+
+
 def other_keys(keys: Iterable[str]) -> list[str]:
     """Return the names that no tensor of a Kronecker adapter or a LoRA has."""
     return [key for key in keys if _split_key(key) is None]
-
-
-def check_names(path: Path, keys: Iterable[str]) -> None:
-    """Raise KroneckerError if a layer in a file has a name that none can have."""
-    for name, _ in filter(None, map(_split_key, keys)):
-        if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
-            raise KroneckerError(f"{path} is not a Kronecker adapter: no layer is called {excerpt(name)}")
 
 
 def read_factors(
@@ -66,6 +64,8 @@ def read_factors(
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         name, role = _split_key(key) or ("", "")
+        if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
+            raise KroneckerError(f"{path} cannot be used as an adapter: no layer is called {excerpt(name)}")
         if role in parts[name]:
             raise KroneckerError(f"{path}: {name} is in it twice, under different names, for example {key}")
         parts[name][role] = _checked(tensor, role, f"{path}: {key}")
@@ -126,7 +126,7 @@ def _layer(
         layer = _product(up * (scale if alpha is None else scale * alpha / down.shape[0]), down, where)
     elif roles & {"lora_down", "lora_up"}:
         raise KroneckerError(
-            f"{path} is not a Kronecker adapter: it is a LoRA file; {name} has only {', '.join(sorted(roles))}"
+            f"{path} cannot be used as an adapter: it is a LoRA file; {name} has only {', '.join(sorted(roles))}"
         )
     else:
         held = ", ".join(f"{role} {tuple(parts[role].shape)}" for role in sorted(roles)) or "an alpha alone"

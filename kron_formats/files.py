@@ -32,11 +32,12 @@ from kron_formats.errors import KroneckerError
 if TYPE_CHECKING:
     from torch import Tensor
 
+DEEPEST = 3  # dicts in dicts of a pickle
 EXCERPT = 80  # characters of untrusted text that a message shows
 LARGEST_JSON = 2**24  # bytes
 UNFINISHED = ".*.tmp"  # glob pattern of the temporary names that `whole_file` writes to
 BEGINNINGS = (  # of files that are taken for safetensors, and what they are
-    (b"PK\x03\x04", "a zip archive, as PyTorch's pickles are; scripts/convert.py --allow_pickle reads the paper's"),
+    (b"PK\x03\x04", "a zip archive, as PyTorch's pickles are; --allow_pickle reads those that are known"),
     (b"\x80", "perhaps a pickle, and those can run code"),
     (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself: git lfs pull"),
     (b"<", "perhaps a web page"),
@@ -233,28 +234,44 @@ def is_pickle(path: Path) -> bool:
 
 
 def read_pickle(path: Path) -> "dict[str, Tensor]":
-    """Return the tensors in an archive as torch.save writes them. Code in it is refused, not run."""
+    """Return the tensors in an archive as torch.save writes them. Code in it is refused, not run.
+
+    The names of tensors in dicts of dicts, or in lists in them, are joined by dots.
+    """
     import torch
 
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save does not do")
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise KroneckerError(f"{path} holds something other than tensors, or is damaged: {reason(error)}") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(key, str)
-        and isinstance(tensor, torch.Tensor)
-        and tensor.layout is torch.strided
-        and not tensor.is_meta
-        for key, tensor in tensors.items()
-    ):
+    tensors, claimed = {}, 0
+    for name, tensor in _named_tensors(content, path):
+        claimed += tensor.numel() * tensor.element_size()
+        if claimed > os.path.getsize(path):  # a tensor can claim any size through strides of 0
+            raise KroneckerError(f"{path} claims larger tensors than it holds")
+        if name in tensors:
+            raise KroneckerError(f"{path} is ambiguous: it has {excerpt(name)} twice")
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def _named_tensors(content: Any, path: Path, prefix: tuple[str, ...] = ()) -> "Iterator[tuple[str, Tensor]]":
+    """Yield (name, tensor) for each in what a pickle holds. Raises KroneckerError if there is anything else in it."""
+    import torch
+
+    if isinstance(content, torch.Tensor) and content.layout is torch.strided and not content.is_meta and prefix:
+        yield ".".join(prefix), content
+    elif isinstance(content, dict) and len(prefix) < DEEPEST and all(isinstance(key, str) for key in content):
+        for key, entry in content.items():
+            yield from _named_tensors(entry, path, (*prefix, key))
+    elif isinstance(content, list) and 0 < len(prefix) < DEEPEST:
+        for number, entry in enumerate(content):
+            yield from _named_tensors(entry, path, (*prefix, str(number)))
+    else:
         raise KroneckerError(f"{path} is not a mapping of names to tensors")
-    # A tensor can claim any size through strides of 0.
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > os.path.getsize(path):
-        raise KroneckerError(f"{path} claims larger tensors than it holds")
-    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 # ---- JSON ----

@@ -8,6 +8,7 @@ from kron_formats.errors import KroneckerError
 from kron_formats.files import excerpt, integer_pair, parse_json, positive_integer
 
 FORMAT_VERSION = "1"
+METADATA_PREFIX = "kronecker."  # of the metadata keys that are ours
 LAYOUT_KEYS = ("format_version", "layers", "a1", "a2", "factors", "rows")  # what describes the layers
 NOISE_KEYS = ("modelspec.prediction_type", "ss_zero_terminal_snr")  # what tools need to know of the base model's noise
 NEEDED_KEYS = (*LAYOUT_KEYS, *NOISE_KEYS, "targets", "word")  # what a file says even without other metadata
@@ -23,6 +24,11 @@ class Layout:
     def shape_of(self, name: str) -> tuple[int, int] | None:
         """Return (a1, a2) of a layer; None if unknown."""
         return self.shapes.get(name, self.shape)
+
+
+def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return a file's metadata that we wrote, without our prefix."""
+    return {k.removeprefix(METADATA_PREFIX): v for k, v in metadata.items() if k.startswith(METADATA_PREFIX)}
 
 
 def read_layout(own: Mapping[str, str], source: str) -> Layout:

@@ -9,6 +9,7 @@ from kron_formats.errors import KroneckerError
 from kron_formats.families import Family, family_of_version, family_of_width
 from kron_formats.names import Layer, Models, family, find_parameters, match_target, spelling_index
 from kron_formats.reading import AdapterFile, not_kronecker_error
+from kron_formats.words import Word
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def match_layers(file: AdapterFile, models: Models) -> MatchedAdapter:
     if len(given) > len(set(given)):
         problems.append("some layers are in it twice, under different names")
     problems += [f"{_label(layer)} {words}" for layer, entry in matched.items() if (words := entry.misfit(layer.size))]
+    problems += [problem for word in file.words for problem in _word_problems(word, parameters)]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise KroneckerError(
@@ -74,6 +76,18 @@ def _must_have(file: AdapterFile, parameter: Layer) -> bool:
     return file.is_whole or (parameter.is_matrix and match_target(parameter.name, file.layout.targets) is not None)
 
 
+def _word_problems(word: Word, parameters: Iterable[Layer]) -> list[str]:
+    """Return why a word's vectors are not those of the text encoders."""
+    embeddings = {layer.component: layer.size[1] for layer in parameters if layer.name.endswith(".token_embedding")}
+    widths = {component: vectors.shape[1] for component, vectors in word.vectors.items()}
+    return [
+        f"{word.text} has vectors of {widths.get(component, 0)} numbers for the {component}, "
+        f"the model's has {embeddings.get(component, 0)}"
+        for component in sorted(embeddings.keys() | widths.keys())
+        if widths.get(component) != embeddings.get(component)
+    ]
+
+
 def _label(parameter: Layer) -> str:
     """Return a parameter's name in messages: a layer's is that in our files."""
     return parameter.native if parameter.is_matrix else parameter.dotted
@@ -85,6 +99,7 @@ def file_family(file: AdapterFile) -> Family | None:
         return by_version
     keys = (entry for name, entry in file.layers.items() if "attn2" in name and "to_k" in name)
     widths = {entry.size[1] for entry in keys if entry.size}
+    widths |= {sum(vectors.shape[1] for vectors in word.vectors.values()) for word in file.words}
     return family_of_width(widths.pop()) if len(widths) == 1 else None
 
 

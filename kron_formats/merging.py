@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from kron_formats.changes import as_matrix
 from kron_formats.errors import KroneckerError
 
+PLAIN = "torch.nn.modules."  # where PyTorch's own layers are
+
 
 def check_strength(strength: float, what: str) -> float:
     """Return a strength as a float. Raises KroneckerError, beginning with `what` it is of, if it is not finite."""
@@ -17,19 +19,19 @@ def check_strength(strength: float, what: str) -> float:
     return float(strength)
 
 
-def has_plain_weight(layer: nn.Linear | nn.Conv2d) -> bool:
+def has_plain_weight(layer: nn.Module, parameter: str = "weight") -> bool:
     """Whether a layer is PyTorch's own with numbers for weights: not quantised, by another class or another tensor."""
-    weight = layer.weight
-    plain = type(layer) in (nn.Linear, nn.Conv2d) and type(weight) in (nn.Parameter, Tensor)
+    weight = getattr(layer, parameter)
+    plain = type(layer).__module__.startswith(PLAIN) and type(weight) in (nn.Parameter, Tensor)
     return plain and weight.is_floating_point()
 
 
-def check_takes_delta(layer: nn.Linear | nn.Conv2d) -> None:
-    """Raise KroneckerError, saying what to do, if the weight of a layer cannot be changed by a delta."""
-    weight = layer.weight
+def check_takes_delta(layer: nn.Module, parameter: str = "weight") -> None:
+    """Raise KroneckerError, saying what to do, if a parameter of a layer cannot be changed by a delta."""
+    weight = getattr(layer, parameter)
     if weight.is_meta:
         raise KroneckerError("the base weights are offloaded; merge before offloading is enabled")
-    if not has_plain_weight(layer):
+    if not has_plain_weight(layer, parameter):
         raise KroneckerError(
             f"a {type(layer).__name__} with a weight of {type(weight).__name__}, {weight.dtype}, cannot take a merged "
             "delta; leave the adapters unmerged, or merge into a base model that is not quantised"

@@ -1,7 +1,10 @@
 """Files of every method, recognised by the names of their tensors and read into what they change.
 
-factors.py          Kronecker adapters and LoRAs
-trained_models.py   folders of a pipeline, or of one component, whose weights were trained themselves
+factors.py            Kronecker adapters and LoRAs
+shifts.py             spectral shifts (SVDiff)
+custom_diffusion.py   weights of cross-attention that were trained themselves, with words beside them or without
+words.py              words alone (Textual Inversion)
+trained_models.py     folders of a pipeline, or of one component, that was trained in full
 """
 
 import os
@@ -12,16 +15,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kron_formats import shifts, words
 from kron_formats.changes import Change, LowRank, StoredFactors
+from kron_formats.custom_diffusion import is_custom_diffusion, read_custom_diffusion
 from kron_formats.errors import KroneckerError
-from kron_formats.factors import check_names, other_keys, read_factors
+from kron_formats.factors import is_factors, other_keys, read_factors
 from kron_formats.families import COMPONENTS
 from kron_formats.files import excerpt, is_pickle, open_safetensors, read_pickle
-from kron_formats.layout import Layout, read_layout
+from kron_formats.layout import Layout, own_metadata, read_layout
 from kron_formats.trained_models import is_trained_model, read_trained_model
 from kron_formats.words import Word
 
-METADATA_PREFIX = "kronecker."  # of the metadata keys that are ours
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -58,7 +62,7 @@ class AdapterFile:
     @property
     def own_metadata(self) -> dict[str, str]:
         """What we wrote, without our prefix."""
-        return {k.removeprefix(METADATA_PREFIX): v for k, v in self.metadata.items() if k.startswith(METADATA_PREFIX)}
+        return own_metadata(self.metadata)
 
     @cached_property
     def layout(self) -> Layout:
@@ -108,19 +112,21 @@ def not_kronecker_error(file: AdapterFile) -> KroneckerError:
     return KroneckerError(f"{file.path} is not a Kronecker adapter: it is {file.noun}; {where}")
 
 
-Read = Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], AdapterFile]
+# ---- the kinds of files ----
+
+Tensors, Metadata = Mapping[str, Tensor], Mapping[str, str]
+Read = Callable[[Path, Tensors, Metadata], AdapterFile]
 
 
 def _reader_of(path: Path, keys: Sequence[str]) -> Read:
     """Return what reads a file with these tensors. Raises KroneckerError, saying what it is, if it is of no method."""
-    unknown = other_keys(keys)
-    if unknown or not keys:
-        raise KroneckerError(f"{path} is not a Kronecker adapter: {describe(unknown)}")
-    check_names(path, keys)
-    return _read_factors
+    for is_kind, read in KINDS:
+        if is_kind(keys):
+            return read
+    raise KroneckerError(f"{path} cannot be used as an adapter: {describe(other_keys(keys))}")
 
 
-def _read_factors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> AdapterFile:
+def _read_factors(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
     layers, has_alphas = read_factors(path, tensors, metadata)
     is_lora = any(isinstance(entry, LowRank) for entry in layers.values())
     noun = "a LoRA file" if is_lora else "a Kronecker adapter"
@@ -129,11 +135,33 @@ def _read_factors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return file
 
 
+def _read_shifts(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
+    return AdapterFile(path, "an SVDiff file", shifts.read(path, tensors, metadata), metadata)
+
+
+def _read_custom_diffusion(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
+    weights, found = read_custom_diffusion(path, tensors, own_metadata(metadata))
+    return AdapterFile(path, "a Custom Diffusion file", weights, metadata, found)
+
+
+def _read_word(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
+    word = words.read(path, tensors, own_metadata(metadata))
+    return AdapterFile(path, "a word (Textual Inversion)", {}, metadata, (word,))
+
+
+KINDS: tuple[tuple[Callable[[Sequence[str]], bool], Read], ...] = (
+    (is_factors, _read_factors),
+    (shifts.is_shifts, _read_shifts),
+    (is_custom_diffusion, _read_custom_diffusion),
+    (words.is_words, _read_word),
+)
+
+
 def _read_folder(folder: Path) -> AdapterFile:
     if os.path.isfile(folder / PEFT_WEIGHTS):
         return read_adapter(folder / PEFT_WEIGHTS)
     if is_trained_model(folder):
-        return AdapterFile(folder, "a model trained in full", read_trained_model(folder), {}, is_whole=True)
+        return AdapterFile(folder, "a model that was trained in full", read_trained_model(folder), {}, is_whole=True)
     found = {path.parent.name: path for path in sorted(folder.glob(f"*/{PEFT_WEIGHTS}")) if path.is_file()}
     if unknown := found.keys() - {*COMPONENTS}:
         raise KroneckerError(
@@ -174,11 +202,12 @@ def describe(keys: Sequence[str]) -> str:
         (("dora_scale", "lora_magnitude_vector"), "it is a DoRA file"),
         (("bundle_emb.",), "it holds embeddings too (bundle_emb); save the adapter without them"),
         (("model.diffusion_model.", "first_stage_model."), "it is a whole Stable Diffusion checkpoint"),
-        (("down_blocks.", "up_blocks."), "it holds a UNet's own weights"),
-        (("encoder.layers.",), "it holds a text encoder's own weights"),
+        ((".weight.u",), "it is a compressed Custom Diffusion file; use the one that it was made from"),
+        (("down_blocks.", "up_blocks."), "it holds a UNet's own weights; name the folder that it is in"),
+        (("encoder.layers.",), "it holds a text encoder's own weights; name the folder that it is in"),
     )
-    for parts, words in signs:
+    for parts, description in signs:
         if any(part in key for key in keys for part in parts):
-            return words
+            return description
     examples = ", ".join(map(excerpt, keys[:3]))
     return f"its {len(keys)} tensors have other names, for example {examples}" if keys else "it is empty"

@@ -9,16 +9,19 @@ for each layer a digest of the weight and the fingerprint of the change that the
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from kron_formats.changes import Size, size_in_words, size_of
 from kron_formats.decomposition import PROBES, Decomposition, digest, kept_decomposition
 from kron_formats.errors import KroneckerError
 from kron_formats.files import excerpt, parse_json
+from kron_formats.layout import own_metadata
 
 SUFFIX = ".delta"
 DIGITS = 16  # of a digest in a file: 64 bits
@@ -43,6 +46,9 @@ class Origin:
 class Shift:
     """The shift of one layer's weight. A vector of weights gets δ itself if it is elementwise."""
 
+    needs_weight: ClassVar[bool] = True
+    size: ClassVar[None] = None  # any weight with as many singular values
+
     values: Tensor  # δ, fp32
     elementwise: bool  # of a vector of weights
     where: str  # file and layer, in messages
@@ -57,25 +63,24 @@ class Shift:
         """Return how many numbers are stored."""
         return self.values.numel()
 
-    def scaled(self, strength: float) -> "Shift":
+    def scaled(self, strength: float) -> Self:
         """Return the shift with δ multiplied, which is before the relu."""
         return replace(self, strength=self.strength * strength)
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a weight of this shape has as many singular values as there are shifts, or as many entries."""
-        if len(shape) == 1:
-            return self.numel() == (shape[0] if self.elementwise else 1)
-        return self.numel() == min(shape[0], torch.Size(shape[1:]).numel())
+    def misfit(self, size: Size) -> str | None:
+        """Return why a weight of this size cannot be the one: it has more or fewer singular values, or entries."""
+        wanted = min(size) if len(size) > 1 else size[0] if self.elementwise else 1
+        if self.numel() == wanted:
+            return None
+        return f"holds {self.numel()} shifts, the model's layer {size_in_words(size)} and needs {wanted}"
 
     def delta(self, weight: Tensor) -> Tensor:
         """Return W' - W of the base model's weight, a matrix (m, n) or a vector (n,), fp64.
 
         Raises KroneckerError if the weight is not the one whose vectors were shifted.
         """
-        if not self.fits(weight.shape):
-            raise KroneckerError(
-                f"{self.where} holds {self.numel()} shifts, which do not fit a weight of the shape {(*weight.shape,)}"
-            )
+        if words := self.misfit(size_of(weight.shape)):
+            raise KroneckerError(f"{self.where} {words}")
         key = digest(weight)
         if self.origin and not key.startswith(self.origin.digest):
             raise KroneckerError(
@@ -94,6 +99,8 @@ class Shift:
 
     def _check_vectors(self, parts: Decomposition, change: Tensor) -> None:
         assert self.origin
+        if not self.origin.fingerprint:
+            raise KroneckerError(f"{self.where}: the metadata origin has no fingerprint of a matrix")
         expected = torch.tensor(self.origin.fingerprint, dtype=torch.float64, device=change.device)
         error = (parts.fingerprint(change) - expected).square().mean().sqrt()
         if not error <= TOLERANCE * change.norm():
@@ -124,16 +131,17 @@ def is_shifts(keys: Iterable[str]) -> bool:
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Shift]:
-    """Return layer's name -> shift. `metadata` are ours, without our prefix.
+    """Return the shift of each layer, by the file's own names.
 
-    Raises KroneckerError if a tensor cannot be a shift, or if the metadata are not what we write.
+    Raises KroneckerError if a tensor cannot be a shift, or if our metadata are not what we write.
     """
+    metadata = own_metadata(metadata)
     norms = metadata.get("norms", "spectral")
     if norms not in ("spectral", "elementwise"):
         raise KroneckerError(f"{path}: the metadata norms is {excerpt(norms)}, which this version does not know")
     shifts = {}
     for key, values in tensors.items():
-        where = f"{path}: {key.removesuffix(SUFFIX)}"
+        where = f"{path}: {excerpt(key.removesuffix(SUFFIX))}"
         if values.dim() != 1 or not values.numel() or not values.is_floating_point():
             raise KroneckerError(f"{where} is not a vector of shifts, but {values.dtype}, {tuple(values.shape)}")
         if not values.isfinite().all():

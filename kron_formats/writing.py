@@ -20,10 +20,10 @@ from kron_formats.changes import Factors
 from kron_formats.errors import KroneckerError
 from kron_formats.families import Family
 from kron_formats.files import whole_file
-from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS, NEEDED_KEYS
+from kron_formats.layout import FORMAT_VERSION, LAYOUT_KEYS, METADATA_PREFIX, NEEDED_KEYS
 from kron_formats.names import Layer
 from kron_formats.paths import shared_metadata
-from kron_formats.reading import METADATA_PREFIX, AdapterFile
+from kron_formats.reading import AdapterFile
 
 FOREIGN = ("modelspec.", "ss_")  # what metadata keys of other tools begin with
 VELOCITY = "v"  # modelspec.prediction_type of models that predict the velocity

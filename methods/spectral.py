@@ -30,15 +30,21 @@ class SpectralShift(nn.Module):
         for name, tensor in vars(parts).items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("composed", torch.empty_like(weight, requires_grad=False), persistent=False)
-        self.composed_of: int | None = None  # the version of δ
+        self.zero = self.composed_of = self.delta._version  # the versions of δ at which it is 0, and was composed
         self.enabled = True
 
     def forward(self, weight: Tensor) -> Tensor:
         return _Compose.apply(self.delta, weight, self) if self.enabled else weight
 
     def compose(self, weight: Tensor) -> Tensor:
-        """Return the changed weight, composed anew only if δ has changed."""
-        if self.composed_of != (now := self.delta._version):
+        """Return the changed weight, composed anew only if δ has changed.
+
+        Before its first change it is W itself: a copy elsewhere in memory has the same bits, but layers may round
+        differently with it.
+        """
+        if (now := self.delta._version) == self.zero:
+            return weight.detach()
+        if self.composed_of != now:
             change = change_of(self.sigma, self.delta)
             with torch.autocast(weight.device.type, enabled=False):
                 exact = torch.addmm(weight.flatten(1), self.U * change, self.V)

@@ -21,6 +21,7 @@ from dreambooth.method import Description, Group, check_state, trained_parameter
 from dreambooth.runtime.ranks import splits_models
 from kron_formats.errors import KroneckerError
 from kron_formats.names import family as family_of
+from kron_formats.names import find_parameters
 from kron_formats.shifts import SUFFIX, origin_metadata
 from kron_formats.writing import file_metadata, write_tensors
 from methods.options import SvdiffOptions
@@ -33,7 +34,7 @@ class AttachedSvdiff:
 
     family: Family
     models: Mapping[str, nn.Module]
-    shifts: Mapping[str, Mapping[str, TrainedShift]]  # component -> path -> shift
+    shifts: Mapping[str, Mapping[str, TrainedShift]]  # component -> layer's name in the file -> shift
     groups: Sequence[Group]
 
     @contextmanager
@@ -49,7 +50,7 @@ class AttachedSvdiff:
 
     def state(self) -> dict[str, Any]:
         return {
-            component: {path: shift.delta.detach() for path, shift in shifts.items()}
+            component: {name: shift.delta.detach() for name, shift in shifts.items()}
             for component, shifts in self.shifts.items()
         }
 
@@ -57,16 +58,14 @@ class AttachedSvdiff:
         check_state(self.state(), state)
         with torch.no_grad():
             for component, shifts in self.shifts.items():
-                for path, shift in shifts.items():
-                    shift.delta.copy_(state[component][path])
+                for name, shift in shifts.items():
+                    shift.delta.copy_(state[component][name])
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         """Write <path>.delta for every layer of the UNet, text_encoder.<path>.delta for those of text encoders."""
         tensors, origins = {}, {}
-        for component, shifts in self.shifts.items():
+        for shifts in self.shifts.values():
             for name, shift in shifts.items():
-                if component != self.family.denoiser:
-                    name = f"{component}.{name}"
                 values = shift.delta.detach().to(dtype)
                 if not values.isfinite().all():
                     raise KroneckerError(f"the shifts of {name} are not all finite in {dtype}; nothing was written")
@@ -137,7 +136,14 @@ class Svdiff:
     def attach(
         self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: SvdiffOptions
     ) -> AttachedSvdiff:
-        shifts = {component: add_shifts(model) for component, model in models.items()}
+        names = {  # what finds the layers' names does not know shifted ones
+            (layer.component, layer.path): layer.name if layer.component == family.denoiser else layer.dotted
+            for layer in find_parameters(models)
+        }
+        shifts = {
+            component: {names[component, path]: shift for path, shift in add_shifts(model).items()}
+            for component, model in models.items()
+        }
         return AttachedSvdiff(family, models, shifts, _groups(family, shifts, config))
 
 

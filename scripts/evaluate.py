@@ -16,8 +16,8 @@ of every prompt is drawn from seed + i. CLIP-T is computed with "dog" for {}.
 
 These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), whose diversity uses LPIPS distances instead.
 By default DINO is the paper's ViT-S/16, and CLIP is ViT-B/32. The row "photos" compares the photos with each other:
-what a perfect adapter would score. Several --adapter add up, as in scripts/generate.py; without any, the base model
-alone is scored.
+what a perfect adapter would score. --adapter takes files of every method, which add up as in scripts/generate.py;
+without any, the base model alone is scored.
 
 Writes scores.json (settings, means, every prompt), scores.csv (one row per model and prompt), the images as
 images/MODEL/PROMPT-SEED.png, and sheet.png: the photos, and the models' images of the same seeds side by side.
@@ -119,8 +119,16 @@ def main() -> None:
 
     import torch
 
+    from dreambooth.base_model.loading import DTYPES
     from dreambooth.base_model.source import load_tokenizers
-    from dreambooth.drawing.pipelines import add_adapters, load_base_pipeline, prepare_drawing, read_adapters
+    from dreambooth.drawing.pipelines import (
+        add_adapters,
+        change_weights,
+        load_base_pipeline,
+        load_pipeline_with,
+        prepare_drawing,
+        read_adapters,
+    )
     from dreambooth.scoring.embeddings import load_evaluators
     from dreambooth.scoring.measures import score_images, score_photos, score_prior
     from dreambooth.tokens import warn_of_cut_prompts
@@ -136,16 +144,21 @@ def main() -> None:
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
     evaluators.warn_of_cut_texts(zip(sources, texts))
 
-    pipeline = load_base_pipeline(config).to(device)
-    if "safety_checker" in pipeline.components:  # or black images would be scored
-        pipeline.register_modules(safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    prepare_drawing(pipeline, READERS, config)
-    drawn = {BASE: draw(pipeline, named, BASE, config)}
-    if adapters:
-        add_adapters(pipeline, adapters, READERS)
+    def draw_with(pipeline: Any, model: str) -> Drawn:
+        if "safety_checker" in pipeline.components:  # or black images would be scored
+            pipeline.register_modules(safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
         prepare_drawing(pipeline.to(device), READERS, config)
-        drawn[ADAPTED] = draw(pipeline, named, ADAPTED, config)
+        return draw(pipeline, named, model, config)
+
+    pipeline = load_base_pipeline(config, DTYPES[config.dtype])
+    drawn = {BASE: draw_with(pipeline, BASE)}
+    if change_weights(adapters):
+        del pipeline
+        drawn[ADAPTED] = draw_with(load_pipeline_with(adapters, config, READERS), ADAPTED)
+    elif adapters:
+        add_adapters(pipeline, adapters, READERS)
+        drawn[ADAPTED] = draw_with(pipeline, ADAPTED)
 
     scores = {model: score_images(images.rows, photos, texts, evaluators) for model, images in drawn.items()}
     prior = None

@@ -1,11 +1,12 @@
-"""Draw images with Kronecker adapters or LoRAs.
+"""Draw images with adapter files of every method, alone or together.
 
     python scripts/generate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --adapter outputs/dog/pytorch_kronecker_weights.safetensors \\
         --prompt "a photo of sks dog on the beach" "a watercolor of sks dog" --num_images 4 --output_dir outputs/images
 
-Several adapters add up, each with its strength: --adapter dog.safetensors:0.8 style.safetensors:0.5. Every layout that
-scripts/convert.py reads is accepted. Without --adapter the base model alone draws.
+A file may be a Kronecker adapter, a LoRA, spectral shifts (SVDiff), Custom Diffusion's, a word (Textual Inversion), or
+the folder of a model that was trained in full; scripts/convert.py --inspect FILE says which. Several add up, each with
+its strength: --adapter dog.safetensors:0.8 style.safetensors:0.5. Without --adapter the base model alone draws.
 
 Writes OUTPUT_DIR/PROMPT-SEED.png for every image, and grid.png, a labelled sheet with one row per prompt. Image i of
 every prompt is drawn from seed + i.
@@ -45,8 +46,7 @@ def main() -> None:
     from dreambooth.base_model.source import load_tokenizers
     from dreambooth.drawing.draw import draw_images
     from dreambooth.drawing.pipelines import (
-        add_adapters,
-        load_base_pipeline,
+        load_pipeline_with,
         prepare_drawing,
         read_adapters,
         subject_of,
@@ -60,8 +60,7 @@ def main() -> None:
     texts += [("--negative_prompt", config.negative_prompt)]
     warn_of_cut_prompts(texts, load_tokenizers(config).values(), config.max_token_length, subject_of(adapters))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    pipeline = load_base_pipeline(config)
-    add_adapters(pipeline, adapters, READERS)
+    pipeline = load_pipeline_with(adapters, config, READERS)
     prepare_drawing(pipeline.to(device), READERS, config)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Merge Kronecker adapters or LoRAs into a base model, and write it as a plain diffusers pipeline folder.
+"""Merge adapter files of every method into a base model, and write it as a plain diffusers pipeline folder.
 
     python scripts/merge.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --adapter outputs/dog/pytorch_kronecker_weights.safetensors --output_dir outputs/dog-merged
@@ -37,14 +37,16 @@ def main() -> None:
 
     show_library_warnings()
 
-    from dreambooth.drawing.pipelines import load_adapted_pipeline, merge_adapters
+    from dreambooth.drawing.pipelines import load_pipeline_with, merge_adapters, read_adapters
     from kron_formats.fused import save_pipeline
     from methods.readers import READERS
 
-    pipeline = load_adapted_pipeline(config, READERS)
-    layers = merge_adapters(pipeline, READERS)
+    adapters = read_adapters(config, READERS)
+    pipeline = load_pipeline_with(adapters, config, READERS)
+    merge_adapters(pipeline, READERS)
     save_pipeline(pipeline, output)
-    print(f"Merged {layers} layers into {output}")
+    changed = {parameter for adapter in adapters for parameter in adapter.matched.layers}
+    print(f"Merged {len(changed)} layers into {output}")
 
 
 if __name__ == "__main__":

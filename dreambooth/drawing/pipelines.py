@@ -1,10 +1,15 @@
-"""Base models with adapters in them, for the scripts that draw and merge. Each file says which method it is of."""
+"""Base models with adapters in them, for the scripts that draw and merge. Each file says which method it is of.
+
+What changes depend on the base weights themselves (spectral shifts, weights that were trained in full) is merged when
+the base model is loaded, in fp32. What can stay beside them is added by readers, and can be removed again.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -18,7 +23,7 @@ from kron_formats.errors import KroneckerError, naming
 from kron_formats.families import COMPONENTS
 from kron_formats.matching import MatchedAdapter, match_layers
 from kron_formats.merging import check_strength, check_takes_delta, merged_weight
-from kron_formats.names import find_layers
+from kron_formats.names import find_layers, find_parameters
 from kron_formats.reading import AdapterFile, read_adapter
 
 BaseLayer = nn.Linear | nn.Conv2d
@@ -38,7 +43,7 @@ class Reader(Protocol):
     """How a method's files are used. methods/readers.py lists the readers, in the order of `add`."""
 
     def takes(self, file: AdapterFile) -> bool:
-        """Whether this reader handles the file."""
+        """Whether this reader handles the file, or a part of it."""
         ...
 
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
@@ -59,10 +64,26 @@ def load_adapted_pipeline(config: AdaptedModelOptions, readers: Sequence[Reader]
 
     Raises UserError or KroneckerError, before any weights are read, if an adapter does not fit the base model.
     """
-    adapters = read_adapters(config, readers)
-    pipeline = load_base_pipeline(config)
+    return load_pipeline_with(read_adapters(config, readers), config, readers)
+
+
+def load_pipeline_with(adapters: Sequence[Adapter], config: AdaptedModelOptions, readers: Sequence[Reader]) -> Any:
+    """Return the base model with adapters in it that have been read."""
+    if not change_weights(adapters):
+        pipeline = load_base_pipeline(config, DTYPES[config.dtype])
+    else:  # in fp32: singular vectors of rounded weights are others
+        pipeline = load_base_pipeline(config, torch.float32)
+        _merge_changes(pipeline, adapters)
+        for model in pipeline.components.values():
+            if isinstance(model, nn.Module):
+                nn.Module.to(model, DTYPES[config.dtype])  # diffusers' own warns of modules that there are none of
     add_adapters(pipeline, adapters, readers)
     return pipeline
+
+
+def change_weights(adapters: Sequence[Adapter]) -> bool:
+    """Whether some of the adapters change the base model's weights for good."""
+    return any(adapter.matched.file.needs_weights for adapter in adapters)
 
 
 def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> list[Adapter]:
@@ -74,7 +95,7 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
     models, adapters = empty_models(config, COMPONENTS), []
     for number, entry in enumerate(config.adapter):
         path, scale = split_scale(entry)
-        matched = match_layers(read_adapter(path), models)
+        matched = match_layers(read_adapter(path, config.allow_pickle), models)
         strength = check_strength(scale * config.adapter_scale, f"--adapter {entry}: the strength")
         adapters.append(Adapter(matched, strength, f"adapter-{number}"))
     return adapters
@@ -86,9 +107,9 @@ def subject_of(adapters: Sequence[Adapter]) -> str:
     return " ".join(subject_words(file.get("instance_prompt", ""), file.get("class_prompt")) for file in files)
 
 
-def load_base_pipeline(config: AdaptedModelOptions) -> Any:
+def load_base_pipeline(config: AdaptedModelOptions, dtype: torch.dtype) -> Any:
     """Return the base model without adapters. `read_adapters` has checked that its parts are there and fit."""
-    source, dtype = base_source(config), DTYPES[config.dtype]
+    source = base_source(config)
     parts = [part for part in COMPONENTS if part in source.configurations.classes]
     components = {"scheduler": load_scheduler(config)}
     if config.pretrained_vae_model_name_or_path:
@@ -107,8 +128,29 @@ def load_base_pipeline(config: AdaptedModelOptions) -> Any:
 def add_adapters(pipeline: Any, adapters: Sequence[Adapter], readers: Sequence[Reader]) -> None:
     """Put the adapters into the base model, the first reader's first."""
     for reader in readers:
-        if own := [adapter for adapter in adapters if _reader_of(adapter.matched.file, readers) is reader]:
+        if own := [adapter for adapter in adapters if reader.takes(adapter.matched.file)]:
             reader.add(pipeline, own)
+
+
+def _merge_changes(pipeline: Any, adapters: Sequence[Adapter]) -> None:
+    """Add to each weight all changes that depend on it, rounding once.
+
+    Raises KroneckerError, before anything is changed, if a weight cannot take one.
+    """
+    here = {parameter: parameter for parameter in find_parameters(pipeline)}  # equal to those that were matched
+    changes = defaultdict(list)
+    for adapter in adapters:
+        for parameter, change in adapter.matched.layers.items():
+            if change.needs_weight:
+                changes[here[parameter]].append(change.scaled(adapter.scale))
+    for parameter in changes:
+        with naming(parameter.dotted):
+            check_takes_delta(parameter.module, parameter.parameter)
+    for parameter, parts in changes.items():
+        weight = getattr(parameter.module, parameter.parameter)
+        with naming(parameter.dotted):
+            deltas = (change.delta(weight) for change in parts)
+            weight.data = merged_weight(weight, deltas, weight.dtype, "the changed weight")
 
 
 def merge_adapters(pipeline: Any, readers: Sequence[Reader]) -> int:
@@ -168,7 +210,3 @@ def split_scale(entry: str) -> tuple[str, float]:
         return (path, float(scale)) if path else (entry, 1.0)
     except ValueError:
         return entry, 1.0  # the colon belongs to the path
-
-
-def _reader_of(file: AdapterFile, readers: Sequence[Reader]) -> Reader:
-    return next(reader for reader in readers if reader.takes(file))

@@ -70,10 +70,18 @@ class AdaptedModelOptions(BaseModelOptions):
     """Adapters."""
 
     adapter: list[str] = option(
-        "Adapter files, as FILE or FILE:SCALE. Default: none, only the base model.", [], path=True
+        "Files of any method, or folders of fine-tuned models, as FILE or FILE:SCALE. Default: none, only the base "
+        "model.",
+        [],
+        path=True,
+    )
+    allow_pickle: bool = option(
+        "Also read adapter files that are pickles (.bin): only their tensors; no code in them is run.",
+        False,
+        needs={"adapter": GIVEN},
     )
     adapter_scale: float = option(
-        "Multiplies the strength of every adapter: 0 gives the base model, 1 the adapter as trained.",
+        "Multiplies the strength of every adapter: 0 gives the base model, 1 it as trained.",
         1.0,
         needs={"adapter": GIVEN},
     )

@@ -16,8 +16,8 @@ from dreambooth.options.field import shared_options
 from dreambooth.options.training import TrainingConfig
 from kron_formats.errors import KroneckerError
 from kron_formats.files import open_safetensors, read_json
+from kron_formats.layout import METADATA_PREFIX
 from kron_formats.paths import shared_name
-from kron_formats.reading import METADATA_PREFIX
 
 
 def write_result(path: Path, state: TrainingState, step: int, config: TrainingConfig) -> None:

@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(script, run_main, 
         with pytest.raises(ValueError, match="does not fit this model: .* the model's layer maps 128 to 64"):
             run_main(script, **options, pretrained_model_name_or_path=tiny_sdxl, adapter=adapter)
         weights = tiny_sd / "unet" / "diffusion_pytorch_model.safetensors"
-        with pytest.raises(ValueError, match="is not a Kronecker adapter: it holds a UNet's own weights"):
+        with pytest.raises(ValueError, match="cannot be used as an adapter: it holds a UNet's own weights"):
             run_main(script, **options, pretrained_model_name_or_path=tiny_sd, adapter=weights)
         with pytest.raises(ValueError, match="nowhere is not a base model"):
             run_main(script, **options, pretrained_model_name_or_path="nowhere", adapter=adapter)

@@ -354,7 +354,7 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
             (path, "--to", "native", *out, *base, "--kron_a1", 4, "--kron_a2", 64),
             "--kron_a1, .* is not a LoRA",
         ),
-        ((tiny_sd, "--to", "native", *out), "is not a Kronecker adapter: it is a model trained in full"),
+        ((tiny_sd, "--to", "native", *out), "is not a Kronecker adapter: it is a model that was trained in full"),
     ):
         with pytest.raises(ValueError, match=words):
             run(*arguments)
