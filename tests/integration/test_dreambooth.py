@@ -1,11 +1,12 @@
 """DreamBooth's result: a folder and one file that others load, whole or not at all; and one step from its equation."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, EDMEulerScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
 from dreambooth.base_model.loading import DTYPES
@@ -18,6 +19,7 @@ from dreambooth.output.checkpoint import verify_checkpoint
 from dreambooth.output.result import result_step
 from dreambooth.train import train
 from kron_formats.errors import KroneckerError
+from kron_formats.single_file import read_header
 from methods.dreambooth import DREAMBOOTH
 from tests.integration.test_methods import FAMILIES, PROMPT, attach, configure, draw, perturb
 from tests.one_file import save_one_file
@@ -220,3 +222,27 @@ def test_a_step_is_what_the_equation_says(tiny_sd, dog_photos, tmp_path, fresh_a
     damaged.write_text(damaged.read_text().replace("4", "5", 1))
     with pytest.raises(UserError, match="unet/config.json"):
         verify_checkpoint(checkpoint)
+
+
+def test_one_file_of_a_model_that_predicts_the_velocity_says_so_to_comfyui(tiny_sdxl, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl)
+    _, attached = attach(DREAMBOOTH, "sdxl", pipeline, tiny_sdxl, single_file=True)
+    noise = {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}
+    attached.save(tmp_path / "pipeline", noise, torch.float32)
+    file = read_header(tmp_path / "pipeline.safetensors")
+    assert file.shapes["v_pred"] == file.shapes["ztsnr"] == (0,)
+    assert file.prediction_type == "v_prediction" and file.has_zero_terminal_snr
+    assert file.metadata == noise  # a result without metadata says what tools need
+
+
+def test_a_base_model_with_edm_s_noise_has_no_one_file(tiny_sdxl, tmp_path):
+    shutil.copytree(tiny_sdxl, tmp_path / "edm")
+    EDMEulerScheduler().save_pretrained(tmp_path / "edm" / "scheduler")
+    index = json.loads((tmp_path / "edm" / "model_index.json").read_text())
+    (tmp_path / "edm" / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", "EDMEulerScheduler"]})
+    )
+    check = [FAMILIES["sdxl"][0], {}, {}, []]
+    DREAMBOOTH.check(*check, configure(DREAMBOOTH, "sdxl", tmp_path / "edm"))
+    with pytest.raises(UserError, match="--single_file"):
+        DREAMBOOTH.check(*check, configure(DREAMBOOTH, "sdxl", tmp_path / "edm", single_file=True))

@@ -1,6 +1,7 @@
 """Checkpoints on disk: nested state in safetensors and JSON, their order, which are kept, what follows a failure."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from dreambooth.errors import SaveError, UserError
 from dreambooth.layout import list_checkpoints
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Group
-from dreambooth.output.checkpoint import _split, read_state, write_state
+from dreambooth.output.checkpoint import _split, check_room, read_state, write_state
 from tests.faults.checkpoints import Training, content, make_config
 
 
@@ -62,6 +63,35 @@ def test_nothing_is_removed_before_the_new_one_is_flushed_and_has_its_name(tmp_p
     assert names == [*files, "manifest.json", "checkpoint-2.tmp", tmp_path.name]
     assert [there for _, there in seen] == [["checkpoint-1"]] * (len(seen) - 1) + [["checkpoint-1", "checkpoint-2"]]
     assert _there() == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    "options, checkpoints",
+    [
+        ({}, 4 + 8 + 4),
+        ({"use_8bit_adam": True}, 4 + 2 + 4),
+        ({"save_precision": "fp16"}, 4 + 8 + 2),
+        ({"optimizer": "Adafactor"}, 4 + 0 + 4),
+        ({"checkpoints_total_limit": 1}, 2 * (4 + 8 + 4)),
+        ({"checkpoints_total_limit": 5}, 3 * (4 + 8 + 4)),  # no more are written
+    ],
+)
+def test_the_room_that_is_needed_is_that_of_the_checkpoints_that_are_there_at_once(
+    options, checkpoints, tmp_path, monkeypatch
+):
+    """In bytes for each trained number: weights, moments and the result so far; besides, the result."""
+    training = Training(tmp_path, **options, checkpointing_steps=2)
+    numbers = sum(factor.numel() for factor in training.factors)
+    needed = numbers * (checkpoints + (2 if "save_precision" in options else 4))
+
+    def have(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+
+    have(needed)
+    check_room(training.training, 6, training.config)
+    have(needed - 1)
+    with pytest.raises(SaveError, match="--output_dir .* free"):
+        check_room(training.training, 6, training.config)
 
 
 def fail(*_):
