@@ -1,6 +1,7 @@
 """Every name in the output folder.
 
-OUTPUT_DIR/<method.weights_name>                    the result, for other tools
+OUTPUT_DIR/<method.weights_name>                    the result, for other tools: a file, or a folder with training.json
+OUTPUT_DIR/<method.weights_name>.safetensors        a result that is a folder, also in one file
 OUTPUT_DIR/checkpoint-N/                            after N optimizer steps: training_state.*, run.json, the result
 OUTPUT_DIR/samples/step-NNNNNN.png                  sheets of samples
 OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses, learning rate, gradient norm
@@ -18,6 +19,7 @@ METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "training.png"
 LOCK_NAME = ".lock"
 SAMPLES_NAME = "samples"
+TRAINING_NAME = "training.json"  # the metadata of a result that is a folder
 # In a checkpoint
 TENSORS_NAME = "training_state.safetensors"
 STATE_NAME = "training_state.json"
@@ -33,6 +35,12 @@ def checkpoint_path(output: Path, step: int) -> Path:
 def checkpoint_step(path: Path) -> int:
     """Return the number of optimizer steps before a checkpoint."""
     return int(path.name.rpartition("-")[2])
+
+
+def result_paths(output: Path, weights_name: str) -> list[Path]:
+    """Return where a run's result may be: a file, or a folder and the same in one file."""
+    path = output / weights_name
+    return [path] if path.suffix else [path, path.with_suffix(".safetensors")]
 
 
 def list_checkpoints(output: Path) -> list[Path]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 
 def size_in_words(path: Path, layers: int, parameters: int) -> str:
-    """Return a model card's sentence on the size of the result."""
-    return f"{code(path.name)}: {layers} layers, {parameters:,} parameters, {path.stat().st_size / 2**20:.2f} MiB."
+    """Return a model card's sentence on the size of the result, a file or a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    return f"{code(path.name)}: {layers} layers, {parameters:,} parameters, {size / 2**20:.2f} MiB."
 
 
 def code(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class Group:
     parameters: list[nn.Parameter]
     learning_rate: float  # after warm-up, before --scale_lr
     weight_decay: float
+    flat: bool = (
+        True  # whether an optimizer may make one vector of them: fast for many small ones, a copy of large ones
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Description:
     usage: str  # how to load it
     contents: tuple[str, ...]  # paragraphs: its size, a table of its layers
     tags: tuple[str, ...]  # on the Hub
+    relation: str = "adapter"  # to the base model, in the Hub's words
 
 
 class Attached(Protocol):
@@ -68,6 +72,19 @@ class Attached(Protocol):
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         """Return what the model card says about the result saved in `path`. `prompt` is an example to draw."""
+        ...
+
+
+@runtime_checkable
+class LargeResult(Protocol):
+    """What an Attached also has if its result is a whole model: checkpoints then hold only the parts that train."""
+
+    def save_parts(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write each component that trains to the folder of its name in `folder`, as diffusers loads it."""
+        ...
+
+    def result_sizes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Return how large what `save_parts` and what `save` write are, bytes."""
         ...
 
 
@@ -137,12 +154,12 @@ def check_state(own: Mapping[str, Mapping[str, Tensor]], given: Mapping[str, Map
 
 
 def adapter_groups(
-    family: Family, parameters: Mapping[str, list[nn.Parameter]], config: TextEncoderOptions
+    family: Family, parameters: Mapping[str, list[nn.Parameter]], config: TextEncoderOptions, flat: bool = True
 ) -> list[Group]:
-    """Return the groups of a method that adds parameters to every model: the denoiser's, then the text encoders'."""
+    """Return the groups of a method that trains parameters in every model: the denoiser's, then the text encoders'."""
     parameters = dict(parameters)
-    own = parameters.pop(family.denoiser)
-    groups = [Group(family.component_titles[family.denoiser], own, config.learning_rate, config.adam_weight_decay)]
+    own, decay = parameters.pop(family.denoiser), config.adam_weight_decay
+    groups = [Group(family.component_titles[family.denoiser], own, config.learning_rate, decay, flat)]
     if text := [parameter for added in parameters.values() for parameter in added]:
-        groups.append(Group("text encoders", text, config.text_encoder_learning_rate, config.adam_weight_decay))
+        groups.append(Group("text encoders", text, config.text_encoder_learning_rate, decay, flat))
     return groups

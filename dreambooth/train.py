@@ -92,7 +92,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         denoiser = Denoiser(base.denoiser, encode, family.condition)
         state = TrainingState(attached, optimizer, lr_scheduler, accelerator.scaler, base_metadata)
 
-        check_room(state, config)
+        check_room(state, total_steps, config)
         prepare_output(method, config, start, accelerator)
         step = first_step = load_checkpoint(start, state) if start else 0
         draw = noise_drawer(base.denoiser.config.in_channels, pipeline.vae_scale_factor, process.num_timesteps, config)

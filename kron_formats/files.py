@@ -16,6 +16,7 @@ import codecs
 import json
 import os
 import secrets
+import shutil
 import stat
 import zipfile
 from collections import Counter
@@ -61,7 +62,7 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
     `durable` also waits until content and name are on the disk, so that the file survives a power failure.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+    unfinished = _unfinished(path)
     try:
         yield unfinished
         if durable:
@@ -71,6 +72,40 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
             flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder beside `path` to write to; rename it to `path` if the block ends without an error.
+
+    As `whole_file` with `durable` does for a file. What is at `path`, a file or a folder, is replaced at the end.
+    """
+    path = Path(path)
+    unfinished, replaced = _unfinished(path), _unfinished(path)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for entry in (*unfinished.rglob("*"), unfinished):
+            flush(entry)
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(unfinished, path)
+        flush(path.parent)
+    finally:
+        remove(unfinished)
+        remove(replaced)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; do nothing if there is neither."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

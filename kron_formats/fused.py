@@ -112,6 +112,11 @@ def fuse_pipeline(base: str, output: Path, layers: Mapping[Layer, Change], dtype
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a pipeline folder. Its configurations do not say in which folder of this computer the base model is."""
     pipeline.save_pretrained(folder)
+    hide_folders(folder)
+
+
+def hide_folders(folder: Path) -> None:
+    """Rewrite the configurations in a pipeline's folder that name a folder of this computer: its last part stays."""
     for path in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(config, dict) and isinstance(name := config.get("_name_or_path"), str):

@@ -32,6 +32,45 @@ class LoraOptions(TextEncoderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DreamBoothOptions(TextEncoderOptions):
+    """DreamBooth."""
+
+    learning_rate: float = 5e-6
+    single_file: bool = option(
+        "Also write OUTPUT_DIR/pipeline.safetensors: the model in one file, in the layout of Stability's code, for "
+        "ComfyUI, AUTOMATIC1111 and Forge.",
+        False,
+        decides_result=False,
+    )
+
+    foreign = (
+        (
+            "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha network_module",
+            "DreamBooth has no rank: all weights train",
+        ),
+        ("kron_a1 kron_a2 kron_factors", "DreamBooth has no factors: all weights train"),
+        (
+            "save_model_as use_safetensors no_safe_serialization output_kohya_format save_as_full_pipeline",
+            "OUTPUT_DIR/pipeline is a diffusers pipeline in safetensors; --single_file also writes one file",
+        ),
+        ("full_fp16 full_bf16", "weights that train are fp32; --mixed_precision is that of the computation"),
+        (
+            "set_grads_to_none fused_backward_pass",
+            "not needed: gradients are freed after every step; --use_8bit_adam and --gradient_checkpointing save more",
+        ),
+        (
+            "lora_dropout network_dropout rank_dropout module_dropout scale_weight_norms",
+            "there is no adapter; fewer --max_train_steps, a lower --learning_rate or --with_prior_preservation "
+            "overfit less",
+        ),
+        (
+            "network_weights dim_from_weights base_weights base_weights_multiplier",
+            "training starts from --pretrained_model_name_or_path; scripts/merge.py merges adapters into one before",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SvdiffOptions(TextEncoderOptions):
     """SVDiff."""
 

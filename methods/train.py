@@ -3,6 +3,7 @@
     accelerate launch methods/train.py METHOD FAMILY [options]
 
     METHOD    lora                 W + B A of rank r on the attention projections
+              dreambooth           all weights of the UNet
               svdiff               shifts of the singular values of all weights
               custom_diffusion     W' for W in K and V of cross-attention, and a new word before the noun
               textual_inversion    the embedding of a new word, which stands for the noun
@@ -26,7 +27,7 @@ All options:  methods/train.py METHOD FAMILY --help
 
 The steps of a run are listed in dreambooth/train.py.
 
-Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), spectral_shifts.safetensors (svdiff),
+Writes OUTPUT_DIR/pytorch_lora_weights.safetensors (lora), pipeline/ (dreambooth), spectral_shifts.safetensors (svdiff),
 pytorch_custom_diffusion_weights.safetensors (custom_diffusion) or learned_embeds.safetensors (textual_inversion),
 checkpoint-*/, samples/*.png, metrics.jsonl, training.png, README.md (the model card), config.yaml and logs/.
 """
@@ -43,7 +44,13 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.runtime.startup import lean_imports
-from methods.options import CustomDiffusionOptions, LoraOptions, SvdiffOptions, TextualInversionOptions
+from methods.options import (
+    CustomDiffusionOptions,
+    DreamBoothOptions,
+    LoraOptions,
+    SvdiffOptions,
+    TextualInversionOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Entry:
 
 METHODS = {
     "lora": Entry(LoraOptions, "methods.lora", "LORA"),
+    "dreambooth": Entry(DreamBoothOptions, "methods.dreambooth", "DREAMBOOTH"),
     "svdiff": Entry(SvdiffOptions, "methods.svdiff", "SVDIFF"),
     "custom_diffusion": Entry(CustomDiffusionOptions, "methods.custom_diffusion", "CUSTOM_DIFFUSION"),
     "textual_inversion": Entry(TextualInversionOptions, "methods.textual_inversion", "TEXTUAL_INVERSION"),
@@ -82,7 +90,7 @@ def main() -> None:
                 f"{kind} is {given}; choose from {', '.join(table)}: methods/train.py METHOD FAMILY [options]"
             )
     method, family = METHODS[words[0]], FAMILIES[words[1]]
-    config = parse_options(config_class(family.options, method.options), __doc__, words[2:])
+    config = parse_options(config_class(method.options, family.options), __doc__, words[2:])
     with lean_imports():
         from dreambooth.train import train
 

@@ -95,7 +95,7 @@ class Run(NamedTuple):
 
 def personalise(family: Family, row: Row, **options) -> Path:
     """Train a method as the scripts do; return the path of its result."""
-    config = config_class(TrainingConfig, row.method.options)(**row.options, **options)
+    config = config_class(row.method.options, TrainingConfig)(**row.options, **options)
     train(family, row.method, config)
     return Path(config.output_dir) / row.method.weights_name
 

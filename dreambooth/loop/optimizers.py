@@ -2,7 +2,8 @@
 
 An adapter has many small tensors, 1,120 for SDXL. AdamW, Prodigy and schedule-free AdamW work element by element, so
 each group is stepped as one long vector (`FlatGroups`), many times faster than tensor by tensor. 8-bit AdamW and
-Adafactor use statistics of whole tensors, so they step the tensors themselves.
+Adafactor use statistics of whole tensors, so they step the tensors themselves, and so does every optimizer if a group
+is not to be one vector: large tensors gain nothing, and what gets no gradient must not be stepped.
 """
 
 import importlib
@@ -25,6 +26,7 @@ from dreambooth.options.training import TrainingConfig
 logger = logging.getLogger(__name__)
 
 ELEMENT_WISE = ("AdamW", "Prodigy", "ScheduleFreeAdamW")
+MOMENTS = {"AdamW": 2, "Prodigy": 4, "ScheduleFreeAdamW": 2, "Adafactor": 0}  # numbers that are kept of each one
 OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")  # a group's settings, as opposed to its state
 
 
@@ -37,7 +39,8 @@ def build_optimizer(groups: Sequence[Group], config: TrainingConfig, num_ranks: 
     The parameters must already be on their device, and stay there. Raises UserError as `check_optimizer` does.
     """
     optimizer_class, options = _choose(config)
-    if not config.use_8bit_adam and config.optimizer_name() in ELEMENT_WISE:
+    whole = all(group.flat for group in groups)
+    if whole and not config.use_8bit_adam and config.optimizer_name() in ELEMENT_WISE:
         optimizer_class = _flat(optimizer_class)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * num_ranks
     scale = samples_per_step if config.scale_lr else 1
@@ -65,6 +68,12 @@ def build_optimizer(groups: Sequence[Group], config: TrainingConfig, num_ranks: 
 def check_optimizer(config: OptimizerOptions) -> None:
     """Raise UserError, with the pip command, if the optimizer's package is not installed."""
     _choose(config)
+
+
+def state_bytes(parameters: Sequence[nn.Parameter], config: OptimizerOptions) -> int:
+    """Return about how many bytes an optimizer keeps of these parameters."""
+    numbers, width = MOMENTS[config.optimizer_name()], 1 if config.use_8bit_adam else 4
+    return sum(parameter.numel() for parameter in parameters) * numbers * width
 
 
 def check_warmup(config: OptimizerOptions, total_steps: int) -> None:
@@ -124,6 +133,8 @@ def load_optimizer_state(
     options = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
     base_rates = lr_scheduler.base_lrs
     optimizer.load_state_dict(optimizer_state)
+    for entry in optimizer.state.values():  # on the CPU an optimizer keeps what it is given, here parts of a file
+        entry |= {name: value.clone() for name, value in entry.items() if isinstance(value, Tensor) and value.is_cpu}
     lr_scheduler.load_state_dict(schedule_state)
     lr_scheduler.base_lrs = base_rates
     rates = zip(base_rates, lr_scheduler.lr_lambdas)

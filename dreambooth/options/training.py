@@ -3,8 +3,7 @@
 A script combines both:  class Config(TrainingConfig, KroneckerOptions)
 """
 
-import inspect
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +49,11 @@ class SDXLTrainingConfig(TrainingConfig):
 
 
 def config_class(*groups: type) -> type:
-    """Return a class of options that combines groups: TrainingConfig or a subclass, and a method's options.
+    """Return a class of options that combines groups: a method's options, and TrainingConfig or a subclass.
 
-    A default that one of them changes, as in `learning_rate: float = 1e-5`, is that of the class.
+    If two groups have an option, its default is that of the first.
     """
-    changed = [
-        (entry.name, entry.type, entry.default)
-        for group in groups
-        for entry in fields(group)
-        if entry.name in inspect.get_annotations(group) and "option" not in entry.metadata
-    ]
-    namespace = {"__reduce__": _reduce}
-    return make_dataclass("Config", changed, bases=groups, frozen=True, kw_only=True, namespace=namespace)
+    return make_dataclass("Config", [], bases=groups, frozen=True, kw_only=True, namespace={"__reduce__": _reduce})
 
 
 def _reduce(config: TrainingConfig) -> tuple:

@@ -2,6 +2,8 @@
 
 A checkpoint is a folder checkpoint-N: the training state as safetensors and JSON, the options, what decides the run's
 result, the result so far, and manifest.json, written last, with the size and the checksum of every other file.
+
+The state may be larger than the host's memory: it is written, verified and read tensor by tensor.
 """
 
 import hashlib
@@ -11,12 +13,11 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth.errors import SaveError, UserError
@@ -31,14 +32,16 @@ from dreambooth.layout import (
     checkpoint_step,
     list_checkpoints,
 )
+from dreambooth.loop.optimizers import state_bytes
 from dreambooth.loop.state import TrainingState
 from dreambooth.method import trained_parameters
 from dreambooth.options.output import OutputOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
-from dreambooth.output.result import write_result
+from dreambooth.output.result import result_sizes, write_result, write_result_so_far
 from dreambooth.runtime.ranks import on_main
 from kron_formats.files import flush
+from kron_formats.streaming import file_digest, pending, stream_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,8 @@ def verify_checkpoint(path: Path) -> None:
         manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         if missing := set(NEEDED) - set(manifest):
             raise ValueError(f"it does not list {', '.join(sorted(missing))}")
-        if elsewhere := [name for name in manifest if Path(name).name != name]:
-            raise ValueError(f"it lists {elsewhere[0]!r}, which is not a file name")
+        if elsewhere := [name for name in manifest if not _is_inside(name)]:
+            raise ValueError(f"it lists {elsewhere[0]!r}, which is not the path of a file in it")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a complete checkpoint: {MANIFEST_NAME}: {error}") from error
     for name in manifest:
@@ -74,23 +77,38 @@ def verify_checkpoint(path: Path) -> None:
             size = (path / name).stat().st_size
             if manifest[name]["bytes"] != size:
                 raise ValueError(f"it has {size:,} bytes instead of {manifest[name]['bytes']}")
-            if manifest[name]["sha256"] != hashlib.sha256((path / name).read_bytes()).hexdigest():
+            if manifest[name]["sha256"] != file_digest(path / name):
                 raise ValueError("its checksum differs from the one in the manifest")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is not a complete checkpoint: {name}: {error}") from error
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a manifest's name is a relative POSIX path that stays in its folder, on every system."""
+    parts = PurePosixPath(name).parts
+    return "/".join(parts) == name != "" and ".." not in parts and not name.startswith("/") and not {*name} & {*"\\:"}
+
+
 # ---- saving ----
 
 
-def check_room(state: TrainingState, config: OutputOptions) -> None:
-    """Raise SaveError if the disk has no room for a checkpoint and the result. Called before training."""
-    size = sum(parameter.nbytes for parameter in trained_parameters(state.attached))
-    needed = 5 * size  # two results, the state, and an optimizer's two moments
-    free = shutil.disk_usage(config.output_dir).free
+def check_room(state: TrainingState, total_steps: int, config: TrainingConfig) -> None:
+    """Raise SaveError if the disk has no room for a checkpoint and the result. Called before training.
+
+    With --checkpoints_total_limit the older ones are still there while one is written.
+    """
+    so_far, result = result_sizes(state, config)
+    trained = trained_parameters(state.attached)
+    weights, number = sum(parameter.nbytes for parameter in trained), 1
+    checkpoint = weights + state_bytes(trained, config) + so_far
+    if limit := config.checkpoints_total_limit:
+        there = len(list_checkpoints(Path(config.output_dir)))
+        number = max(1, min(limit + 1, total_steps // config.checkpointing_steps) - there)
+    needed, free = number * checkpoint + result, shutil.disk_usage(config.output_dir).free
     if free < needed:
+        what = "a checkpoint" if number == 1 else f"{number} checkpoints (--checkpoints_total_limit {limit})"
         raise SaveError(
-            f"--output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; a checkpoint and the result need "
+            f"--output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; {what} and the result need "
             f"{needed / 2**20:,.0f} MiB. Free some space, or choose another folder"
         )
 
@@ -113,9 +131,10 @@ def save_checkpoint(
     path = checkpoint_path(output, step)
 
     def write() -> None:
-        contents = {**pack(state.state_dict() | {"step": step}), RUN_NAME: _json(run)}
-        with saving(path), _unfinished(path, contents) as folder:
-            write_result(folder / weights_name, state, step, config)
+        with saving(path), _unfinished(path) as (folder, digests):
+            digests |= write_state(folder, state.state_dict() | {"step": step})
+            digests[RUN_NAME] = _write(folder / RUN_NAME, _json(run))
+            write_result_so_far(folder, weights_name, state, step, config)
             save_config(config, folder / CONFIG_NAME)
         logger.info("Saved %s", path)
         with saving(path):
@@ -130,25 +149,27 @@ def save_checkpoint(
 
 
 @contextmanager
-def _unfinished(final: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
+def _unfinished(final: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield a temporary folder for a checkpoint's files; at the end complete it and give it its `final` name.
 
-    Completing it adds the files `contents`, writes the manifest, flushes everything to the disk and verifies it. An
-    earlier checkpoint of that name stays until the renaming.
+    Also yields a dict for the checksums, name -> SHA-256, of what was written; those that it lacks are of what is on
+    the disk. Completing the folder writes the manifest, flushes everything to the disk and verifies it. An earlier
+    checkpoint of that name stays until the renaming.
     """
     output, folder, replaced = final.parent, final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
     _clear_unfinished(output)
     folder.mkdir()
     try:
-        yield folder
-        for name, content in contents.items():
-            (folder / name).write_bytes(content)
-        manifest = {}
-        for path in sorted(folder.iterdir()):
-            content = contents.get(path.name) or path.read_bytes()
-            manifest[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        digests: dict[str, str] = {}
+        yield folder, digests
+        manifest, paths = {}, sorted(folder.rglob("*"))
+        for path in paths:
             flush(path)
-        (folder / MANIFEST_NAME).write_bytes(_json(manifest))
+            if path.is_file():
+                name = path.relative_to(folder).as_posix()
+                digest = digests.get(name) or file_digest(path)
+                manifest[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        _write(folder / MANIFEST_NAME, _json(manifest))
         flush(folder / MANIFEST_NAME)
         flush(folder)
         verify_checkpoint(folder)
@@ -182,6 +203,12 @@ def _clear_unfinished(output: Path) -> None:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False).encode()
+
+
+def _write(path: Path, content: bytes) -> str:
+    """Write a file; return the SHA-256 of what it should hold."""
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def save_result(
@@ -232,7 +259,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
     with --allow_config_change. Raises UserError if the state does not fit.
     """
     try:
-        saved = unpack({name: (path / name).read_bytes() for name in (TENSORS_NAME, STATE_NAME)})
+        saved = read_state(path)
         state.load_state_dict(saved)
     except Exception as error:
         raise UserError(
@@ -247,15 +274,25 @@ def saved_step(path: Path) -> int:
     return dict(json.loads((path / STATE_NAME).read_bytes())["dict"])["step"]
 
 
-def pack(tree: Any) -> dict[str, bytes]:
-    """Return name -> content of the two files that hold nested dicts and lists of tensors and plain values."""
+def write_state(folder: Path, tree: Any) -> dict[str, str]:
+    """Write nested dicts and lists of tensors and plain values as two files; return name -> SHA-256 of each."""
     tensors, rest = _split(tree)
-    return {TENSORS_NAME: save(_distinct(tensors)), STATE_NAME: _json(rest)}
+    return {
+        TENSORS_NAME: stream_tensors(
+            folder / TENSORS_NAME, {name: pending(tensor) for name, tensor in tensors.items()}, {}
+        ),
+        STATE_NAME: _write(folder / STATE_NAME, _json(rest)),
+    }
 
 
-def unpack(contents: Mapping[str, bytes]) -> Any:
-    """Return what was packed, except that tuples come back as lists."""
-    return _join(load(contents[TENSORS_NAME]), json.loads(contents[STATE_NAME]))
+def read_state(folder: Path) -> Any:
+    """Return what `write_state` wrote, except that tuples come back as lists.
+
+    The tensors are parts of the file, mapped into memory: each is read when it is copied to its place.
+    """
+    with safe_open(folder / TENSORS_NAME, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    return _join(tensors, json.loads((folder / STATE_NAME).read_bytes()))
 
 
 def _split(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -264,7 +301,7 @@ def _split(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     Dicts become lists of pairs, since an optimizer's state has integer keys, which JSON would turn into strings.
     """
     if isinstance(tree, Tensor):
-        return {path: tree.detach().cpu().contiguous()}, {"tensor": path}
+        return {path: tree.detach()}, {"tensor": path}
     if isinstance(tree, dict):
         parts = {key: _split(value, f"{path}/{key}") for key, value in tree.items()}
         tensors = {name: tensor for found, _ in parts.values() for name, tensor in found.items()}
@@ -273,19 +310,6 @@ def _split(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
         parts = [_split(value, f"{path}/{index}") for index, value in enumerate(tree)]
         return {name: tensor for found, _ in parts for name, tensor in found.items()}, [rest for _, rest in parts]
     return {}, tree
-
-
-def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with those copied that share another's memory, which safetensors refuses to save.
-
-    An 8-bit optimizer's quantisation tables do.
-    """
-    seen, distinct = set(), {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.numel())
-        distinct[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return distinct
 
 
 def _join(tensors: dict[str, Tensor], rest: Any) -> Any:

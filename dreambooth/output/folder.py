@@ -21,6 +21,7 @@ from dreambooth.layout import (
     checkpoint_step,
     list_checkpoints,
     list_sheets,
+    result_paths,
     sheet_step,
 )
 from dreambooth.method import Method
@@ -32,7 +33,7 @@ from dreambooth.output.checkpoint import latest_checkpoint, saved_step, tidy_che
 from dreambooth.output.identity import refuse_other_options
 from dreambooth.output.result import result_step
 from dreambooth.runtime.ranks import on_main
-from kron_formats.files import UNFINISHED
+from kron_formats.files import UNFINISHED, remove
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,8 @@ def _find_start(method: Method, config: OutputOptions) -> Path | None:
         start = _existing_checkpoint(config.resume_from_checkpoint, output)
         verify_checkpoint(start)
         return start
-    results = [path.name for path in (*list_checkpoints(output), output / method.weights_name) if path.exists()]
+    there = (*list_checkpoints(output), *result_paths(output, method.weights_name))
+    results = [path.name for path in there if path.exists()]
     if results and not config.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output} holds the results of another run ({', '.join(results)}): choose another folder, "
@@ -239,10 +241,10 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
         if config.overwrite_output_dir and (others or start is None):
             for path in others:
                 shutil.rmtree(path)
-            for name in (method.weights_name, TRACKERS_NAME):
-                (output / name).unlink(missing_ok=True)
+            for path in (*result_paths(output, method.weights_name), output / TRACKERS_NAME):
+                remove(path)
         for path in output.glob(UNFINISHED):  # left by a run that was killed while writing
-            path.unlink()
+            remove(path)
         first_step = saved_step(start) if start else 0
         if start is not None and _is_in(output, start):
             tidy_checkpoints(output, first_step, config)

@@ -1,4 +1,4 @@
-"""The result: the file for other tools, with metadata that says how it was trained."""
+"""The result: the file or folder for other tools, with metadata that says how it was trained."""
 
 import base64
 import io
@@ -8,13 +8,14 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth.base_model.loading import DTYPES
-from dreambooth.layout import list_sheets
+from dreambooth.layout import TRAINING_NAME, list_sheets
 from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.state import TrainingState
+from dreambooth.method import LargeResult, trained_parameters
 from dreambooth.options.field import shared_options
 from dreambooth.options.training import TrainingConfig
 from kron_formats.errors import KroneckerError
-from kron_formats.files import open_safetensors
+from kron_formats.files import open_safetensors, read_json
 from kron_formats.layout import METADATA_PREFIX
 from kron_formats.paths import shared_name
 
@@ -26,12 +27,34 @@ def write_result(path: Path, state: TrainingState, step: int, config: TrainingCo
         state.attached.save(path, metadata, DTYPES[config.save_precision])
 
 
+def write_result_so_far(
+    folder: Path, weights_name: str, state: TrainingState, step: int, config: TrainingConfig
+) -> None:
+    """Write into a checkpoint's folder what `step` optimizer steps have trained: the result, or a large one's parts."""
+    if not isinstance(state.attached, LargeResult):
+        write_result(folder / weights_name, state, step, config)
+        return
+    with evaluating(state.optimizer):
+        state.attached.save_parts(folder, DTYPES[config.save_precision])
+
+
+def result_sizes(state: TrainingState, config: TrainingConfig) -> tuple[int, int]:
+    """Return about how large the result so far, as a checkpoint holds it, and the result are, bytes."""
+    dtype = DTYPES[config.save_precision]
+    if isinstance(state.attached, LargeResult):
+        return state.attached.result_sizes(dtype)
+    size = sum(parameter.numel() for parameter in trained_parameters(state.attached)) * dtype.itemsize
+    return size, size
+
+
 def result_step(path: Path) -> int:
-    """Return the optimizer steps that a result was trained for; 0 if there is no file, or not one of ours."""
+    """Return the optimizer steps that a result was trained for; 0 if there is none, or not one of ours."""
     try:
+        if path.is_dir():
+            return int(read_json(path / TRAINING_NAME).get("step", 0))
         with open_safetensors(path) as file:
             return int((file.metadata() or {}).get(f"{METADATA_PREFIX}step", 0))
-    except (KroneckerError, ValueError):
+    except (KroneckerError, ValueError, TypeError):
         return 0
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 from dreambooth.errors import warn_only
 from dreambooth.family import Family
-from dreambooth.layout import CARD_NAME, CONFIG_NAME, CURVES_NAME, SAMPLES_NAME, list_sheets
+from dreambooth.layout import CARD_NAME, CONFIG_NAME, CURVES_NAME, SAMPLES_NAME, list_sheets, result_paths
 from dreambooth.markdown import code
 from dreambooth.method import Attached, Description, Group
 from dreambooth.options.drawing import PriorOptions
@@ -48,7 +48,7 @@ def _front_matter(description: Description, family: Family, sheet: str | None, c
     base = config.pretrained_model_name_or_path
     entries: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if is_hub_name(base):
-        entries |= {"base_model": base, "base_model_relation": "adapter"}
+        entries |= {"base_model": base, "base_model_relation": description.relation}
         entries |= {"license_link": f"https://huggingface.co/{base}"}
     entries |= {
         "license": "other",
@@ -140,7 +140,9 @@ def push_to_hub(result: Path, config: TrainingConfig) -> None:
     """
     if not config.push_to_hub:
         return
-    uploaded = [result.name, *SHOWN]  # full names: the Hub's "*" would match files in checkpoint folders too
+    # Full names: the Hub's "*" would match files in checkpoint folders too
+    copies = [path for path in result_paths(result.parent, result.name) if path == result or path.exists()]
+    uploaded = [*(f"{path.name}/*" if path.is_dir() else path.name for path in copies), *SHOWN]
     name = config.hub_model_id or re.sub(r"[^\w.-]+", "-", Path(config.output_dir).resolve().name, flags=re.ASCII)
     try:
         api = HfApi(token=config.hub_token)

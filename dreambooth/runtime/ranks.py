@@ -22,6 +22,8 @@ T = TypeVar("T")
 # whose machine is gone. NCCL's own, 10 minutes, is too short: the others wait while the main process draws samples.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
 
+LARGEST_EXCHANGE = 2**24  # numbers that processes exchange at once: an adapter, or a part of a whole model
+
 SHARDING = {  # set by accelerate launch; FSDP is supported, see `split_frozen`
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -51,13 +53,28 @@ def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 
 def average_gradients(parameters: Sequence[Tensor], accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over all processes, in one exchange."""
+    """Replace every gradient by its mean over all processes, in as many exchanges as LARGEST_EXCHANGE asks for.
+
+    Parameters without a gradient, which then have none on any process, are left out.
+    """
     if accelerator.num_processes == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    means = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]), accelerator)
-    for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(mean.view_as(gradient))
+    for gradients in _batches([parameter.grad for parameter in parameters if parameter.grad is not None]):
+        means = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]), accelerator)
+        for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors in order, as many at once as have at most LARGEST_EXCHANGE numbers, but at least one."""
+    batch: list[Tensor] = []
+    for tensor in tensors:
+        if batch and sum(other.numel() for other in batch) + tensor.numel() > LARGEST_EXCHANGE:
+            yield batch
+            batch = []
+        batch.append(tensor)
+    if batch:
+        yield batch
 
 
 def mean_over_processes(tensor: Tensor, accelerator: Accelerator) -> Tensor:

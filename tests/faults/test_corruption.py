@@ -75,6 +75,14 @@ def test_a_manifest_that_is_none_is_refused(manifest, checkpoint):
         verify_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["../x", "unet/../../x", "/etc/passwd", "C:x", "..\\x", "unet//x", "./x", ""])
+def test_a_manifest_that_names_a_place_elsewhere_is_refused(name, checkpoint):
+    manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
+    (checkpoint / MANIFEST_NAME).write_text(json.dumps({**manifest, name: {}}))
+    with pytest.raises(UserError, match="which is not the path of a file in it"):
+        verify_checkpoint(checkpoint)
+
+
 def test_the_latest_is_the_newest_whole_one_and_broken_ones_are_named(whole, tmp_path, caplog):
     for step in (3, 20, 100):
         shutil.copytree(whole, tmp_path / f"checkpoint-{step}")

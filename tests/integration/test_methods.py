@@ -19,6 +19,7 @@ from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, conf
 from dreambooth.train import train
 from kron_formats.architectures import load_architecture
 from methods.custom_diffusion import CUSTOM_DIFFUSION
+from methods.dreambooth import DREAMBOOTH
 from methods.lora import LORA
 from methods.readers import READERS
 from methods.svdiff import SVDIFF
@@ -29,10 +30,11 @@ from toyworld.tiny_pipeline import build_tokenizer
 
 FAMILIES = {"sd": (SD, TrainingConfig), "sdxl": (SDXL, SDXLTrainingConfig)}
 PROMPT = "a photo of sks dog"
-METHODS_TESTED = [KRONECKER, LORA, SVDIFF, CUSTOM_DIFFUSION, TEXTUAL_INVERSION]
+METHODS_TESTED = [KRONECKER, LORA, DREAMBOOTH, SVDIFF, CUSTOM_DIFFUSION, TEXTUAL_INVERSION]
 OPTIONS = {  # of each method; "a" is a word of one token for the tiny tokenizer
     "kronecker": {"train_text_encoder": True},
     "lora": {"train_text_encoder": True},
+    "dreambooth": {"train_text_encoder": True},
     "svdiff": {"train_text_encoder": True},
     "custom_diffusion": {
         "modifier_token": "<new1>",
@@ -45,9 +47,15 @@ OPTIONS = {  # of each method; "a" is a word of one token for the tiny tokenizer
         "instance_prompt": "a photo of <dog>",
     },
 }
-WITHOUT_CHANCE = (SVDIFF, CUSTOM_DIFFUSION, TEXTUAL_INVERSION)  # whose beginning does not depend on the seed
+WITHOUT_CHANCE = (
+    DREAMBOOTH,
+    SVDIFF,
+    CUSTOM_DIFFUSION,
+    TEXTUAL_INVERSION,
+)  # whose beginning does not depend on the seed
 BEGIN_AT_0 = ("w2", "lora_up.weight", "delta")  # tensors of those methods whose beginning is 0
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS_TESTED, ids=lambda method: method.name)
+BASE_PRIOR = {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of dog"}
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -66,7 +74,7 @@ def pipeline(base):
 
 def configure(method, name, base, **options):
     defaults = {"pretrained_model_name_or_path": str(base), "instance_prompt": PROMPT, **OPTIONS[method.name]}
-    return config_class(FAMILIES[name][1], method.options)(**{**defaults, **options})
+    return config_class(method.options, FAMILIES[name][1])(**{**defaults, **options})
 
 
 def attach(method, name, pipeline, base, **options):
@@ -75,16 +83,23 @@ def attach(method, name, pipeline, base, **options):
     return models, method.attach(family, models, family.present_tokenizers(pipeline.components), config)
 
 
+def read_result(path):
+    """The tensors of a result: of a file, or of all components of a folder."""
+    files = {"": path} if path.is_file() else {file.parent.name: file for file in path.glob("*/*.safetensors")}
+    return {f"{part}/{key}": tensor for part, file in files.items() for key, tensor in load_file(file).items()}
+
+
 def parameters_of(attached):
     return [parameter for group in attached.groups for parameter in group.parameters]
 
 
+@torch.no_grad()
 def perturb(attached):
-    """Make it look trained."""
+    """Make it look trained: what is 0 gets numbers of about 0.3, other weights change by about a third."""
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters_of(attached):
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    for parameter in parameters_of(attached):
+        size = parameter.square().mean().sqrt() if parameter.any() else 1.0
+        parameter.add_(0.3 * size * torch.randn(parameter.shape, generator=generator))
 
 
 def unused_parameters(models):
@@ -131,7 +146,7 @@ def test_step_0_is_the_base_model_bit_for_bit(method, name, pipeline, base):
 def test_without_is_the_base_model_bit_for_bit_and_only_inside(method, name, pipeline, base):
     family = FAMILIES[name][0]
     before = denoise(family, pipeline, base_prompt(method))
-    _, attached = attach(method, name, pipeline, base)
+    _, attached = attach(method, name, pipeline, base, **BASE_PRIOR)
     perturb(attached)
     trained = denoise(family, pipeline, prompt_of(method))
     assert not torch.equal(trained, before)
@@ -270,6 +285,9 @@ COUNTS = {  # method, architecture, options -> UNet alone, with text encoders
     ("textual_inversion", "sd15"): (None, 768),
     ("textual_inversion", "sd21"): (None, 1024),
     ("textual_inversion", "sdxl"): (None, 768 + 1280),
+    ("dreambooth", "sd15"): (859_520_964, 982_581_444),
+    ("dreambooth", "sd21"): (865_910_724, 1_206_298_564),
+    ("dreambooth", "sdxl"): (2_567_463_684, 3_385_184_004),
     # SDXL's second text encoder with its projection, which this architecture file is without, has 1,280 more
     ("svdiff", "sd15"): (322_856, 397_352),
     ("svdiff", "sd21"): (325_928, 515_368),
@@ -308,7 +326,7 @@ def test_resuming_ends_where_an_uninterrupted_run_does(method, name, base, dog_p
         given = {"instance_data_dir": str(dog_photos), "resolution": 64, "report_to": ["none"], "center_crop": True}
         config = configure(method, name, base, **given, output_dir=str(tmp_path / folder), **options)
         train(FAMILIES[name][0], method, config)
-        return load_file(tmp_path / folder / method.weights_name), metrics(tmp_path / folder)
+        return read_result(tmp_path / folder / method.weights_name), metrics(tmp_path / folder)
 
     expected, told = run("whole", max_train_steps=4)
     run("parts", max_train_steps=2, checkpointing_steps=2)
@@ -337,13 +355,14 @@ def test_two_processes_train_what_one_does(method, name, base, dog_photos, tmp_p
     processes = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
     result = launch(*processes, *script(method, name), **options, output_dir=two)
     assert result.returncode == 0, result.stderr
-    expected, trained = (load_file(folder / method.weights_name) for folder in (one, two))
+    expected, trained = (read_result(folder / method.weights_name) for folder in (one, two))
     assert expected.keys() == trained.keys()
     assert all(torch.allclose(trained[key], expected[key], atol=1e-5) for key in expected)
     steps = zip(metrics(one), metrics(two), strict=True)
     assert all(a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a["grad_norm"] > 0 for a, b in steps)
-    if moved := [tensor.abs().max() for key, tensor in trained.items() if key.endswith(BEGIN_AT_0)]:
-        assert max(moved) > 1e-4
+    begun = read_result(base)  # which has the weights of a method that trains them all
+    if moved := [key for key in trained if key in begun or key.endswith(BEGIN_AT_0)]:
+        assert max((trained[key] - begun.get(key, 0)).abs().max() for key in moved) > 1e-4
 
 
 @pytest.mark.parametrize(

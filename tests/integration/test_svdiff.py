@@ -20,7 +20,7 @@ from methods.options import SvdiffOptions
 from methods.svdiff import SVDIFF, AttachedSvdiff
 from scripts import convert, generate
 
-Config = config_class(TrainingConfig, SvdiffOptions)
+Config = config_class(SvdiffOptions, TrainingConfig)
 
 
 def configure(**options):

@@ -47,7 +47,7 @@ def trained(tiny_sd, dog_photos, tmp_path, monkeypatch, fresh_accelerator):
 
         monkeypatch.setattr(steps.Denoiser, "__call__", called)
         monkeypatch.setattr(steps, "row_losses", compared)
-        config = config_class(TrainingConfig, method.options)(
+        config = config_class(method.options, TrainingConfig)(
             pretrained_model_name_or_path=str(tiny_sd),
             instance_data_dir=str(dog_photos),
             output_dir=str(tmp_path / "out"),

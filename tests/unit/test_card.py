@@ -291,6 +291,16 @@ def test_the_adapter_and_its_card_are_uploaded_and_nothing_else(config, adapter,
     assert "https://huggingface.co/someone/dog" in caplog.text
 
 
+def test_a_result_that_is_a_folder_is_uploaded_with_its_copy_in_one_file(config, hub, tmp_path):
+    names = ["README.md", "pipeline.safetensors", "pipeline/model_index.json", "pipeline/unet/config.json"]
+    others = ["checkpoint-5/unet/config.json", "checkpoint-5/training_state.safetensors", "logs/x", ".lock"]
+    for name in (*names, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    push_to_hub(tmp_path / "pipeline", config)
+    assert sorted(filter_repo_objects([*names, *others], allow_patterns=hub.calls[2][1]["allow_patterns"])) == names
+
+
 @pytest.mark.parametrize("folder, name", [("dog", "dog"), ("my dog (2)", "my-dog-2-")])
 def test_the_repository_is_named_after_the_folder(folder, name, config, adapter, hub, tmp_path, caplog):
     config = dataclasses.replace(config, hub_model_id=None, output_dir=str(tmp_path / folder))

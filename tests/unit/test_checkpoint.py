@@ -1,6 +1,7 @@
 """Checkpoints on disk: nested state in safetensors and JSON, their order, which are kept, what follows a failure."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,16 +10,17 @@ from dreambooth.errors import SaveError, UserError
 from dreambooth.layout import list_checkpoints
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Group
-from dreambooth.output.checkpoint import _split, pack, unpack
+from dreambooth.output.checkpoint import _split, check_room, read_state, write_state
 from tests.faults.checkpoints import Training, content, make_config
 
 
-def test_an_optimizer_s_state_goes_through_json_and_tensors_unchanged():
+def test_an_optimizer_s_state_goes_through_json_and_tensors_unchanged(tmp_path):
     parameter = torch.nn.Parameter(torch.randn(3, 2))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     parameter.sum().backward()
     optimizer.step()
-    state = unpack(pack({"optimizer": optimizer.state_dict(), "step": 3, "none": None}))
+    write_state(tmp_path, {"optimizer": optimizer.state_dict(), "step": 3, "none": None})
+    state = read_state(tmp_path)
     other = torch.optim.AdamW([torch.nn.Parameter(parameter.detach().clone())], lr=7)
     other.load_state_dict(state["optimizer"])
     assert other.param_groups[0]["lr"] == 0.1 and (state["step"], state["none"]) == (3, None)
@@ -61,6 +63,35 @@ def test_nothing_is_removed_before_the_new_one_is_flushed_and_has_its_name(tmp_p
     assert names == [*files, "manifest.json", "checkpoint-2.tmp", tmp_path.name]
     assert [there for _, there in seen] == [["checkpoint-1"]] * (len(seen) - 1) + [["checkpoint-1", "checkpoint-2"]]
     assert _there() == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    "options, checkpoints",
+    [
+        ({}, 4 + 8 + 4),
+        ({"use_8bit_adam": True}, 4 + 2 + 4),
+        ({"save_precision": "fp16"}, 4 + 8 + 2),
+        ({"optimizer": "Adafactor"}, 4 + 0 + 4),
+        ({"checkpoints_total_limit": 1}, 2 * (4 + 8 + 4)),
+        ({"checkpoints_total_limit": 5}, 3 * (4 + 8 + 4)),  # no more are written
+    ],
+)
+def test_the_room_that_is_needed_is_that_of_the_checkpoints_that_are_there_at_once(
+    options, checkpoints, tmp_path, monkeypatch
+):
+    """In bytes for each trained number: weights, moments and the result so far; besides, the result."""
+    training = Training(tmp_path, **options, checkpointing_steps=2)
+    numbers = sum(factor.numel() for factor in training.factors)
+    needed = numbers * (checkpoints + (2 if "save_precision" in options else 4))
+
+    def have(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+
+    have(needed)
+    check_room(training.training, 6, training.config)
+    have(needed - 1)
+    with pytest.raises(SaveError, match="--output_dir .* free"):
+        check_room(training.training, 6, training.config)
 
 
 def fail(*_):
@@ -122,6 +153,7 @@ def test_the_state_of_an_8_bit_optimizer_whose_tables_are_shared_is_kept(tmp_pat
     optimizer.step()
     tensors, _ = _split(optimizer.state_dict())
     assert len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors)
-    kept, _ = _split(unpack(pack(optimizer.state_dict())))
+    write_state(tmp_path, optimizer.state_dict())
+    kept, _ = _split(read_state(tmp_path))
     assert kept.keys() == tensors.keys()
     assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())

@@ -31,7 +31,7 @@ REQUIRED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photo
 DEFAULTS = Config(**REQUIRED)
 FIELDS = dataclasses.fields(Config)
 ANSWERS = answers_of(Config)
-LORA = config_class(TrainingConfig, LoraOptions)
+LORA = config_class(LoraOptions, TrainingConfig)
 SCRIPTS = {"sd": Config, "sdxl": sdxl.Config, "generate": generate.Config, "evaluate": evaluate.Config}
 SCRIPTS["merge"] = merge.Config
 

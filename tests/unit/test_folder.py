@@ -10,6 +10,8 @@ from dreambooth.errors import UserError
 from dreambooth.kronecker import KRONECKER
 from dreambooth.layout import LOCK_NAME
 from dreambooth.output.folder import check_start, find_start, hold_folder, prepare_output
+from dreambooth.output.result import result_step
+from methods.dreambooth import DREAMBOOTH
 from tests.faults.checkpoints import ALONE, Training, content, make_config
 
 
@@ -188,6 +190,20 @@ def test_overwriting_clears_an_earlier_run_and_keeps_other_files(output):
     prepare_output(KRONECKER, make_config(output, overwrite_output_dir=True), None, ALONE)
     assert sorted(os.listdir(output)) == ["config.yaml", "notes.txt", "samples"]
     assert os.listdir(output / "samples") == ["mine.png"]
+
+
+def test_a_result_that_is_a_folder_is_another_run_s_too_and_is_cleared_with_its_copy(output):
+    folders = ("pipeline/unet", ".pipeline.1-abc.tmp/unet")
+    for name in folders:
+        (output / name).mkdir(parents=True)
+        make(output, f"{name}/config.json")
+    make(output, "pipeline.safetensors", "notes.txt")
+    (output / "pipeline" / "training.json").write_text('{"step": "6"}')
+    assert result_step(output / "pipeline") == 6 and result_step(output / ".pipeline.1-abc.tmp") == 0
+    with pytest.raises(UserError, match=r"\(pipeline, pipeline.safetensors\).*--overwrite_output_dir"):
+        find_start(DREAMBOOTH, make_config(output), ALONE)
+    prepare_output(DREAMBOOTH, make_config(output, overwrite_output_dir=True), None, ALONE)
+    assert sorted(os.listdir(output)) == ["config.yaml", "notes.txt", "samples"]
 
 
 def test_going_back_with_overwriting_clears_what_does_not_lead_there(output, trained, tmp_path):

@@ -14,10 +14,17 @@ from torch import nn
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
-from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup, evaluating
+from dreambooth.loop.optimizers import (
+    build_lr_scheduler,
+    build_optimizer,
+    check_optimizer,
+    check_warmup,
+    evaluating,
+    load_optimizer_state,
+)
 from dreambooth.method import Group, adapter_groups
 from dreambooth.options.checking import check_options
-from dreambooth.output.checkpoint import pack, unpack
+from dreambooth.output.checkpoint import read_state, write_state
 from kron_adapter import (
     inject_kronecker,
     kronecker_parameters,
@@ -314,7 +321,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     train_three(step, lr_scheduler)
     factors = {f"{name}.{i}": factor for name, group in model.factors.items() for i, factor in enumerate(group)}
     state = {"factors": factors, "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
-    packed = pack(state)
+    write_state(tmp_path, state)
     with evaluating(optimizer):  # samples drawn in between
         model(X)
     train_three(step, lr_scheduler)
@@ -322,7 +329,7 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     optimizer_state = tensors(optimizer.state_dict()["state"])
 
     model, optimizer, lr_scheduler, step = start()
-    state = unpack(packed)
+    state = read_state(tmp_path)
     with torch.no_grad():
         for name, group in model.factors.items():
             for i, factor in enumerate(group):
@@ -333,6 +340,40 @@ def test_three_steps_saved_and_three_more_are_six_bit_for_bit(name, mixed_precis
     assert_equal(values(model), uninterrupted)
     for ours, theirs in zip(tensors(optimizer.state_dict()["state"]), optimizer_state, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_that_are_not_flat_are_stepped_as_they_are_and_what_has_no_gradient_stays(name, tmp_path):
+    """Three steps, saved, and three more are six. SDXL's first text encoder has layers that nothing reads."""
+    options = config_for(name, adam_weight_decay=0.1)
+
+    def start():
+        model, unused = Model(), nn.Parameter(torch.ones(64, 80))
+        text = [*model.factors["text_encoder"], unused]
+        groups = [Group("UNet", model.factors["unet"], 1e-2, 0.1, False), Group("text", text, 1e-2, 0.1, False)]
+        return model, unused, build_optimizer(groups, options, 1)
+
+    model, unused, optimizer = start()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 3]
+    schedule = build_lr_scheduler(optimizer, options, 6)
+    train(model, optimizer, 3)
+    assert unused.grad is None and all(factor.grad is None for factors in model.factors.values() for factor in factors)
+    state = {"weights": values(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    write_state(tmp_path, state)
+    train(model, optimizer, 3)
+    assert torch.equal(unused, torch.ones(64, 80))
+
+    other, _, resumed = start()
+    state = read_state(tmp_path)
+    with torch.no_grad():
+        for factor, value in zip(
+            [factor for factors in other.factors.values() for factor in factors], state["weights"]
+        ):
+            factor.copy_(value)
+    schedule = build_lr_scheduler(resumed, options, 6)
+    load_optimizer_state(resumed, schedule, state["optimizer"], state["schedule"])
+    train(other, resumed, 3)
+    assert_equal(values(other), values(model))
 
 
 # ---- state dicts of the long vector ----

@@ -90,7 +90,7 @@ def test_what_data_loader_workers_get_can_be_pickled(tmp_path):
     """Where processes are not forked, workers get the dataset and the options that way."""
     config = make_config(tmp_path)
     shared = {name: value for name, value in vars(config).items() if "kron" not in name}
-    combined = config_class(TrainingConfig, LoraOptions)(**shared, rank=3)
+    combined = config_class(LoraOptions, TrainingConfig)(**shared, rank=3)
     for options in (config, combined):
         again = pickle.loads(pickle.dumps(options))
         assert vars(again) == vars(options) and isinstance(again, TrainingConfig)

@@ -1,13 +1,16 @@
 """What is refused before several processes are started, and which errors are those of a lost process."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed import DistNetworkError
 
 from dreambooth.errors import UserError
 from dreambooth.runtime.accelerator import start_accelerator
-from dreambooth.runtime.ranks import LostProcessError, check_sharding, explain_lost_process
+from dreambooth.runtime.ranks import LostProcessError, average_gradients, check_sharding, explain_lost_process
 from tests.faults.checkpoints import make_config
 
 
@@ -56,3 +59,20 @@ def test_the_end_of_a_connection_is_a_lost_process(error):
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="mat1 and mat2"), explain_lost_process():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_gradients_are_averaged_in_parts_of_a_limited_size_and_none_is_missed(monkeypatch):
+    sizes, numbers = [], [3, 4, 2, 9, 1, 1]
+    parameters = [torch.nn.Parameter(torch.zeros(number)) for number in [*numbers, 5]]
+    for number, parameter in enumerate(parameters[:-1]):  # the last has no gradient
+        parameter.grad = torch.full_like(parameter, float(number))
+
+    def mean(tensor, accelerator):
+        sizes.append(len(tensor))
+        return tensor + 0.5
+
+    monkeypatch.setattr("dreambooth.runtime.ranks.mean_over_processes", mean)
+    monkeypatch.setattr("dreambooth.runtime.ranks.LARGEST_EXCHANGE", 7)
+    average_gradients(parameters, SimpleNamespace(num_processes=2))
+    assert sizes == [7, 2, 9, 2] and parameters[-1].grad is None
+    assert all((parameter.grad == number + 0.5).all() for number, parameter in enumerate(parameters[:-1]))

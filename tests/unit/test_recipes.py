@@ -29,7 +29,7 @@ def options_of(script: str, arguments: list[str]) -> tuple[type, list[str]]:
     if script in SCRIPTS:
         return SCRIPTS[script].Config, arguments
     method, family, *flags = arguments
-    return config_class(FAMILIES[family].options, METHODS[method].options), flags
+    return config_class(METHODS[method].options, FAMILIES[family].options), flags
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *RECIPES_OF_METHODS], ids=lambda path: path.stem)

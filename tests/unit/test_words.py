@@ -139,7 +139,7 @@ def test_a_table_may_have_more_rows_than_its_tokenizer_has_tokens(tokenizers):
 
 def checked(method, tokenizers, prompts=(), **options):
     """Have a method check a run on photos with these prompts: (prompt, class prompt)."""
-    config = config_class(TrainingConfig, method.options)(
+    config = config_class(method.options, TrainingConfig)(
         pretrained_model_name_or_path="x", instance_data_dir="y", **options
     )
     photos = [
@@ -210,5 +210,5 @@ def test_captions_of_class_images_with_the_word_are_refused(tokenizers, tmp_path
 
 def test_custom_diffusion_s_learning_rate_is_its_own():
     given = {"pretrained_model_name_or_path": "x", "instance_data_dir": "y", **DIFFUSION}
-    assert config_class(TrainingConfig, CUSTOM_DIFFUSION.options)(**given).learning_rate == 1e-5
-    assert config_class(TrainingConfig, CUSTOM_DIFFUSION.options)(**given, learning_rate=1.0).learning_rate == 1
+    assert config_class(CUSTOM_DIFFUSION.options, TrainingConfig)(**given).learning_rate == 1e-5
+    assert config_class(CUSTOM_DIFFUSION.options, TrainingConfig)(**given, learning_rate=1.0).learning_rate == 1
