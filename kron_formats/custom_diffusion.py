@@ -8,22 +8,28 @@ The files of diffusers and of the paper's own code are mostly pickles, those of 
 them are joined by dots. The weights' names are found in the model at hand; here they are only recognised.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kron_formats import words
-from kron_formats.changes import Replacement
+from kron_formats.changes import Change, Replacement
 from kron_formats.errors import KroneckerError
-from kron_formats.files import excerpt
+from kron_formats.files import excerpt, whole_file
+from kron_formats.names import Layer
 from kron_formats.words import Word
 
 UNET, WORD = "unet.", "modifier_token."  # in the paper's files
 PARTS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")  # of a cross-attention
 DIFFUSERS_PARTS = {part: f"processor.{part.replace('.', '_custom_diffusion.', 1)}" for part in PARTS}
 ATTENTION = ".attn2."
+DIFFUSERS_WEIGHTS = "pytorch_custom_diffusion_weights.bin"
+FILE_NAME = re.compile(r"<?[\w-]+>?")  # a word that can be a file's name everywhere
 CLIPS = ("clip_l", "clip_g")  # the text encoders of SDXL, in the order of the paper's lists
 
 
@@ -71,3 +77,60 @@ def _words(
             yield {key.removeprefix(WORD): tensor}, metadata
     for text, parts in pairs.items():
         yield parts, {**metadata, words.WORD_KEY: text}
+
+
+def write_diffusers_custom_diffusion(
+    folder: Path, layers: Mapping[Layer, Change], found: Collection[Word], attentions: Iterable[str], dtype: torch.dtype
+) -> None:
+    """Write a folder with pytorch_custom_diffusion_weights.bin and <word>.bin, as diffusers' own training does.
+
+    `attentions` are the paths of all of the UNet's: diffusers wants an entry, though an empty one, for each.
+
+    Raises KroneckerError, with nothing written, if diffusers has no place for a weight or a word.
+    """
+    weights: dict[str, Any] = {}
+    for layer, change in layers.items():
+        path, _, part = f"{layer.name}.{layer.parameter}".partition(ATTENTION)
+        if layer.component != "unet" or part not in PARTS or not isinstance(change, Replacement):
+            raise KroneckerError(
+                f"{layer.dotted} is not a weight of cross-attention, which alone Custom Diffusion trains"
+            )
+        weights[f"{path}{ATTENTION}{DIFFUSERS_PARTS[part]}"] = change.read().to(dtype).contiguous()
+    for attention in attentions:
+        held = {part for part in PARTS if f"{attention}.{DIFFUSERS_PARTS[part]}" in weights}
+        if f".{attention}".endswith(ATTENTION[:-1]) and held not in ({*PARTS}, {"to_k.weight", "to_v.weight"}):
+            has = ", ".join(sorted(held)) or "none"
+            raise KroneckerError(f"diffusers takes K and V of every cross-attention, or all: {attention} has {has}")
+        if not held:
+            weights[f"{attention}.processor"] = {}
+    for word in found:
+        if [*word.vectors] != ["text_encoder"] or not FILE_NAME.fullmatch(word.text):
+            raise KroneckerError(
+                f"diffusers' files of Custom Diffusion have no place for the word {excerpt(word.text)}: they are for "
+                "one text encoder, and the word is the file's name"
+            )
+    folder.mkdir()
+    _save(folder / DIFFUSERS_WEIGHTS, weights)
+    for word in found:
+        vectors = word.vectors["text_encoder"].to(dtype)
+        _save(folder / f"{word.text}.bin", {word.text: vectors[0] if word.count == 1 else vectors})
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    with whole_file(path, durable=True) as unfinished:
+        torch.save(content, unfinished)
+
+
+def custom_diffusion_snippet(folder: Path, found: Collection[Word]) -> str:
+    """Return the code that loads what `write_diffusers_custom_diffusion` wrote into a pipeline `pipe`.
+
+    diffusers' documented unet.load_attn_procs returns without an error and changes nothing (0.25 to 0.42).
+    """
+    lines = [
+        f'    weights = torch.load("{folder.absolute() / DIFFUSERS_WEIGHTS}", weights_only=True)',
+        "    pipe.unet.set_attn_processor(pipe.unet._process_custom_diffusion(state_dict=weights))",
+        "    pipe.unet.to(pipe.device, pipe.dtype)",
+    ]
+    for word in found:
+        lines.append(f'    pipe.load_textual_inversion("{folder.absolute()}", weight_name="{word.text}.bin")')
+    return "\n".join(lines)

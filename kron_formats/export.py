@@ -104,19 +104,31 @@ def write_lora(
     rank: int | None = None,
     kohya_names: bool = False,
 ) -> dict[Layer, tuple[int, float]]:
-    """Write a LoRA under kohya's names; return each layer's rank and relative error.
+    """Write a LoRA under kohya's names; return each layer's rank and relative error."""
+    low_rank, report = {}, {}
+    for layer, factors in layers.items():
+        low_rank[layer], error = kronecker_to_lora(factors, rank)
+        report[layer] = (low_rank[layer].down.shape[0], error)
+    shapes = shape_metadata({key: layers[layer] for key, layer in file_names(layers, kohya_names).items()})
+    write_equal_alphas(path, low_rank, family, {**metadata, **shapes}, dtype, kohya_names)
+    return report
+
+
+def write_equal_alphas(
+    path: Path,
+    layers: Mapping[Layer, LowRank],
+    family: Family | None,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+    kohya_names: bool = False,
+) -> None:
+    """Write a LoRA with layers of several ranks under kohya's names.
 
     Every alpha is 1, with √r in both sides instead: diffusers mis-scales silently if alphas differ between layers.
     """
-    low_rank, report = {}, {}
-    for layer, factors in layers.items():
-        lora, error = kronecker_to_lora(factors, rank)
-        r = lora.down.shape[0]
-        low_rank[layer] = LowRank(lora.up * r**0.5, lora.down * r**0.5)
-        report[layer] = (r, error)
-    shapes = shape_metadata({key: layers[layer] for key, layer in file_names(layers, kohya_names).items()})
-    write_low_rank(path, low_rank, 1.0, family, {**metadata, **shapes}, dtype, kohya_names)
-    return report
+    roots = {layer: lora.down.shape[0] ** 0.5 for layer, lora in layers.items()}
+    scaled = {layer: LowRank(lora.up * roots[layer], lora.down * roots[layer]) for layer, lora in layers.items()}
+    write_low_rank(path, scaled, 1.0, family, metadata, dtype, kohya_names)
 
 
 def write_low_rank(

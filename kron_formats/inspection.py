@@ -1,4 +1,4 @@
-"""What an adapter file is, in words."""
+"""What a file of any method is, in words."""
 
 from collections import Counter
 from math import prod
@@ -12,26 +12,42 @@ from kron_formats.lora import numerical_rank
 from kron_formats.matching import file_family
 from kron_formats.names import component_of, is_kohya
 from kron_formats.reading import AdapterFile
+from kron_formats.words import Word
 
 PARTS = {"unet": "the UNet", "text_encoder": "the text encoder", "text_encoder_2": "the second text encoder"}
 
 
 def inspect(file: AdapterFile) -> str:
-    """Return what a file is, for which model, its layers, factors, ranks, norms, metadata, and what can load it."""
+    """Return what a file is, for which model, what it changes, its words, metadata, and what can load it."""
+    made_for = file_family(file)
+    lines = [
+        f"{printable(str(file.path), longest=4096)}: {_kind(file)}",
+        f"for: {made_for.title if made_for else 'an unknown base model'}",
+        *([_layers(file)] if file.layers else []),
+        *(_changes_of_weights(file) if file.needs_weights else _adapters(file) if file.layers else []),
+        *(_word(word) for word in file.words),
+        *(f"metadata: {excerpt(key)} = {excerpt(value)}" for key, value in sorted(file.metadata.items())),
+        *(f"loads in: {line}" for line in _clients(file)),
+    ]
+    return "\n".join(lines)
+
+
+def _adapters(file: AdapterFile) -> list[str]:
+    """Return factors, ranks and norms of what can stay beside the weights."""
     factors = {name: entry for name, entry in file.layers.items() if isinstance(entry, StoredFactors)}
     loras = {name: entry for name, entry in file.layers.items() if isinstance(entry, LowRank)}
     multiplied = {name: entry.multiplied() for name, entry in factors.items()}
-    made_for = file_family(file)
-    lines = [
-        f"{printable(str(file.path), longest=4096)}: {_kind(file, factors)}",
-        f"for: {made_for.title if made_for else 'an unknown base model'}",
-        f"layers: {_layers(file)}",
-        *([_factors(factors), _ranks(multiplied)] if factors else [_lora_ranks(loras)]),
-        _norms(multiplied, loras),
-        *(f"metadata: {excerpt(key)} = {excerpt(value)}" for key, value in sorted(file.metadata.items())),
-        *(f"loads in: {line}" for line in _clients(file, factors)),
-    ]
-    return "\n".join(lines)
+    shapes = [_factors(factors), _ranks(multiplied)] if factors else [_lora_ranks(loras)]
+    return [*shapes, _norms(multiplied, loras)]
+
+
+def _changes_of_weights(file: AdapterFile) -> list[str]:
+    return ["norm of ΔW: it depends on the base model's weights; scripts/convert.py --to lora measures it"]
+
+
+def _word(word: Word) -> str:
+    widths = ", ".join(f"{vectors.shape[1]} numbers for {PARTS[part]}" for part, vectors in word.vectors.items())
+    return f"word: {printable(word.text)}, {word.count} {'vector' if word.count == 1 else 'vectors'} of {widths}"
 
 
 def _in_second(name: str) -> bool:
@@ -42,10 +58,10 @@ def _is_kohya(file: AdapterFile) -> bool:
     return all(is_kohya(name) for name in file.layers)
 
 
-def _kind(file: AdapterFile, factors: dict[str, StoredFactors]) -> str:
-    if not factors:
-        return "a LoRA"
-    if any(entry.transposed_rows for entry in factors.values()):
+def _kind(file: AdapterFile) -> str:
+    if not file.is_kronecker:
+        return file.noun
+    if _has_transposed_rows(file):
         return "a Kronecker adapter with its rows in the order of the paper's code"
     names = "kohya's names" if _is_kohya(file) else "module paths as names"
     return f"a Kronecker adapter (LoKr) with {names}"
@@ -55,7 +71,11 @@ def _layers(file: AdapterFile) -> str:
     counts = Counter(component_of(name) for name in file.layers)
     parameters = sum(entry.numel() for entry in file.layers.values())
     places = ", ".join(f"{n} in {PARTS[part] if part else 'unknown places'}" for part, n in counts.items())
-    return f"{len(file.layers)} ({places}), {parameters:,} parameters"
+    return f"layers: {len(file.layers)} ({places}), {parameters:,} parameters"
+
+
+def _has_transposed_rows(file: AdapterFile) -> bool:
+    return any(isinstance(entry, StoredFactors) and entry.transposed_rows for entry in file.layers.values())
 
 
 def _factors(factors: dict[str, StoredFactors]) -> str:
@@ -88,13 +108,16 @@ def _lora_norm(lora: LowRank) -> float:
     return ((lora.up.t() @ lora.up) * (lora.down @ lora.down.t())).sum().clamp(min=0).sqrt().item()
 
 
-def _clients(file: AdapterFile, factors: dict[str, StoredFactors]) -> list[str]:
+def _clients(file: AdapterFile) -> list[str]:
     """Return which tools load the file as it is, and what to do for the others."""
-    if not factors:
+    factors = {name: entry for name, entry in file.layers.items() if isinstance(entry, StoredFactors)}
+    if file.needs_weights or file.words:
+        return _clients_of_weights_and_words(file)
+    if file.is_lora:
         if file.from_peft:
             return ["peft (PeftModel.from_pretrained)"]
         return ["diffusers (pipe.load_lora_weights), ComfyUI, A1111, Forge" + _a1111_hides(file)]
-    if any(entry.transposed_rows for entry in factors.values()):
+    if _has_transposed_rows(file):
         return ["this project alone (load_kronecker); everything else: scripts/convert.py --to lora"]
     ours = ["this project (load_kronecker), and diffusers pipelines by attach_to_diffusers"]
     sides = {side for entry in factors.values() for side in entry.A.shape}
@@ -109,6 +132,18 @@ def _clients(file: AdapterFile, factors: dict[str, StoredFactors]) -> list[str]:
         ours.append(f"LyCORIS, sd-scripts (square A no larger than B{needs})")
     way = "diffusers, peft or lora" if square else "lora (as LoKr they take only a square A no larger than B)"
     return [*ours, f"diffusers and peft by themselves: scripts/convert.py --to {way}"]
+
+
+def _clients_of_weights_and_words(file: AdapterFile) -> list[str]:
+    ours = "this project (scripts/generate.py, evaluate.py and merge.py)"
+    if not file.layers:
+        alone = all([*word.vectors] == ["text_encoder"] for word in file.words)
+        theirs = "diffusers (pipe.load_textual_inversion" + (")" if alone else ", once for each text encoder)")
+        return [ours, theirs, "ComfyUI, A1111, Forge: in their embeddings folder, called by the file's name"]
+    others = "everything else: scripts/convert.py --to fused, or --to lora --rank R for the nearest LoRA"
+    if file.is_whole:
+        return [ours, "diffusers (from_pretrained)", others]
+    return [ours, others]
 
 
 def _a1111_hides(file: AdapterFile) -> str:

@@ -218,7 +218,9 @@ def _beginnings() -> dict[str, tuple[str, ...]]:
         prefixes = (f"{prefix}_" for prefix in (text_encoder.prefix, *text_encoder.other_prefixes))
         starts[text_encoder.component] += [*prefixes, *_comfy_prefixes(text_encoder)]
     starts["text_encoder"] += ["lycoris_text_model_", "text_model.", "encoder.layers."]
+    starts["text_encoder"] += IN_TEXT_MODEL
     blocks = ("down_blocks.", "mid_block.", "up_blocks.", "input_blocks.", "middle_block.", "output_blocks.")
+    blocks += ("conv_", "time_embedding.", "add_embedding.", "model.diffusion_model.")
     starts["unet"] += [f"{UNET_PREFIX}_", "lycoris_", "diffusion_model.", *blocks]
     return {component: tuple(beginnings) for component, beginnings in starts.items()}
 

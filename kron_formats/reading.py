@@ -23,7 +23,7 @@ from kron_formats.factors import is_factors, other_keys, read_factors
 from kron_formats.families import COMPONENTS
 from kron_formats.files import excerpt, is_pickle, open_safetensors, read_pickle
 from kron_formats.layout import Layout, own_metadata, read_layout
-from kron_formats.trained_models import is_trained_model, read_trained_model
+from kron_formats.trained_models import PIPELINE, is_trained_model, read_trained_model
 from kron_formats.words import Word
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -170,6 +170,8 @@ def _read_folder(folder: Path) -> AdapterFile:
         )
     parts = {name: found[name] for name in COMPONENTS if name in found}
     if not parts:
+        if models := [path.parent for path in sorted(folder.glob(f"*/{PIPELINE}"))]:
+            raise KroneckerError(f"there is no adapter in the folder {folder}, but a model in it: name {models[0]}")
         raise KroneckerError(
             f"there is no adapter in the folder {folder}: name the .safetensors file itself, a folder with "
             f"{PEFT_WEIGHTS} or {'/, '.join(COMPONENTS)}/ as peft writes them, or one with model_index.json"

@@ -4,22 +4,23 @@
     python scripts/convert.py lokr.safetensors --to native --output dog.safetensors
     python scripts/convert.py --inspect dog.safetensors
 
-INPUT is a LoRA or a Kronecker adapter of any tool (kohya, LyCORIS, ai-toolkit, OneTrainer, diffusers, peft, the
-paper's own code). FORMAT:
+INPUT is a Kronecker adapter or a LoRA of any tool (kohya, LyCORIS, ai-toolkit, OneTrainer, diffusers, peft, the paper's
+own code), or spectral shifts (SVDiff), Custom Diffusion's weights, or the folder of a model that was trained in full.
+FORMAT:
 
-    native      what training writes: for ComfyUI, A1111, Forge, LyCORIS, sd-scripts and this project
-    diffusers   for load_lora_adapter of diffusers 0.42 and later; square factors only
-    peft        a folder per component for PeftModel.from_pretrained; square factors only
-    lora        for every LoRA tool: exact, or with --rank the best of that rank, and then the error is printed
-    fused       a base model with the adapter in its weights: a folder, or one file if the base is one file
+    native      Kronecker adapters: for ComfyUI, A1111, Forge, LyCORIS, sd-scripts and this project
+    diffusers   Kronecker adapters with square factors: for load_lora_adapter of diffusers 0.42 and later
+    peft        the same: a folder per component for PeftModel.from_pretrained
+    lora        all, for every LoRA tool: with --rank the nearest of that rank, and its error is printed; a Kronecker
+                adapter also exactly
+    fused       all: a base model with the changes in its weights; a folder, or one file if the base is one file
+    custom_diffusion   Custom Diffusion: the folder that diffusers' own training writes
 
 Layers are looked up in the base model. SD 1.5, SD 2.1 and SDXL are known; name any other one.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,39 +29,13 @@ from dreambooth.runtime.library_warnings import drop_needless_warnings
 
 drop_needless_warnings()  # before the imports that cause some
 
-import torch
-
-from dreambooth.base_model.checks import empty_models
 from dreambooth.base_model.loading import DTYPES
-from dreambooth.base_model.source import base_source
-from dreambooth.errors import UserError, readable_errors
-from dreambooth.options.base_model import BaseModelOptions
+from dreambooth.conversion import DEFAULT_PRECISION, FORMATS, convert
+from dreambooth.errors import readable_errors
 from dreambooth.options.paths import path_argument, path_or_name
-from kron_formats.architectures import load_architecture, match_published
-from kron_formats.changes import LowRank
-from kron_formats.export import (
-    dense_bytes,
-    diffusers_snippet,
-    lora_bytes,
-    lora_snippet,
-    peft_snippet,
-    total_error,
-    write_diffusers,
-    write_lora,
-    write_peft,
-)
-from kron_formats.families import COMPONENTS
-from kron_formats.fused import checkpoint_family, fuse_checkpoint, fuse_pipeline
 from kron_formats.inspection import inspect
-from kron_formats.layout import NEEDED_KEYS
-from kron_formats.lora import lora_to_kronecker
-from kron_formats.matching import MatchedAdapter, match_layers
-from kron_formats.names import Layer
-from kron_formats.paths import shared_name
-from kron_formats.reading import AdapterFile, not_kronecker_error, read_adapter
-from kron_formats.writing import carried_metadata, write_native
+from kron_formats.reading import read_adapter
 
-DEFAULT_PRECISION = "fp32"
 FLAG_IS_FOR = {  # flag -> the formats that it has a meaning for
     "rank": ("lora",),
     "sdxl_names": ("native", "lora"),
@@ -79,7 +54,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("input", nargs="?", type=path_argument, metavar="INPUT", help="adapter file, or a folder that peft wrote")
+    add(
+        "input",
+        nargs="?",
+        type=path_argument,
+        metavar="INPUT",
+        help="a file of any method, or a folder of peft or of a model",
+    )
     add("--inspect", type=path_argument, metavar="FILE", help="print what a file is and what can load it, and exit")
     add("--to", choices=tuple(FORMATS), metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     add("--output", type=path_argument, metavar="PATH", help="file or folder to write; must not exist")
@@ -95,7 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="for a base model in one file: a folder or name on the Hub with its configuration; default: SD 1.5's, SD "
         "2.1's or SDXL's, whichever it is like",
     )
-    add("--rank", type=positive, help="lora: largest rank of a layer; default: exact")
+    add("--rank", type=positive, help="lora: largest rank of a layer; default: exact, which needs factors")
     add("--sdxl_names", choices=("sgm", "diffusers"), help="native, lora: SDXL's block names; default: sgm")
     add(
         "--save_precision",
@@ -105,7 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--allow_pickle",
         action="store_true",
-        help="also read a .bin of the paper's code: only its tensors; no code in it is run",
+        help="also read a pickle (.bin): only its tensors; no code in it is run",
     )
     add(
         "--no_metadata",
@@ -164,139 +145,13 @@ def fused_inconsistency(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-# ---- from a file to layers ----
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.inspect is not None:
         print(inspect(read_adapter(arguments.inspect, arguments.allow_pickle)))
         return
     file = read_adapter(arguments.input, arguments.allow_pickle)
-    if file.needs_weights and arguments.to != "fused":
-        raise not_kronecker_error(file)
-    adapter = match(file, arguments)
-    if arguments.to != "fused":
-        adapter = as_kronecker(adapter, arguments)
-    arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    FORMATS[arguments.to](adapter, arguments)
-
-
-def match(file: AdapterFile, arguments: argparse.Namespace) -> MatchedAdapter:
-    """Return the file matched with its base model, of which no weights are read.
-
-    Raises UserError if that is not a base model, KroneckerError if the file does not fit it.
-    """
-    base, base_config = arguments.pretrained_model_name_or_path, arguments.base_config
-    if base is None:
-        return match_published(file)
-    config = BaseModelOptions(pretrained_model_name_or_path=base, base_config=base_config)
-    if (
-        family := base_source(config).family
-    ) and base_config is None:  # a published architecture needs no configuration
-        return match_layers(file, load_architecture(family.architecture))
-    return match_layers(file, empty_models(config, COMPONENTS))
-
-
-def as_kronecker(adapter: MatchedAdapter, arguments: argparse.Namespace) -> MatchedAdapter:
-    """Return the adapter with the nearest Kronecker factors for the layers of a LoRA, whose error is printed."""
-    file = adapter.file
-    if not file.is_lora:
-        if arguments.kron_a1:
-            raise UserError(f"--kron_a1, --kron_a2: {file.path} is not a LoRA; its factors keep their shape")
-        return adapter
-    if arguments.to != "native":
-        raise UserError(f"--to {arguments.to}: {file.path} is a LoRA; it can be converted --to native or --to fused")
-    layers, transposed_rows, worst = dict(adapter.layers), file.own_metadata.get("rows") == "transposed", 0.0
-    for layer, entry in layers.items():
-        if isinstance(entry, LowRank):
-            layers[layer], error = lora_to_kronecker(entry, *factor_shape(layer, file, arguments), transposed_rows)
-            worst = max(worst, error)
-    print(f"Nearest Kronecker product of every layer: largest relative error {worst:.2g}")
-    return replace(adapter, layers=layers)
-
-
-def factor_shape(layer: Layer, file: AdapterFile, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Return (a1, a2) from the command line, or from the metadata of a LoRA that was converted from factors."""
-    if arguments.kron_a1:
-        return arguments.kron_a1, arguments.kron_a2
-    if shape := file.layout.shape_of(layer.native) or file.layout.shape_of(layer.kohya):
-        return shape
-    raise UserError(f"{file.path} is a LoRA: give the shape (a1, a2) of the factors with --kron_a1 and --kron_a2")
-
-
-# ---- the formats: each writes, and prints what the user should know ----
-
-
-def to_native(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
-    metadata, kohya_names = metadata_for(adapter, arguments), arguments.sdxl_names == "diffusers"
-    write_native(arguments.output, adapter.factors, adapter.family, metadata, dtype_of(arguments), kohya_names)
-    announce(adapter, arguments)
-    if any(factors.transposed_rows for factors in adapter.factors.values()):
-        print("Its rows are in the order of the paper's code, which load_kronecker reads; for other tools: --to lora")
-
-
-def to_diffusers(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
-    write_diffusers(arguments.output, adapter.factors, metadata_for(adapter, arguments), dtype_of(arguments))
-    announce(adapter, arguments)
-    print(f"\nIn diffusers 0.42 and later:\n\n{diffusers_snippet(arguments.output, adapter.factors)}")
-
-
-def to_peft(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
-    base = arguments.pretrained_model_name_or_path or adapter.file.own_metadata.get("base_model")
-    name = shared_name(base) if base and not arguments.no_metadata else None
-    write_peft(arguments.output, adapter.factors, name, dtype_of(arguments))
-    announce(adapter, arguments)
-    print(f"\nIn peft:\n\n{peft_snippet(arguments.output, adapter.factors)}")
-
-
-def to_lora(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
-    layers, dtype, rank = adapter.factors, dtype_of(arguments), arguments.rank
-    size, changed = lora_bytes(layers, rank, dtype), dense_bytes(layers, dtype)
-    print(f"The LoRA takes {size / 2**20:,.1f} MiB in {arguments.save_precision or DEFAULT_PRECISION}", end="")
-    if size >= changed:
-        print(f", the weights that it changes {changed / 2**20:,.1f}: use a small --rank, or --to fused", end="")
-    print(flush=True)
-    metadata, kohya_names = metadata_for(adapter, arguments), arguments.sdxl_names == "diffusers"
-    report = write_lora(arguments.output, layers, adapter.family, metadata, dtype, rank, kohya_names)
-    if rank:
-        for layer, (r, error) in report.items():
-            print(f"    rank {r:4d}  relative error {error:.2e}  {layer.dotted}")
-    print(f"Relative error of all layers together: {total_error(layers, report):.2e}")
-    announce(adapter, arguments)
-    print(f"\nIn diffusers:\n\n{lora_snippet(arguments.output)}")
-
-
-def to_fused(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
-    base, output = arguments.pretrained_model_name_or_path, arguments.output
-    if Path(base).is_file():
-        fuse_checkpoint(Path(base), output, adapter.layers, checkpoint_family(Path(base)))
-    else:
-        fuse_pipeline(base, output, adapter.layers, dtype_of(arguments))
-    announce(adapter, arguments)
-
-
-FORMATS: dict[str, Callable[[MatchedAdapter, argparse.Namespace], None]] = {
-    "native": to_native,
-    "diffusers": to_diffusers,
-    "peft": to_peft,
-    "lora": to_lora,
-    "fused": to_fused,
-}
-
-
-def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
-    return DTYPES[arguments.save_precision or DEFAULT_PRECISION]
-
-
-def metadata_for(adapter: MatchedAdapter, arguments: argparse.Namespace) -> dict[str, str]:
-    carried = carried_metadata(adapter.file)
-    return {key: carried[key] for key in NEEDED_KEYS if key in carried} if arguments.no_metadata else carried
-
-
-def announce(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
-    made_for = adapter.family.title if adapter.family else "this model"
-    print(f"Wrote {len(adapter.layers)} layers for {made_for} to {arguments.output}")
+    convert(file, arguments)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,8 @@ def test_a_folder_that_is_not_a_whole_trained_model_is_refused_with_the_reason(f
     (broken / "unet" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "x"}}))
     with pytest.raises(KroneckerError, match="unet is quantised"):
         read()
+    with pytest.raises(KroneckerError, match="but a model in it: name .*broken"):
+        read_adapter(tmp_path)
     for other, words in (("vae", "AutoencoderKL"), ("scheduler", "there is no adapter in the folder")):
         with pytest.raises(KroneckerError, match=words):
             read_adapter(folder("sd") / other)
@@ -230,7 +232,8 @@ def test_custom_diffusion_of_every_tool_replaces_the_same_weights(
     path = LAYOUTS[layout](weights, plain_pipeline("sd").unet)
     if path.endswith(".bin"):
         with pytest.raises(KroneckerError, match="--allow_pickle"):
-            read_adapter(path)
+            read_adapters(options(tiny_sd, path), READERS)
+        assert len(read_adapters(options(tiny_sd, path, allow_pickle=True), READERS)[0].matched.layers) == len(weights)
     file = read_adapter(path, allow_pickle=True)
     assert file.noun == "a Custom Diffusion file"
     assert {word.text: word.vectors["text_encoder"].tolist() for word in file.words} in (

@@ -24,6 +24,7 @@ ROOMS = (
     "dreambooth.data",
     "dreambooth.runtime",
     "dreambooth.base_model",
+    "dreambooth.conversion",
     "dreambooth.drawing",
     "dreambooth.scoring",
     "dreambooth.method",
