@@ -155,6 +155,8 @@ class CustomDiffusion:
         """Raise UserError if the weights cannot train, or the word cannot be learned from these prompts."""
         if splits_models():
             raise UserError("FSDP does not work with Custom Diffusion, whose weights train where they are")
+        if config.compile:
+            raise UserError("--compile is not tested with Custom Diffusion; leave it out")
         if config.base_precision not in (None, "fp32"):
             raise UserError(
                 f"--base_precision {config.base_precision} does not work with Custom Diffusion: the weights themselves "

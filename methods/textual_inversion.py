@@ -114,6 +114,8 @@ class TextualInversion:
         """Raise UserError if the word cannot be learned from these prompts, or if there is a prior."""
         if splits_models():
             raise UserError("FSDP does not work with Textual Inversion, which trains a few thousand numbers")
+        if config.compile:
+            raise UserError("--compile is not tested with Textual Inversion; leave it out")
         if config.with_prior_preservation:
             raise UserError(
                 "--with_prior_preservation has no effect on Textual Inversion: no weight of the base model changes, so "

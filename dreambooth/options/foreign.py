@@ -111,7 +111,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "modifier_token placeholder_token initializer_token token_abstraction num_new_tokens_per_abstraction "
         "num_vectors learnable_property train_text_encoder_ti train_text_encoder_ti_frac",
-        "this script does not learn new words; use a rare one in --instance_prompt, for example sks",
+        "this script does not learn new words: use a rare one in --instance_prompt, for example sks, or "
+        "methods/train.py textual_inversion",
     ),
     ("train_text_encoder_frac", "with --train_text_encoder, the text encoders train to the end"),
     (

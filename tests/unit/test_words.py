@@ -181,6 +181,8 @@ PRIOR = {"with_prior_preservation": True, "prior_source": "base_model", "class_p
         (CUSTOM_DIFFUSION, {**PRIOR, "class_prompt": "a <NEW1> dog"}, [], "--class_prompt a <NEW1> dog"),
         (CUSTOM_DIFFUSION, PRIOR, [("a <new1> dog", "a <new1> dog")], "class prompt of 0.jpg"),
         (CUSTOM_DIFFUSION, {"base_precision": "nf4"}, [], "--base_precision nf4"),
+        (CUSTOM_DIFFUSION, {"compile": True}, [], "--compile"),
+        (TEXTUAL_INVERSION, {"compile": True}, [], "--compile"),
         (CUSTOM_DIFFUSION, {"base_precision": "bf16", "modifier_token": None}, [], "--base_precision bf16"),
         (CUSTOM_DIFFUSION, {"freeze_model": "crossattn", "base_precision": "fp16"}, [], "--base_precision fp16"),
     ],
