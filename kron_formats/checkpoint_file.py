@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ def _stacked(parts: list[tuple[Place, Pending]]) -> Pending:
 
 
 def _autoencoder(vae: nn.Module, weights: Mapping[str, Pending]) -> Iterator[tuple[str, Pending]]:
-    levels = len(dict(vae.config)["block_out_channels"])  # pyright: ignore[reportArgumentType] diffusers' own
+    config: Any = vae.config
+    levels = len(config["block_out_channels"])
     for name, weight in weights.items():
         key = f"{VAE}{vae_name(name, levels)}"
         if ".attentions." in name and len(weight.shape) == 2:  # a convolution of 1 pixel there

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def _content(name: str, entry: Pending) -> memoryview:
     if tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)} instead of {entry.shape}")
     tensor = tensor.to("cpu", entry.dtype).contiguous()
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    content: Any = tensor.view(-1).view(torch.uint8).numpy()  # Any: numpy's annotations lack the buffer that it is
+    return memoryview(content)
 
 
 def file_digest(path: Path) -> str:
