@@ -129,7 +129,7 @@ def _reader_of(path: Path, keys: Sequence[str]) -> Read:
 def _read_factors(path: Path, tensors: Tensors, metadata: Metadata) -> AdapterFile:
     layers, has_alphas = read_factors(path, tensors, metadata)
     is_lora = any(isinstance(entry, LowRank) for entry in layers.values())
-    noun = "a LoRA file" if is_lora else "a Kronecker adapter"
+    noun = "a LoRA" if is_lora else "a Kronecker adapter"
     file = AdapterFile(path, noun, layers, metadata, has_alphas=has_alphas)
     _check_factors(file)
     return file

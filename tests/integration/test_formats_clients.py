@@ -179,7 +179,7 @@ def test_what_cannot_be_attached_is_refused_and_the_pipeline_untouched(tmp_path)
     (tmp_path / "sdxl").mkdir()
     _, other, _ = make("sdxl", 4, 64, tmp_path / "sdxl")
     pipe = plain_pipeline("sd")
-    with pytest.raises(KroneckerError, match="an adapter for SDXL, the model is Stable Diffusion 1.x"):
+    with pytest.raises(KroneckerError, match="a Kronecker adapter for SDXL, the model is Stable Diffusion 1.x"):
         attach_to_diffusers(pipe, other, "dog")
     load_kronecker(pipe, path)
     with pytest.raises(KroneckerError, match="has adapters from load_kronecker"):

@@ -177,7 +177,7 @@ def test_a_file_for_another_model_is_refused(path):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        (["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "it is a LoRA file; .*load_lora_weights"),
+        (["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "it is a LoRA; .*load_lora_weights"),
         (["unet.blocks.0.to_q.lora_A.weight"], "it is a LoRA file"),
         (["lora_unet_x.hada_w1_a"], "it is a LoHa file"),
         (["lora_unet_x.lokr_t2", "lora_unet_x.lokr_w2"], "factors of convolutions"),

@@ -340,7 +340,7 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
     _, path = trained(4, 64)
     base = ("--pretrained_model_name_or_path", tiny_sd)
     run(path, "--to", "lora", "--output", tmp_path / "lora.safetensors", *base)
-    with pytest.raises(KroneckerError, match="is not a Kronecker adapter: it is a LoRA file; load it with"):
+    with pytest.raises(KroneckerError, match="is not a Kronecker adapter: it is a LoRA; load it with"):
         load_kronecker(plain_pipeline("sd"), tmp_path / "lora.safetensors")
     out = ("--output", tmp_path / "out.safetensors")
     for arguments, words in (

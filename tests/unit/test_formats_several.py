@@ -329,7 +329,7 @@ def test_what_was_matched_has_a_name_of_its_own_and_is_no_lora(matched, tmp_path
     save_file({f"{key}.lora_down.weight": torch.ones(2, 128), f"{key}.lora_up.weight": torch.ones(128, 2)},
               tmp_path / "lora.safetensors")  # fmt: skip
     pipeline = plain_pipeline("sd")
-    with pytest.raises(KroneckerError, match="it is a LoRA file; load it with pipe.load_lora_weights"):
+    with pytest.raises(KroneckerError, match="it is a LoRA; load it with pipe.load_lora_weights"):
         add_kronecker(pipeline, match_layers(read_adapter(tmp_path / "lora.safetensors"), pipeline))
     assert not kronecker_adapters(pipeline)
 
