@@ -21,8 +21,8 @@ folder = sys.argv.pop(1)
 attach, attached = Kronecker.attach, []
 
 
-def remember(method, family, models, config):
-    attached.append(attach(method, family, models, config))
+def remember(method, family, models, tokenizers, config):
+    attached.append(attach(method, family, models, tokenizers, config))
     return attached[-1]
 
 

@@ -19,7 +19,7 @@ from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, conf
 from dreambooth.train import train
 from kron_formats.architectures import load_architecture
 from methods.custom_diffusion import CUSTOM_DIFFUSION
-from methods.dreambooth import DREAMBOOTH
+from methods.dreambooth import DREAMBOOTH, AttachedDreamBooth
 from methods.lora import LORA
 from methods.readers import READERS
 from methods.svdiff import SVDIFF
@@ -95,10 +95,10 @@ def parameters_of(attached):
 
 @torch.no_grad()
 def perturb(attached):
-    """Make it look trained: what is 0 gets numbers of about 0.3, other weights change by about a third."""
+    """Make it look trained: all numbers change by about 0.3, those of whole models by about a third of their size."""
     generator = torch.Generator().manual_seed(0)
     for parameter in parameters_of(attached):
-        size = parameter.square().mean().sqrt() if parameter.any() else 1.0
+        size = parameter.square().mean().sqrt() if isinstance(attached, AttachedDreamBooth) else 1.0
         parameter.add_(0.3 * size * torch.randn(parameter.shape, generator=generator))
 
 
