@@ -161,6 +161,7 @@ class Svdiff:
         names = {  # what finds the layers' names does not know shifted ones
             (layer.component, layer.path): layer.name if layer.component == family.denoiser else layer.dotted
             for layer in find_parameters(models)
+            if layer.parameter == "weight"
         }
         shifts = {
             component: {names[component, path]: shift for path, shift in add_shifts(model).items()}

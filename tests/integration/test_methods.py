@@ -228,10 +228,10 @@ COUNTS = {  # method, options, architecture -> UNet alone, with text encoders
     ("lora", "sd15"): (797_184, 1_092_096),
     ("lora", "sd21"): (829_952, 1_583_616),
     ("lora", "sdxl"): (5_806_080, 7_411_712),
-    # SDXL's second text encoder with its projection, which this architecture file is without, has 1,280 more
+    # 1,280 of them in the projection of the second text encoder, which counts of the encoder alone leave out
     ("svdiff", "sd15"): (322_856, 397_352),
     ("svdiff", "sd21"): (325_928, 515_368),
-    ("svdiff", "sdxl"): (1_203_880, 1_607_336),
+    ("svdiff", "sdxl"): (1_203_880, 1_608_616),
 }
 
 
