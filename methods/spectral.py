@@ -12,6 +12,7 @@ from kron_formats.decomposition import Decomposition, decompose, digest, kept_de
 from kron_formats.shifts import Origin, change_of
 
 MATRICES, NORMS = (nn.Linear, nn.Conv2d), (nn.GroupNorm, nn.LayerNorm)
+PROJECTION = "text_projection"  # path of the layer behind a text encoder
 
 
 class SpectralShift(nn.Module):
@@ -107,12 +108,14 @@ TrainedShift = SpectralShift | ElementwiseShift
 def add_shifts(model: nn.Module) -> dict[str, TrainedShift]:
     """Freeze a model, fp32, and shift the weights of its linear layers, convolutions and norms; return path -> shift.
 
-    Biases and embeddings have no shift.
+    Biases and embeddings have no shift, nor has what SDXL's second text encoder projects its summary with: it comes
+    after the encoder.
     """
     model.requires_grad_(False)
     shifts: dict[str, TrainedShift] = {}
     for path, module in list(model.named_modules()):
-        if isinstance(module, (*MATRICES, *NORMS)) and isinstance(module.weight, Tensor):
+        shiftable = isinstance(module, (*MATRICES, *NORMS)) and path != PROJECTION
+        if shiftable and isinstance(module.weight, Tensor):
             kind = SpectralShift if isinstance(module, MATRICES) else ElementwiseShift
             shifts[path] = kind(module.weight)
             # unsafe: the weight is never set through the parametrisation, so it needs no inverse

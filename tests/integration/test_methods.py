@@ -288,7 +288,6 @@ COUNTS = {  # method, architecture, options -> UNet alone, with text encoders
     ("dreambooth", "sd15"): (859_520_964, 982_581_444),
     ("dreambooth", "sd21"): (865_910_724, 1_206_298_564),
     ("dreambooth", "sdxl"): (2_567_463_684, 3_385_184_004),
-    # SDXL's second text encoder with its projection, which this architecture file is without, has 1,280 more
     ("svdiff", "sd15"): (322_856, 397_352),
     ("svdiff", "sd21"): (325_928, 515_368),
     ("svdiff", "sdxl"): (1_203_880, 1_607_336),
