@@ -17,6 +17,7 @@ from dreambooth.errors import UserError
 from dreambooth.layout import (
     CONFIG_NAME,
     LOCK_NAME,
+    SUMMARY_NAME,
     TRACKERS_NAME,
     checkpoint_step,
     list_checkpoints,
@@ -241,6 +242,7 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
                 shutil.rmtree(path)
             for name in (method.weights_name, TRACKERS_NAME):
                 (output / name).unlink(missing_ok=True)
+        (output / SUMMARY_NAME).unlink(missing_ok=True)  # it is of a finished run
         for path in output.glob(UNFINISHED):  # left by a run that was killed while writing
             path.unlink()
         first_step = saved_step(start) if start else 0
