@@ -6,6 +6,7 @@ OUTPUT_DIR/checkpoint-N/                            after N optimizer steps: tra
 OUTPUT_DIR/samples/step-NNNNNN.png                  sheets of samples
 OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses, learning rate, gradient norm
 OUTPUT_DIR/README.md, config.yaml                   the model card; all options
+OUTPUT_DIR/summary.json                             of a finished run: parameters, time, memory, versions
 OUTPUT_DIR/trackers.json                            which runs of wandb and trackio this one is
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 CONFIG_NAME = "config.yaml"
 CARD_NAME = "README.md"
+SUMMARY_NAME = "summary.json"
 TRACKERS_NAME = "trackers.json"
 METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "training.png"

@@ -30,6 +30,7 @@ from dreambooth.report.metrics import save_curves
 from dreambooth.report.opening import opening_line
 from dreambooth.report.progress import Progress
 from dreambooth.report.samples import validate
+from dreambooth.report.summary import save_summary
 from dreambooth.runtime.accelerator import start_accelerator
 from dreambooth.runtime.memory import explain_out_of_memory
 from dreambooth.runtime.ranks import explain_lost_process
@@ -123,6 +124,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         if accelerator.is_main_process:
             save_curves(config)
             save_card(path, attached, family, step, config)
+            save_summary(path, method, attached, family, step, accelerator.device, ranks, config)
             progress.say_closing_line(attached, path)
         progress.close()
         if accelerator.is_main_process:

@@ -67,7 +67,7 @@ def _draw(base: BaseModel, indices: Sequence[int], config: TrainingConfig) -> It
     base.pipeline.set_progress_bar_config(disable=True)
     return draw_batches(
         base.pipeline,
-        [seed_of(config.seed, Stream.CLASS_IMAGE, index) for index in indices],
+        [_seed(index, config) for index in indices],
         config.sample_batch_size,
         prompt=config.class_prompt,
         negative_prompt=config.prior_negative_prompt,
@@ -79,6 +79,10 @@ def _draw(base: BaseModel, indices: Sequence[int], config: TrainingConfig) -> It
     )
 
 
+def _seed(index: int, config: TrainingConfig) -> int:
+    return seed_of(config.seed if config.prior_seed is None else config.prior_seed, Stream.CLASS_IMAGE, index)
+
+
 def _origin(index: int, config: TrainingConfig) -> PngInfo:
     """Return what is written into an image: what it was drawn for, by which base model and from which seed."""
     text = PngInfo()
@@ -86,7 +90,7 @@ def _origin(index: int, config: TrainingConfig) -> PngInfo:
         PROMPT_KEY: config.class_prompt,
         "negative_prompt": config.prior_negative_prompt,
         "base_model": shared_name(config.pretrained_model_name_or_path),
-        "seed": seed_of(config.seed, Stream.CLASS_IMAGE, index),
+        "seed": _seed(index, config),
     }.items():
         text.add_itxt(name, str(value))
     return text

@@ -63,6 +63,14 @@ class PriorOptions(SampleBatchOptions):
     prior_negative_prompt: str = option(
         "Negative prompt for class images.", "", decides_result=False, needs=CLASS_IMAGES
     )
+    prior_seed: int | None = option(
+        "Seed of the class images, for runs of several seeds that share them. Default: seed.",
+        None,
+        at_least=0,
+        below=2**32,
+        decides_result=False,
+        needs=CLASS_IMAGES,
+    )
 
     @property
     def uses_base_model_prior(self) -> bool:

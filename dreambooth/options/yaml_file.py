@@ -1,6 +1,7 @@
 """Options as a YAML file: read into flags, for the same parser as the command line, and written so as to read back."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,34 +50,54 @@ _TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|
 _TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
+def read_mapping(path: str, flag: str) -> dict[str, Any]:
+    """Return the entries of a YAML file, every value as text, in lists and dicts where it has them; null is None.
+
+    The file is untrusted: UserError, beginning with the flag that names it, if it is anything else.
+    """
+    try:
+        entries = yaml.load(read_text(Path(path), LARGEST_FILE), Loader=_TextLoader)
+    # For invalid code points and endless nesting, PyYAML raises Python's own errors.
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{flag} {path}: {error}") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{flag} {path}: expected lines of the form 'option: value'")
+    return entries
+
+
 def flags_from_yaml(path: str, config_class: type["DataclassInstance"]) -> list[str]:
     """Return the flags equivalent to a YAML file with the options of a class; null means the default.
 
     The file is untrusted: UserError, naming it, if it is anything else.
     """
-    try:
-        options = yaml.load(read_text(Path(path), LARGEST_FILE), Loader=_TextLoader)
-    # For invalid code points and endless nesting, PyYAML raises Python's own errors.
-    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {error}") from error
-    if not isinstance(options, dict):
-        raise UserError(f"--config {path}: expected lines of the form 'option: value'")
+    options = read_mapping(path, "--config")
     if unknown := [str(name) for name in options if name not in option_names(config_class)]:
         answers = "; ".join(f"{name} ({explain_unknown(name, config_class)})" for name in unknown)
         raise UserError(f"--config {path}: unknown keys: {answers}")
-    declared, flags = declarations(config_class), []
+    declared = declarations(config_class)
+    paths = [name for name in options if declared[name].path]
+    return flags_of(options, f"--config {path}", paths)
+
+
+def flags_of(options: Mapping[str, Any], source: str, paths: Sequence[str] = ()) -> list[str]:
+    """Return the flags equivalent to options as `read_mapping` returns them; None means the default.
+
+    Raises UserError, beginning with `source`, for what no flag can mean. Only options in `paths` may hold bytes that
+    are not text, since Unix has files with such names.
+    """
+    flags = []
     for name, value in options.items():
         words = _words(value)
         if not all(isinstance(word, str) for word in words):
-            raise UserError(f"--config {path}: {name} is not a list of plain values; quote text that contains ': '")
-        not_text = "[\0]" if declared[name].path else "[\0\ud800-\udfff]"  # Unix has files whose names are not text
+            raise UserError(f"{source}: {name} is not a list of plain values; quote text that contains ': '")
+        not_text = "[\0]" if name in paths else "[\0\ud800-\udfff]"
         if any(re.search(not_text, word) for word in words):
-            raise UserError(f"--config {path}: {name} contains a character that is not text: {words!a}")
+            raise UserError(f"{source}: {name} contains a character that is not text: {words!a}")
         if isinstance(value, str):
             flags.append(f"--{name}={value}")
         elif words:
             if flag := next((word for word in words if word.startswith("--")), None):
-                raise UserError(f"--config {path}: {name} contains {flag}, which would be taken for an option")
+                raise UserError(f"{source}: {name} contains {flag}, which would be taken for an option")
             flags += [f"--{name}", *words]
     return flags
 

@@ -17,6 +17,7 @@ from dreambooth.errors import UserError
 from dreambooth.layout import (
     CONFIG_NAME,
     LOCK_NAME,
+    SUMMARY_NAME,
     TRACKERS_NAME,
     checkpoint_step,
     list_checkpoints,
@@ -243,6 +244,7 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
                 shutil.rmtree(path)
             for path in (*result_paths(output, method.weights_name), output / TRACKERS_NAME):
                 remove(path)
+        remove(output / SUMMARY_NAME)  # it is of a finished run
         for path in output.glob(UNFINISHED):  # left by a run that was killed while writing
             remove(path)
         first_step = saved_step(start) if start else 0

@@ -1,0 +1,1 @@
+"""Studies: many ordinary runs that differ in a few options, and what they show together. No run knows of them."""

@@ -1,0 +1,127 @@
+"""One cell of a sweep: its folder, the commands that train and evaluate it, and how it ended."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dreambooth.layout import CONFIG_NAME, SUMMARY_NAME
+from dreambooth.options.base_model import BaseModelOptions
+from dreambooth.options.field import option_names
+from dreambooth.options.yaml_file import flags_of, read_mapping
+from kron_formats.files import write_text
+from studies.grid import Cell
+
+ROOT = Path(__file__).resolve().parents[1]
+LOG_NAME = "sweep.log"  # what the commands printed
+ENDING_NAME = "sweep.json"
+SHARED_NAME = "shared"  # beside the cells: the latents and prompt encodings of all
+SCORES = Path("evaluation", "scores.json")
+SHARED_SEED = "0"  # of class images, so that cells of several seeds can share them
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the commands of a cell ended, the last time that they ran."""
+
+    exit_code: int
+    last_line: str  # of what they printed: the error if there was one
+    command: list[str]  # that trains it
+    began: float  # seconds since 1970
+    seconds: float
+
+
+def train_command(cell: Cell, sweep: Path, processes: int = 1) -> list[str]:
+    """Return the command that trains a cell in its folder, or continues where it was cut off.
+
+    One process needs no `accelerate launch`, which would end at a signal without passing it on.
+    """
+    launch = [sys.executable]
+    if processes > 1:
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+    script, *words = cell.script
+    given = {**_from_config(cell), **cell.options}
+    options = {**_defaults(cell, given, sweep), **cell.options}
+    config = options.pop("config", None)
+    flags = ["--config", config] if config else []
+    flags += flags_of(options, cell.name)
+    return [
+        *launch,
+        script,
+        *words,
+        *flags,
+        "--output_dir",
+        str(sweep / cell.name),
+        "--resume_from_checkpoint",
+        "latest",
+    ]
+
+
+def _from_config(cell: Cell) -> dict[str, Any]:
+    config = cell.options.get("config")
+    return read_mapping(config, f"{cell.name}: config") if config else {}
+
+
+def _defaults(cell: Cell, given: Mapping[str, Any], sweep: Path) -> dict[str, str]:
+    """Return the options by which cells share what they encode and draw, and are found in trackers."""
+    trackers = given.get("report_to", "tensorboard")
+    trackers = trackers if isinstance(trackers, list) else [trackers]
+    wanted = {
+        "cache_latents_to_disk": (str(sweep / SHARED_NAME), given.get("cache_latents") != "off"),
+        "prior_seed": (SHARED_SEED, given.get("class_data_dir") is not None),
+        "tracker_run_name": (cell.name, "none" not in trackers),
+        "tracker_group": (sweep.name, bool({"wandb", "trackio"} & {*trackers})),
+    }
+    return {name: value for name, (value, applies) in wanted.items() if applies and name not in given}
+
+
+def evaluate_command(cell: Cell, sweep: Path, result: str) -> list[str]:
+    """Return the command that scores the result of a trained cell, with the base model and the photos it had."""
+    folder = sweep / cell.name
+    trained: Mapping[str, Any] = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    same = {
+        name: str(trained[name]) for name in (*option_names(BaseModelOptions), "instance_data_dir") if name in trained
+    }
+    options = {**same, **(cell.evaluate or {}), "adapter": str(folder / result)}
+    flags = flags_of(options, f"{cell.name}: evaluate")
+    return [sys.executable, "scripts/evaluate.py", *flags, "--output_dir", str(folder / SCORES.parent)]
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary that a training writes when it is finished; None if it is not, or if the file is damaged."""
+    try:
+        return json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def is_done(cell: Cell, sweep: Path) -> bool:
+    """Whether a cell has all that it is to have."""
+    if cell.evaluate is not None:
+        return (sweep / cell.name / SCORES).exists()
+    return (ending := read_ending(sweep / cell.name)) is not None and ending.exit_code == 0
+
+
+def read_ending(folder: Path) -> Ending | None:
+    """Return how a cell's commands ended; None if they never did."""
+    try:
+        return Ending(**json.loads((folder / ENDING_NAME).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_ending(folder: Path, ending: Ending) -> None:
+    write_text(folder / ENDING_NAME, json.dumps(asdict(ending), indent=1) + os.linesep)
+
+
+def last_line(log: Path) -> str:
+    """Return the last error that a program printed, or, if there is none, its last line."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1]
