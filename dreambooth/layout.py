@@ -2,6 +2,7 @@
 
 OUTPUT_DIR/<method.weights_name>                    the result, for other tools
 OUTPUT_DIR/checkpoint-N/                            after N optimizer steps: training_state.*, run.json, the result
+OUTPUT_DIR/best/                                    with --score_checkpoints, the best result and score.json
 OUTPUT_DIR/samples/step-NNNNNN.png                  sheets of samples
 OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses, learning rate, gradient norm
 OUTPUT_DIR/README.md, config.yaml                   the model card; all options
@@ -20,6 +21,8 @@ METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "training.png"
 LOCK_NAME = ".lock"
 SAMPLES_NAME = "samples"
+BEST_NAME = "best"
+SCORE_NAME = "score.json"
 # In a checkpoint
 TENSORS_NAME = "training_state.safetensors"
 STATE_NAME = "training_state.json"

@@ -283,9 +283,8 @@ def prepare_denoising(
         return None
     width, height = base.rows[0][0].size
     of_class = class_photos or [of_image(image) for image in base.class_images]
-    pictures, class_pictures = (
-        encode_pictures(photos, (height, width), pipeline.vae) if photos else None for photos in (references, of_class)
-    )
+    pictures = encode_pictures(references, (height, width), pipeline.vae)
+    class_pictures = encode_pictures(of_class, (height, width), pipeline.vae) if of_class else None
     process = noise_process(load_scheduler(config), PLAIN)
     return Denoising(pictures, class_pictures, process, config.denoising_pairs, config.batch_size, pipeline.device)
 
