@@ -127,7 +127,7 @@ class Scores:
             evaluating(self.optimizer),
             accelerator.autocast(),
         ):
-            values = {LOSS: self.denoising.scores(self.denoiser).whole}
+            values = {LOSS: self.denoising.scores(self.denoiser).of_subject}
             if (change := self._drift(self.denoising)) is not None:
                 values[DRIFT] = change
             self.progress.note(step, values)

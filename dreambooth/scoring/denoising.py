@@ -36,6 +36,11 @@ class DenoisingScores:
     whole: float
     masked: float | None
 
+    @property
+    def of_subject(self) -> float:
+        """The loss inside the masks, which tells best what was learned; over whole pictures if none has a mask."""
+        return self.whole if self.masked is None else self.masked
+
 
 # ---- what is denoised ----
 

@@ -99,6 +99,7 @@ def test_losses_and_drift_are_those_of_a_plain_loop(kind, prediction_type, pictu
             squares = (prediction - target).square().mean(1, keepdim=True)
             inside.append(((squares * weights).sum() / weights.sum()).item())
     assert len(inside) == 2 and math.isclose(scores.masked, sum(inside) / 2, rel_tol=1e-4)
+    assert scores.of_subject == scores.masked != scores.whole
 
     adapted = [prediction for prediction, *_ in one_by_one(pipeline, pictures[:2], PROMPTS[1], kind)]
     base = build_pipeline(kind, prediction_type)
@@ -132,7 +133,8 @@ def test_without_masks_and_class_pictures_there_is_nothing_to_say(pictures):
     shown = encode_pictures(pictures[:1], SHAPE, pipeline.vae, "lanczos")
     measured = Denoising(shown, None, noise_process(pipeline.scheduler, PLAIN), 2, 2, torch.device("cpu"))
     denoiser = denoiser_of(pipeline, PROMPTS, 75)
-    assert measured.scores(denoiser).masked is None
+    scores = measured.scores(denoiser)
+    assert scores.masked is None and scores.of_subject == scores.whole
     assert drift(measured.class_predictions(denoiser), None) is None
 
 
