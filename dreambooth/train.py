@@ -30,6 +30,7 @@ from dreambooth.report.metrics import save_curves
 from dreambooth.report.opening import opening_line
 from dreambooth.report.progress import Progress
 from dreambooth.report.samples import validate
+from dreambooth.report.scores import Scores, prepare_scores, read_scored
 from dreambooth.report.summary import save_summary
 from dreambooth.runtime.accelerator import start_accelerator
 from dreambooth.runtime.memory import explain_out_of_memory
@@ -56,6 +57,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         check_optimizer(config)
         photos = read_instance_photos(config)
         samples = samples_per_pass(photos, config)
+        references = read_scored(config)
         total_steps = count_steps(samples, config, accelerator.num_processes)
         check_start(start, method, total_steps, config, accelerator)
         check_warmup(config, total_steps)
@@ -79,6 +81,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         run = identify_run(method, start, photos, class_photos, config, accelerator)
         prompts = prompts_of(photos, class_photos, config)
         crops = Crops(photos, class_photos, config)
+        denoising = prepare_scores(references, class_photos, base, process, config)
         moments = cache_moments(crops, base.load_vae, config, accelerator)
         latents_of = latent_source(base, moments is not None, keep_vae=bool(config.validation_prompt))
         encode = prompt_encoder(base, prompts, text_trains, config)
@@ -107,20 +110,24 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         if accelerator.is_main_process:
             print(opening_line(photos, class_photos, samples, first_step, total_steps, ranks, config), flush=True)
         progress = Progress(accelerator, dataset, config, first_step, total_steps)
+        scores = Scores(denoising, base, encode, prompts, attached, optimizer, progress, config)
         show = functools.partial(validate, progress, pipeline, encode, prompts, optimizer, samples, config)
         save = functools.partial(save_checkpoint, accelerator, state, method.weights_name, run, config)
         show(step=first_step)  # also if it resumes: it may have been interrupted while drawing them
         stop.only_between_steps()
         for step in progress.steps(reports):
             stopping = stop.asked()
+            scores.score(step)
             if stopping or step % config.checkpointing_steps == 0:
                 progress.settle_steps()
                 save(step=step, stopping=stopping)
+                scores.keep_best(step, method.weights_name)
             if stopping:
                 progress.close()
                 stop.leave(step)
             show(step=step)
         path = save_result(accelerator, state, method.weights_name, step, config)
+        scores.keep_best(step, method.weights_name, final=True)
         if accelerator.is_main_process:
             save_curves(config)
             save_card(path, attached, family, step, config)

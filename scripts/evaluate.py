@@ -15,6 +15,14 @@ for that: "<dog>" of Textual Inversion, "<new1> dog" of Custom Diffusion; the ba
     prior          of class images: mean DINO cosine to the photos (if it rises, "dog" comes to mean this dog) and
                    diversity, without and with the adapter; mean DINO distance of the two images of a seed
 
+Scores against the photos that were trained on also reward copying them. --reference_dir has other photos of the
+subject; --holdout N takes the last N of --instance_data_dir, if the adapter was trained with --holdout N. Images are
+then compared with these, and the models denoise them, all with the same noise at the same timesteps:
+
+    held-out       mean squared error of the prediction for "a photo of sks dog": lower is better
+    in masks       the same inside the masks of the photos that have one (photo.mask.png)
+    drift          mean squared change of the prediction for class images and their prompt: 0 if the class is intact
+
 These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), whose diversity uses LPIPS distances instead.
 By default DINO is the paper's ViT-S/16, and CLIP is ViT-B/32. The row "photos" compares the photos with each other:
 what a perfect adapter would score. --adapter takes files of every method, which add up as in scripts/generate.py;
@@ -26,9 +34,10 @@ images/MODEL/PROMPT-SEED.png, and sheet.png: the photos, and the models' images 
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +54,26 @@ from dreambooth.options.field import GIVEN, option
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.paths import check_folder
 from dreambooth.runtime.library_warnings import show_library_warnings
-from dreambooth.scoring.subject import PLACEHOLDER, name_subject, prompt_lines, read_subject_photos
+from dreambooth.scoring.subject import (
+    PLACEHOLDER,
+    name_subject,
+    prompt_lines,
+    read_subject_photos,
+    warn_of_trained_photos,
+)
 from dreambooth.wording import counted
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dreambooth.data.references import Reference
+    from dreambooth.scoring.denoising import Denoising, DenoisingScores
     from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores
 
 BASE, ADAPTED = "base", "adapted"
+DENOISING_PAIRS = 64
 SCORES = ("clip_i", "dino", "clip_t", "diversity")
+DENOISING_SCORES = ("whole", "masked")
 COLUMNS = 8  # of the sheet, images
 Prompts = Mapping[str, Sequence[str]]  # model -> the prompts that it draws
 THUMBNAIL = (192, 192)  # px
@@ -63,7 +84,24 @@ GAP = (16, 192)  # px, between the models
 class Config(AdaptedModelOptions, DrawingOptions):
     """What to score, on which prompts, and with which models."""
 
-    instance_data_dir: str = option("Folder with the photos of the subject to compare images with.", path=True)
+    instance_data_dir: str | None = option(
+        "Folder with the photos of the subject that were trained on, to compare images with.", None, path=True
+    )
+    reference_dir: str | None = option(
+        "Folder with other photos of the subject, to compare images with instead, and to denoise. Default: none.",
+        None,
+        path=True,
+    )
+    holdout: int = option(
+        "Compare with the last photos of instance_data_dir, as many as training kept out, and denoise them.",
+        0,
+        at_least=0,
+    )
+    denoising_pairs: int = option(
+        "Pairs of noise and timestep with which photos that were not trained on are denoised; 0 skips it.",
+        DENOISING_PAIRS,
+        at_least=0,
+    )
     instance_token: str | None = option(
         "Rare token that the adapter was trained with. Default: the new word of the adapter, or else sks.", None
     )
@@ -78,6 +116,12 @@ class Config(AdaptedModelOptions, DrawingOptions):
     num_class_images: int = option(
         "Class images per model; 0 skips the prior.", 16, at_least=0, needs={"adapter": GIVEN}
     )
+    class_data_dir: str | None = option(
+        "Folder with the class images on which drift is measured. Default: those that the base model draws.",
+        None,
+        path=True,
+        needs={"adapter": GIVEN},
+    )
     clip_model: str = option(
         "CLIP to score with: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32", hub=True
     )
@@ -91,6 +135,27 @@ class Config(AdaptedModelOptions, DrawingOptions):
             raise UserError("give either --prompts, a file, or --prompt")
         if not self.class_noun.strip():
             raise UserError("--class_noun is empty; it says what the subject is, for example dog")
+        if self.instance_data_dir is None and self.reference_dir is None:
+            raise UserError("--instance_data_dir or --reference_dir, a folder with photos of the subject, is required")
+        if self.holdout and self.reference_dir is not None:
+            raise UserError("--holdout and --reference_dir both say which photos were not trained on; use one of them")
+        if not self.has_references:
+            for name in ("class_data_dir", "denoising_pairs"):
+                if getattr(self, name) not in (getattr(type(self), name), 0):
+                    raise UserError(f"--{name} needs photos that were not trained on: --reference_dir or --holdout")
+
+    @property
+    def has_references(self) -> bool:
+        """Whether there are photos that were not trained on."""
+        return bool(self.holdout) or self.reference_dir is not None
+
+    @property
+    def compared_with(self) -> str:
+        """What the images are compared with, in words."""
+        if self.reference_dir is not None:
+            return f"not trained on, in {self.reference_dir}"
+        held_out = f"held out (--holdout {self.holdout}), " if self.holdout else ""
+        return f"{held_out}in {self.instance_data_dir}"
 
 
 @dataclass(frozen=True)
@@ -108,6 +173,7 @@ class Results:
     photos: "PhotoScores"
     models: "dict[str, PromptScores]"
     prior: "PriorDrift | None"
+    denoising: "dict[str, DenoisingScores]"  # of each model; empty if it was not measured
 
 
 def main() -> None:
@@ -116,8 +182,10 @@ def main() -> None:
     sources, prompts = zip(*named_prompts(config))
     if without := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
-    photos = read_subject_photos(config.instance_data_dir)
-    print(f"Comparing with {counted(len(photos), 'photo')} in {config.instance_data_dir}", flush=True)
+    references = read_untrained(config)
+    class_photos = read_class_folder(config)
+    photos = [photo.image for photo in references] or read_subject_photos(config.instance_data_dir or "")
+    print(f"Comparing with {counted(len(photos), 'photo')} {config.compared_with}", flush=True)
 
     show_library_warnings()
 
@@ -134,6 +202,7 @@ def main() -> None:
         read_adapters,
     )
     from dreambooth.drawing.words import subject_phrase
+    from dreambooth.scoring.denoising import drift
     from dreambooth.scoring.embeddings import load_evaluators
     from dreambooth.scoring.measures import score_images, score_photos, score_prior
     from dreambooth.tokens import warn_of_cut_prompts
@@ -141,46 +210,53 @@ def main() -> None:
 
     adapters = read_adapters(config, READERS)
     files = [adapter.matched.file for adapter in adapters]
-    subject = subject_phrase(files, config.instance_token, config.class_noun)
-    texts = name_subject(prompts, config.class_noun)
-    named = dict.fromkeys((BASE, ADAPTED), name_subject(prompts, subject))
+    warn_of_trained_photos({file.path.name: file.own_metadata for file in files}, config.holdout)
+    subjects = dict.fromkeys((BASE, ADAPTED), subject_phrase(files, config.instance_token, config.class_noun))
     if any(file.words for file in files):
-        named[BASE] = texts  # the base model does not have the words
+        subjects[BASE] = config.class_noun  # the base model does not have the words
+    named = {model: name_subject(prompts, subject) for model, subject in subjects.items()}
+    texts = name_subject(prompts, config.class_noun)
     drawn_texts = [*zip(sources, named[ADAPTED]), ("--class_prompt", class_prompt(config))]
     drawn_texts += [("--negative_prompt", config.negative_prompt)]
     tokenizers = adapted_tokenizers(config, adapters)
-    warn_of_cut_prompts(drawn_texts, tokenizers.values(), config.max_token_length, subject)
+    warn_of_cut_prompts(drawn_texts, tokenizers.values(), config.max_token_length, subjects[ADAPTED])
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
     evaluators.warn_of_cut_texts(zip(sources, texts))
 
-    def draw_with(pipeline: Any, model: str) -> Drawn:
+    def ready(pipeline: Any) -> Any:
         if "safety_checker" in pipeline.components:  # or black images would be scored
             pipeline.register_modules(safety_checker=None)
         pipeline.set_progress_bar_config(disable=True)
         prepare_drawing(pipeline.to(device), READERS, config)
-        return draw(pipeline, named[model], model, config)
+        return pipeline
 
-    pipeline = load_base_pipeline(config, DTYPES[config.dtype])
-    drawn = {BASE: draw_with(pipeline, BASE)}
-    if change_weights(adapters):
-        del pipeline
-        drawn[ADAPTED] = draw_with(load_pipeline_with(adapters, config, READERS), ADAPTED)
-    elif adapters:
-        add_adapters(pipeline, adapters, READERS)
-        drawn[ADAPTED] = draw_with(pipeline, ADAPTED)
+    pipeline = ready(load_base_pipeline(config, DTYPES[config.dtype]))
+    drawn = {BASE: draw(pipeline, named[BASE], BASE, config)}
+    denoising = prepare_denoising(pipeline, references, class_photos, drawn[BASE], config)
+    denoised = {BASE: denoise(denoising, pipeline, BASE, subjects[BASE], config)} if denoising else {}
+    if adapters:
+        if change_weights(adapters):
+            del pipeline
+            pipeline = load_pipeline_with(adapters, config, READERS)
+        else:
+            add_adapters(pipeline, adapters, READERS)
+        drawn[ADAPTED] = draw(ready(pipeline), named[ADAPTED], ADAPTED, config)
+        denoised |= {ADAPTED: denoise(denoising, pipeline, ADAPTED, subjects[ADAPTED], config)} if denoising else {}
 
     scores = {model: score_images(images.rows, photos, texts, evaluators) for model, images in drawn.items()}
     prior = None
     if adapters and config.num_class_images:
         prior = score_prior(drawn[BASE].class_images, drawn[ADAPTED].class_images, photos, evaluators)
-    results = Results(score_photos(photos, evaluators), scores, prior)
+        prior = replace(prior, drift=drift(*(of_class for _, of_class in denoised.values())) if denoised else None)
+    losses = {model: loss for model, (loss, _) in denoised.items()}
+    results = Results(score_photos(photos, evaluators), scores, prior, losses)
 
     output = Path(config.output_dir)
     write_json(output / "scores.json", named, texts, results, config)
     write_csv(output / "scores.csv", named, texts, results)
     contact_sheet(photos, named[ADAPTED], drawn, config).save(output / "sheet.png")
-    print(table(results))
+    print(table(results, config))
     print(f"Wrote {output / 'scores.json'}, scores.csv, sheet.png and images")
 
 
@@ -191,6 +267,69 @@ def named_prompts(config: Config) -> list[tuple[str, str]]:
             (f"--prompts {config.prompts}, line {line}", text) for line, text in prompt_lines(config.prompts).items()
         ]
     return [(f"--prompt, number {number}", text) for number, text in enumerate(config.prompt, 1)]
+
+
+def read_untrained(config: Config) -> "list[Reference]":
+    """Return the photos that were not trained on, none without --reference_dir and --holdout."""
+    from dreambooth.data.references import read_references, refuse_trained
+
+    if config.reference_dir is not None:
+        references = read_references(config.reference_dir, "--reference_dir")
+        if config.instance_data_dir is not None:
+            refuse_trained(references, read_references(config.instance_data_dir, "--instance_data_dir"))
+        return references
+    if config.holdout:
+        return read_references(config.instance_data_dir or "", "--instance_data_dir", config.holdout)
+    return []
+
+
+def read_class_folder(config: Config) -> "list[Reference]":
+    """Return the class images of --class_data_dir, none without it."""
+    from dreambooth.data.references import read_references
+
+    photos = [] if config.class_data_dir is None else read_references(config.class_data_dir, "--class_data_dir")
+    return photos[: config.num_class_images]
+
+
+# ---- denoising ----
+
+
+def prepare_denoising(
+    pipeline: Any, references: "Sequence[Reference]", class_photos: "Sequence[Reference]", base: "Drawn", config: Config
+) -> "Denoising | None":
+    """Return what the models denoise: references and class images, in the size of what `base` has drawn."""
+    from dreambooth.base_model.process import noise_process
+    from dreambooth.base_model.source import load_scheduler
+    from dreambooth.data.references import of_image
+    from dreambooth.scoring.denoising import PLAIN, Denoising, encode_pictures
+
+    if not (references and config.denoising_pairs):
+        return None
+    width, height = base.rows[0][0].size
+    of_class = class_photos or [of_image(image) for image in base.class_images]
+    pictures = encode_pictures(references, (height, width), pipeline.vae)
+    class_pictures = encode_pictures(of_class, (height, width), pipeline.vae) if of_class else None
+    process = noise_process(load_scheduler(config), PLAIN)
+    return Denoising(pictures, class_pictures, process, config.denoising_pairs, config.batch_size, pipeline.device)
+
+
+def denoise(
+    denoising: "Denoising", pipeline: Any, model: str, subject: str, config: Config
+) -> "tuple[DenoisingScores, Tensor | None]":
+    """Return a model's losses on the references, and its predictions for the class.
+
+    Raises UserError if they are not finite.
+    """
+    from dreambooth.scoring.denoising import denoiser_of
+
+    prompts = [f"a photo of {subject}", class_prompt(config)]
+    denoiser = denoiser_of(pipeline, prompts, config.max_token_length)
+    scores = denoising.scores(denoiser)
+    if not math.isfinite(scores.whole):
+        raise UserError(
+            f"what the {model} model predicts for held-out photos is not finite in --dtype {config.dtype}; try fp32"
+        )
+    return scores, denoising.class_predictions(denoiser)
 
 
 # ---- drawing ----
@@ -227,8 +366,10 @@ def write_json(path: Path, prompts: Prompts, texts: Sequence[str], results: Resu
     for model, scores in results.models.items():
         means = asdict(scores)
         by_prompt = [{"prompt": p, "text": t} | row for p, t, row in zip(prompts[model], texts, means.pop("by_prompt"))]
-        models[model] = means | {"by_prompt": by_prompt}
+        denoising = {"denoising": asdict(losses)} if (losses := results.denoising.get(model)) else {}
+        models[model] = means | denoising | {"by_prompt": by_prompt}
     report = asdict(results) | {"models": models}
+    del report["denoising"]  # it is with the models
     text = json.dumps({"settings": asdict(config)} | report, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -236,17 +377,22 @@ def write_json(path: Path, prompts: Prompts, texts: Sequence[str], results: Resu
 def write_csv(path: Path, prompts: Prompts, texts: Sequence[str], results: Results) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["model", "prompt", "text", *SCORES])
+        columns = [f"denoising_{name}" for name in DENOISING_SCORES] if results.denoising else []
+        writer.writerow(["model", "prompt", "text", *SCORES, *columns])
         for model, scores in results.models.items():
             for prompt, text, row in zip(prompts[model], texts, scores.by_prompt):
-                writer.writerow([model, prompt, text, *(getattr(row, name) for name in SCORES)])
+                values = [getattr(row, name) for name in SCORES]
+                if results.denoising:  # of the model, whatever the prompt
+                    values += [getattr(results.denoising[model], name) for name in DENOISING_SCORES]
+                writer.writerow([model, prompt, text, *values])
 
 
 def contact_sheet(
     photos: Sequence[Image.Image], prompts: Sequence[str], drawn: Mapping[str, Drawn], config: Config
 ) -> Image.Image:
     """Return a sheet: a row of photos, and for each prompt a row of both models' images of the same seeds."""
-    rows, labels = [photos[:COLUMNS]], ["photos"]
+    rows = [photos[:COLUMNS]]
+    labels = ["photos that were not trained on" if config.has_references else "photos"]
     models = " | ".join(drawn)
     for number, prompt in enumerate(prompts):
         rows.append(side_by_side([images.rows[number] for images in drawn.values()]))
@@ -264,24 +410,29 @@ def side_by_side(groups: Sequence[Sequence[Image.Image]]) -> list[Image.Image]:
     return row[:-1]
 
 
-def table(results: Results) -> str:
-    """Return the means as a table in plain text."""
-    head = "".join(f"{name:>11}" for name in ("CLIP-I", "DINO", "CLIP-T", "diversity"))
-    lines = [f"{'':8}{head}"]
-    for name, scores in {"photos": results.photos, **results.models}.items():
-        lines.append(f"{name:8}" + "".join(f"{number(getattr(scores, score, None)):>11}" for score in SCORES))
+def table(results: Results, config: Config) -> str:
+    """Return the means as a table in plain text. The row of the photos says if they were not trained on."""
+    columns = ["CLIP-I", "DINO", "CLIP-T", "diversity"] + ["held-out", "in masks"] * bool(results.denoising)
+    lines = [f"{'':8}" + "".join(f"{name:>11}" for name in columns)]
+    photos = "held out" if config.has_references else "photos"
+    for name, scores in {photos: results.photos, **results.models}.items():
+        cells = [number(getattr(scores, score, None)) for score in SCORES]
+        if (losses := results.denoising.get(name)) is not None:
+            cells += [number(getattr(losses, score), 4) for score in DENOISING_SCORES]
+        lines.append(f"{name:8}" + "".join(f"{cell:>11}" for cell in cells))
     if prior := results.prior:
         lines += [
             "prior, base -> adapted: "
             f"DINO to the photos {number(prior.similarity_before)} -> {number(prior.similarity_after)}, "
             f"diversity {number(prior.diversity_before)} -> {number(prior.diversity_after)}, "
             f"distance at one seed {number(prior.distance)}"
+            + (f", drift {number(prior.drift, 4)}" if prior.drift is not None else "")
         ]
     return "\n".join(lines)
 
 
-def number(score: float | None) -> str:
-    return "-" if score is None else f"{score:.3f}"
+def number(score: float | None, digits: int = 3) -> str:
+    return "-" if score is None else f"{score:.{digits}f}"
 
 
 if __name__ == "__main__":

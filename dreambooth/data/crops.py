@@ -42,6 +42,23 @@ class Crop:
         return pixels[:, ::-1] if self.mirrored else pixels
 
 
+def central_crop(original_size: Size, shape: Size) -> Crop:
+    """Return the largest central part of a photo of this size that has the proportions of `shape`, as `shape`."""
+    resized = cover(original_size, shape)
+    top, left = ((side - wanted) // 2 for side, wanted in zip(resized, shape))
+    return Crop(False, 0, resized, (top, left), shape, False)
+
+
+def pixel_values(pixels: np.ndarray) -> Tensor:
+    """Return what the VAE encodes, (3, height, width) fp32 in [-1, 1], of pixels (height, width, 3) uint8."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def share_inside(mask: np.ndarray) -> Tensor:
+    """Return how far each pixel is inside a mask, (1, height, width) fp32 from 0 to 1, of (height, width) uint8."""
+    return torch.from_numpy(mask.copy())[None].float() / 255
+
+
 class Crops:
     """The crops of a run's photos: a different one for each sample, unless crops are fixed."""
 
@@ -96,12 +113,12 @@ class Crops:
 
     def pixel_values(self, crop: Crop) -> Tensor:
         """Return what a crop shows, (3, height, width) fp32 in [-1, 1]."""
-        return torch.from_numpy(self.pixels(crop).copy()).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+        return pixel_values(self.pixels(crop))
 
     def loss_weights(self, crop: Crop) -> Tensor | None:
         """Return the weight of the loss at every pixel (1, height, width), or None if the photo has no mask."""
         mask = self.photo(crop).mask
         if mask is None:
             return None
-        inside = torch.from_numpy(crop.cut(mask, "bilinear").copy())[None].float() / 255
+        inside = share_inside(crop.cut(mask, "bilinear"))
         return inside + self.config.unmasked_weight * (1 - inside)

@@ -187,9 +187,17 @@ def build_loader(
     )
 
 
+def scored_prompts(config: TrainingConfig) -> list[str]:
+    """Return the prompts under which checkpoints are scored: of the subject, then of the class if there is one."""
+    if not config.score_checkpoints:
+        return []
+    return [config.instance_prompt, *([] if config.class_prompt is None else [config.class_prompt])]
+
+
 def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
     """Return every prompt of a run once, in order of first use, always including the empty prompt."""
     prompts = [photo.prompt for photo in (*photos, *class_photos)]
     if config.uses_base_model_prior:
         prompts += [photo.class_prompt for photo in photos if photo.class_prompt is not None]
+    prompts += scored_prompts(config)
     return list(dict.fromkeys([*prompts, *config.validation_prompt, ""]))

@@ -3,7 +3,7 @@
 import functools
 import io
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from PIL import Image
 
 from dreambooth.data.captions import caption_of, read_captions, warn_of_lines
 from dreambooth.data.folder import TABLES, Folder, NoPhotosError, find_photos
+from dreambooth.data.holdout import hold_out
 from dreambooth.data.images import (
     Picture,
     decode_picture,
@@ -65,7 +66,7 @@ class Photo:
 
 
 def read_instance_photos(config: ImageOptions) -> list[Photo]:
-    """Return the photos of the subject, from a folder or a dataset. Raises UserError if none is readable."""
+    """Return the photos to train on, from a folder or a dataset. Raises UserError if none is readable."""
     if config.dataset_name is not None:
         photos = _read_dataset(config.dataset_name, config)
     else:
@@ -74,7 +75,9 @@ def read_instance_photos(config: ImageOptions) -> list[Photo]:
         folder = find_photos(config.instance_data_dir, "--instance_data_dir", as_kohya_counts)
         if config.caption_column is not None and not folder.tables:
             raise UserError(f"--caption_column {config.caption_column}: {folder.source} has no {' or '.join(TABLES)}")
-        photos = _read_folder(folder, config.instance_prompt, instance_size, config)
+        trained, held_out = hold_out(folder.photos, config.holdout, folder.source)
+        _say_held_out([path.name for path in held_out], folder.source)
+        photos = _read_folder(folder, trained, config.instance_prompt, instance_size, config)
     if not config.uses_base_model_prior and any(photo.class_prompt != config.class_prompt for photo in photos):
         logger.warning("Class prompts of single photos are only used with --prior_source base_model")
     warn_of_prompts(
@@ -92,7 +95,7 @@ def read_class_photos(config: ImageOptions) -> list[Photo]:
     """
     assert config.class_data_dir is not None and config.class_prompt is not None  # PriorOptions.check
     folder = find_photos(config.class_data_dir, "--class_data_dir", "--class_prompt {prompt}")
-    photos = _read_folder(folder, config.class_prompt, class_size, config, config.num_class_images)
+    photos = _read_folder(folder, folder.photos, config.class_prompt, class_size, config, config.num_class_images)
     warn_of_class_captions({photo.path.name: photo.prompt for photo in photos if photo.captioned}, config)
     return photos
 
@@ -101,9 +104,14 @@ def read_class_photos(config: ImageOptions) -> list[Photo]:
 
 
 def _read_folder(
-    folder: Folder, prompt: str, size: TrainingSize, config: ImageOptions, at_most: int | None = None
+    folder: Folder,
+    paths: Sequence[Path],
+    prompt: str,
+    size: TrainingSize,
+    config: ImageOptions,
+    at_most: int | None = None,
 ) -> list[Photo]:
-    """Return the readable photos in a folder in the order of their names; `prompt` is for those without a caption."""
+    """Return those photos of a folder that are readable, in their order; `prompt` is for those without a caption."""
     captions, held = read_captions(folder, config), Held()
 
     def read(path: Path) -> Photo:
@@ -114,7 +122,13 @@ def _read_folder(
         held.add(photo.stored)
         return replace(photo, captioned=caption.text is not None)
 
-    return readable(((path.name, path) for path in folder.photos), read, folder.source, at_most)
+    return readable(((path.name, path) for path in paths), read, folder.source, at_most)
+
+
+def _say_held_out(names: Sequence[str], source: str) -> None:
+    """Log which photos are not trained on, if there are any."""
+    if names:
+        logger.info("%s: held out, not trained on (--holdout %d): %s", source, len(names), shortlist(names))
 
 
 def readable(
@@ -172,7 +186,9 @@ def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
         held.add(photo.stored)
         return replace(photo, captioned=caption.text is not None)
 
-    photos = readable(((f"row {number}", number) for number in range(len(dataset))), read, source)
+    trained, held_out = hold_out(range(len(dataset)), config.holdout, source)
+    _say_held_out([f"row {number}" for number in held_out], source)
+    photos = readable(((f"row {number}", number) for number in trained), read, source)
     warn_of_lines(several_lines, source)
     return photos
 

@@ -23,7 +23,7 @@ def embedding_arguments(
     Each prompt is encoded alone, so that its images do not depend on the others. Without a negative prompt, None, its
     embeddings are those of the empty one, or zero if the base model was trained that way.
     """
-    family = _family_of(pipeline)
+    family = family_of(pipeline)
 
     def encode(text: str | None) -> dict[str, Tensor]:
         embeddings = family.encode_prompts(pipeline, [text or ""], max_token_length)
@@ -39,7 +39,7 @@ def embedding_arguments(
     return arguments
 
 
-def _family_of(pipeline: Any) -> Family:
+def family_of(pipeline: Any) -> Family:
     """Return the family that has the pipeline's text encoders. Raises UserError if there is none."""
     encoders = {part for part in pipeline.components if part.startswith("text_encoder")}
     for family in FAMILIES:

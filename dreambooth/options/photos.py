@@ -42,6 +42,11 @@ class PhotoOptions:
     caption_dropout_probability: float = option(
         "Fraction of samples trained with an empty prompt, 0 to 1.", 0.0, at_least=0, at_most=1
     )
+    holdout: int = option(
+        "Photos to keep out of training, for scripts/evaluate.py: the last ones in the order of their names, or rows.",
+        0,
+        at_least=0,
+    )
     repeats: int = option("How often each photo occurs in one pass over the photos.", 1, at_least=1)
     unmasked_weight: float = option("Weight of the loss outside a photo's mask; 1 inside.", 0.0, at_least=0)
     resolution: int = option("Side of the training images, px. A multiple of 8.", 512, at_least=8, multiple_of=8)

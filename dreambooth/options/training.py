@@ -12,6 +12,7 @@ from dreambooth.options.base_model import FrozenModelOptions
 from dreambooth.options.data import DataOptions, ImageOptions
 from dreambooth.options.drawing import SampleOptions
 from dreambooth.options.output import OutputOptions, ReportOptions
+from dreambooth.options.scores import ScoreOptions
 from dreambooth.options.steps import OptimizerOptions, RuntimeOptions
 
 
@@ -24,6 +25,7 @@ class TrainingConfig(
     RuntimeOptions,
     OutputOptions,
     SampleOptions,
+    ScoreOptions,
     ReportOptions,
 ):
     """Options of every training run, with Stable Diffusion's defaults."""
@@ -33,6 +35,13 @@ class TrainingConfig(
             folder = getattr(self, name)
             if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
                 raise UserError(f"--{name} {folder} is a file; choose another folder")
+        if self.score_checkpoints and self.reference_dir is None:
+            if not self.holdout:
+                raise UserError(
+                    "--score_checkpoints needs photos that are not trained on: --holdout or --reference_dir"
+                )
+            if self.dataset_name is not None:
+                raise UserError("--score_checkpoints needs --reference_dir if the photos are from --dataset_name")
         if self.class_data_dir is None or self.instance_data_dir is None:
             return
         if Path(self.class_data_dir).resolve() == Path(self.instance_data_dir).resolve():

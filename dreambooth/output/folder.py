@@ -30,6 +30,7 @@ from dreambooth.options.output import OutputOptions
 from dreambooth.options.steps import BatchOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
+from dreambooth.output.best import drop_best
 from dreambooth.output.checkpoint import latest_checkpoint, saved_step, tidy_checkpoints, verify_checkpoint
 from dreambooth.output.identity import refuse_other_options
 from dreambooth.output.result import result_step
@@ -230,7 +231,7 @@ def _not_before(start: Path | None, output: Path) -> list[Path]:
 
 
 def prepare_output(method: Method, config: TrainingConfig, start: Path | None, accelerator: Accelerator) -> None:
-    """Write config.yaml, and remove samples of later steps than the one that the run continues from.
+    """Write config.yaml, and remove samples and the best of later steps than the one that the run continues from.
 
     With --overwrite_output_dir, also remove the checkpoints that do not lead to that step, their result, and what
     trackers call that run.
@@ -248,6 +249,7 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
         for path in output.glob(UNFINISHED):  # left by a run that was killed while writing
             remove(path)
         first_step = saved_step(start) if start else 0
+        drop_best(output, first_step)
         if start is not None and _is_in(output, start):
             tidy_checkpoints(output, first_step, config)
         for path in list_sheets(output):

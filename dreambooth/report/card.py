@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 from dreambooth.errors import warn_only
 from dreambooth.family import Family
-from dreambooth.layout import CARD_NAME, CONFIG_NAME, CURVES_NAME, SAMPLES_NAME, list_sheets, result_paths
+from dreambooth.layout import BEST_NAME, CARD_NAME, CONFIG_NAME, CURVES_NAME, SAMPLES_NAME, list_sheets, result_paths
 from dreambooth.markdown import code
 from dreambooth.method import Attached, Description, Group
 from dreambooth.options.drawing import PriorOptions
@@ -20,6 +20,7 @@ from dreambooth.options.output import ReportOptions
 from dreambooth.options.prompts import CHUNK_LENGTH
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import shared_yaml
+from dreambooth.output.best import LOSS, read_best
 from kron_formats.files import write_text
 from kron_formats.paths import is_hub_name, shared_name
 
@@ -77,6 +78,11 @@ def _body(
     if config.max_token_length > CHUNK_LENGTH:
         parts.append(_long_prompts(config.max_token_length))
     parts += [f"## The {description.noun}", *description.contents, "## Training", _settings(groups, steps, config)]
+    if best := read_best(Path(config.output_dir)):
+        parts.append(
+            f"`{BEST_NAME}/` has the result of step {best['step']:,}, whose loss on photos that were not trained on is "
+            f"{best[LOSS]:.4f}: {best['rule']}."
+        )
     if (Path(config.output_dir) / CURVES_NAME).exists():
         parts.append(f"![Loss, learning rate and gradient norm]({CURVES_NAME})")
     return "\n\n".join(parts) + "\n"

@@ -90,6 +90,12 @@ class Progress:
             self.metrics.append({"step": step, **values})
         log_values(self.accelerator, values, step)
 
+    def note(self, step: int, values: dict[str, float]) -> None:
+        """Report more numbers of a step that was reported, in a line of their own."""
+        if self.metrics is not None:
+            self.metrics.append({"step": step, **values})
+        log_values(self.accelerator, values, step)
+
     def _tolerate(self, step: int, values: dict[str, float]) -> None:
         """Warn of a skipped step, one that was not finite; raise UserError if there are more than --skip_nonfinite."""
         self.skipped += 1

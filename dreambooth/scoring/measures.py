@@ -54,6 +54,7 @@ class PriorDrift:
     diversity_before: float | None
     diversity_after: float | None
     distance: float
+    drift: float | None = None  # of predictions; see dreambooth/scoring/denoising.py
 
 
 def score_images(

@@ -206,6 +206,53 @@ def test_images_that_a_safety_checker_would_blacken_are_scored(run_main, options
     assert len(images) == 6 and all(pixels(path).any() for path in images)
 
 
+def test_held_out_photos_are_compared_with_and_denoised(
+    run_main, options, adapter, photos, tiny_clip, tiny_dino, tmp_path, monkeypatch, capsys
+):
+    sheets = []
+    draw_sheet = evaluate.draw_sheet
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
+    run_main(evaluate, **options | {"prompt": PROMPTS[:1]}, adapter=adapter, holdout=1, denoising_pairs=4)
+    output, judge, scores = options["output_dir"], Judge(tiny_clip, tiny_dino), report(options)
+    held_out = sorted(photos.iterdir())[-1:]
+    drawn = [output / "images" / "adapted" / f"00-{seed}.png" for seed in range(3)]
+    assert close(scores["models"]["adapted"]["dino"], judge.likeness(drawn, held_out))
+    losses = {model: scores["models"][model]["denoising"] for model in ("base", "adapted")}
+    assert losses["base"]["whole"] > 0 and losses["base"]["whole"] != losses["adapted"]["whole"]
+    assert losses["base"]["masked"] is None and scores["prior"]["drift"] > 0
+    rows = list(csv.DictReader((output / "scores.csv").open()))
+    assert [float(row["denoising_whole"]) for row in rows] == [loss["whole"] for loss in losses.values()]
+    assert sheets[0][1][0] == "photos that were not trained on"
+    printed = capsys.readouterr().out
+    assert "1 photo held out (--holdout 1), in " in printed and "\nheld out" in printed and "\nphotos" not in printed
+    assert f"{losses['adapted']['whole']:.4f}" in printed and f"drift {scores['prior']['drift']:.4f}" in printed
+
+    # The same photo as a folder of its own, with a mask, and the base model's own class images as a folder
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "held-out.png").write_bytes(held_out[0].read_bytes())
+    Image.new("L", (128, 128), 255).save(other / "held-out.mask.png")
+    classes = tmp_path / "class"
+    classes.mkdir()
+    for path in (output / "images" / "base").glob("class-*.png"):
+        (classes / path.name).write_bytes(path.read_bytes())
+    again = options | {"output_dir": tmp_path / "again", "prompt": PROMPTS[:1], "instance_data_dir": None}
+    again = {name: value for name, value in again.items() if value is not None}
+    shared = {"reference_dir": other, "class_data_dir": classes, "denoising_pairs": 4}
+    run_main(evaluate, **again, adapter=adapter, **shared)
+    scores = report(again)
+    for model, loss in losses.items():
+        denoised = scores["models"][model]["denoising"]
+        assert denoised["whole"] == loss["whole"] and math.isclose(denoised["masked"], loss["whole"], rel_tol=1e-5)
+    assert scores["prior"]["drift"] == json.loads((output / "scores.json").read_text())["prior"]["drift"]
+
+
+def test_a_reference_that_was_trained_on_is_refused(run_main, options, photos, monkeypatch):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("it loaded"))
+    with pytest.raises(ValueError, match="--reference_dir: 00.png is the same picture as 00.png in --instance_data"):
+        run_main(evaluate, **options, reference_dir=photos)
+
+
 def test_the_prior_can_be_left_out(run_main, options, adapter):
     run_main(evaluate, **options | {"num_class_images": 0}, adapter=adapter)
     assert report(options)["prior"] is None
@@ -244,6 +291,9 @@ def test_the_sheet_shows_photos_and_for_each_prompt_the_models_side_by_side(run_
         ({"prompt": ["a {} here", "a photo"]}, r"the prompt 'a photo' has no \{\}, which stands for the subject"),
         ({"clip_model": "empty"}, "--clip_model empty is not a CLIP model: "),
         ({"dino_model": "nowhere"}, "--dino_model nowhere is not a DINO model: "),
+        ({"reference_dir": "nowhere"}, "--reference_dir nowhere: there is no such folder"),
+        ({"holdout": 3}, "--holdout 3: --instance_data_dir .* has 3 photos"),
+        ({"holdout": 1, "class_data_dir": "empty"}, "--class_data_dir empty: there is no readable image"),
         ({"adapter": "none.txt"}, "none.txt"),
         ({"pretrained_model_name_or_path": "nowhere"}, "nowhere is not a base model"),
     ],
@@ -270,6 +320,11 @@ def test_what_is_wrong_is_refused_before_the_base_model_loads(run_main, options,
         ({"num_inference_steps": 0}, "--num_inference_steps is 0"),
         ({"seed": -1}, "--seed is -1"),
         ({"class_noun": " "}, "--class_noun is empty"),
+        ({"instance_data_dir": None}, "--instance_data_dir or --reference_dir"),
+        ({"holdout": 1, "reference_dir": "other"}, "--holdout and --reference_dir"),
+        ({"holdout": -1}, "--holdout is -1"),
+        ({"denoising_pairs": 8}, "--denoising_pairs needs"),
+        ({"class_data_dir": "class"}, "--class_data_dir needs"),
         ({"class_noun": None}, "--class_noun"),
     ],
 )

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreambooth.data.images import read_image
 from dreambooth.data.photos import NoPhotosError, read_class_photos, read_instance_photos
+from dreambooth.data.references import read_references
 from dreambooth.data.sizes import buckets, shape_of
 from dreambooth.errors import UserError
 from dreambooth.options.training import TrainingConfig
@@ -72,6 +73,28 @@ def test_photos_are_turned_upright(tmp_path, orientation, mode, suffix, how):
     path = tmp_path / f"photo{suffix}"
     Image.fromarray(STORED[orientation]).convert(mode).save(path, exif=exif, **how)
     np.testing.assert_allclose(np.asarray(read_image(path)), UPRIGHT, atol=2 if suffix == ".jpg" else 0)
+
+
+@pytest.mark.parametrize("damaged", [None, 0, 3])
+def test_the_last_photos_are_held_out_readable_or_not(tmp_path, caplog, damaged):
+    for number in range(4):
+        row("RGB", RED).resize((20, 20)).save(tmp_path / f"{number}.png")
+    if damaged is not None:
+        (tmp_path / f"{damaged}.png").write_bytes(b"damaged")
+    with caplog.at_level("INFO"):
+        names = [photo.path.name for photo in read(tmp_path, holdout=2)]
+    assert names == (["1.png"] if damaged == 0 else ["0.png", "1.png"])
+    assert "--holdout 2): 2.png, 3.png" in caplog.text
+    held_out = [photo.path.name for photo in read_references(str(tmp_path), "--instance_data_dir", 2)]
+    assert held_out == (["2.png"] if damaged == 3 else ["2.png", "3.png"])
+
+
+def test_at_least_one_photo_has_to_be_left_to_train_on(tmp_path):
+    for number in range(2):
+        row("RGB", RED).resize((20, 20)).save(tmp_path / f"{number}.png")
+    assert len(read(tmp_path, holdout=1)) == 1
+    with pytest.raises(UserError, match="--holdout 2: --instance_data_dir .* has 2 photos"):
+        read(tmp_path, holdout=2)
 
 
 def png_chunk(name, content):

@@ -22,7 +22,7 @@ from dreambooth.scoring.embeddings import (
     pairwise_diversity,
 )
 from dreambooth.scoring.measures import Scores, score_images, score_photos, score_prior
-from dreambooth.scoring.subject import name_subject, read_prompts, read_subject_photos
+from dreambooth.scoring.subject import name_subject, read_prompts, read_subject_photos, warn_of_trained_photos
 from tests.conftest import ROOT
 from tests.safety import add_safety_checker
 
@@ -316,3 +316,10 @@ def test_images_that_a_safety_checker_rejects_are_black_and_others_as_without_it
     checked = draw_images(sd, [0, 1, 2], 2, **options)
     black = Image.new("RGB", (64, 64))
     assert black not in plain and checked == ([black] * 3 if rejected else plain)
+
+
+def test_an_adapter_that_was_trained_on_the_held_out_photos_is_warned_of(caplog):
+    files = {"kept.safetensors": '{"holdout": 2}', "old.safetensors": "{}", "bare.safetensors": "", "odd": "[1"}
+    warn_of_trained_photos({name: {"config": config} for name, config in files.items()}, 2)
+    (record,) = caplog.records
+    assert "--holdout 2: old.safetensors was trained with --holdout 0" in record.getMessage()

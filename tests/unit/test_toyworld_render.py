@@ -15,7 +15,17 @@ from PIL import Image
 from toyworld.backgrounds import BACKGROUNDS, VARIANTS, background
 from toyworld.objects import CLASSES, EMBLEMS, EYES, character
 from toyworld.render import POSES, covering_pairs, render, render_with_mask
-from toyworld.subjects import BUNDLED, ONE_SHOT, SUBJECTS, photo_scenes, prompts, questions, save_photos
+from toyworld.subjects import (
+    BUNDLED,
+    ONE_SHOT,
+    SUBJECTS,
+    held_out_scenes,
+    photo_scenes,
+    prompts,
+    questions,
+    save_held_out,
+    save_photos,
+)
 from toyworld.world import (
     COLOURS,
     PATTERNS,
@@ -299,3 +309,26 @@ def test_bundled_photos_are_what_the_command_writes(name, tmp_path):
         assert a.shape == b.shape == (128, 128, 3)
         assert np.abs(a - b).mean() < 1
         assert theirs.stat().st_size < 10_000
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_held_out_photos_are_in_places_that_no_photo_shows_and_not_the_questions_own(name):
+    scenes = held_out_scenes(name, 40)
+    assert len(set(scenes)) == 40 and held_out_scenes(name, 7) == scenes[:7]
+    assert not {scene.background for scene in scenes} & {scene.background for scene in photo_scenes(name)}
+    asked = {(scene.background, scene.variant) for _, scene in questions(name)}
+    assert not {(scene.background, scene.variant) for scene in scenes} & asked
+    assert {scene.style for scene in scenes} == {"photo"}
+    assert len({(scene.background, scene.pose) for scene in scenes[:16]}) == 16 == 4 * len(POSES)
+
+
+def test_held_out_photos_have_the_mask_of_their_character(tmp_path):
+    save_held_out("cat", 2, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00.mask.png", "00.png", "01.mask.png", "01.png"]
+    for number, scene in enumerate(held_out_scenes("cat", 2)):
+        photo = np.asarray(Image.open(tmp_path / f"{number:02d}.png").convert("RGB"), float)
+        inside = np.asarray(Image.open(tmp_path / f"{number:02d}.mask.png"), float) / 255
+        assert inside.shape == (128, 128) and 0.1 < inside.mean() < 0.5
+        # Another character in the same scene differs inside the mask alone
+        other = pixels(replace(SUBJECTS["cat"], body="white", accent="gray", pattern="dots"), scene, 128)
+        assert np.abs(photo - other)[inside == 0].mean() < 2 < np.abs(photo - other)[inside == 1].mean()

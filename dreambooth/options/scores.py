@@ -1,0 +1,24 @@
+"""Scores of checkpoints, on photos that are not trained on."""
+
+from dataclasses import dataclass
+
+from dreambooth.options.field import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Scores of checkpoints."""
+
+    score_checkpoints: bool = option(
+        "Have every checkpoint, and the result, denoise photos that are not trained on, those of holdout or of "
+        "reference_dir, and keep the best in output_dir/best.",
+        False,
+        decides_result=False,
+    )
+    reference_dir: str | None = option(
+        "Folder with other photos of the subject, for score_checkpoints instead of those of holdout.",
+        None,
+        decides_result=False,
+        path=True,
+        needs={"score_checkpoints": [True]},
+    )
