@@ -9,9 +9,12 @@ import yaml
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.options.parsing import parse_options
+from dreambooth.options.training import config_class
+from methods.train import FAMILIES, METHODS
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES_OF_METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 SCRIPTS = {"train_dreambooth_kronecker.py": sd, "train_dreambooth_kronecker_sdxl.py": sdxl}
 
 
@@ -21,17 +24,37 @@ def command(path) -> list[str]:
     return shlex.split(re.sub(r"\\?\n# *", " ", "\n" + lines.replace("\\\n", "\n")))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def options_of(script: str, arguments: list[str]) -> tuple[type, list[str]]:
+    """The class of options of a command, and the flags."""
+    if script in SCRIPTS:
+        return SCRIPTS[script].Config, arguments
+    method, family, *flags = arguments
+    return config_class(FAMILIES[family].options, METHODS[method].options), flags
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *RECIPES_OF_METHODS], ids=lambda path: path.stem)
 def test_a_recipe_s_own_command_parses_without_a_warning(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = command(path)
     assert words[:2] == ["accelerate", "launch"]
-    script = next(word for word in words if word in SCRIPTS)
-    arguments = words[words.index(script) + 1 :]
-    assert arguments[arguments.index("--config") + 1] == f"configs/{path.name}"
-    config = parse_options(SCRIPTS[script].Config, "", arguments)
+    script = next(word for word in words if word in (*SCRIPTS, "methods/train.py"))
+    options, arguments = options_of(script, words[words.index(script) + 1 :])
+    assert arguments[arguments.index("--config") + 1] == path.relative_to(ROOT).as_posix()
+    config = parse_options(options, "", arguments)
     assert config.pretrained_model_name_or_path and config.instance_prompt
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECIPES_OF_METHODS, ids=lambda path: path.stem)
+def test_a_method_s_recipe_is_named_after_what_it_trains(path):
+    words = command(path)
+    method, family = words[words.index("methods/train.py") + 1 :][:2]
+    assert f"{path.stem}-".startswith(f"{method}-{family}-")
+
+
+def test_every_method_has_a_recipe_for_every_family():
+    stems = {path.stem for path in RECIPES_OF_METHODS}
+    assert {f"{method}-{family}" for method in METHODS for family in FAMILIES} <= stems
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
