@@ -14,8 +14,8 @@ Both train the same photos at the same rate, batch 1, fp32, without prior preser
 the text encoder. A step's time is (time of a run of the longer --steps - time of the shorter) / their difference, so
 that start, loading and saving cancel. Memory is the peak of resident memory of the longer run's training process.
 
-Prints a table of both, as median (first to third quartile), and theirs / ours of each round; where one side does not
-run, the error in place of its figures. Writes it, and all measurements, to public_scripts.md and .json in --output_dir.
+Prints a table of both, as median (first to third quartile), and theirs / ours of each round, and
+the error of a side that does not run. Writes it, and all measurements, to public_scripts.md and .json in --output_dir.
 """
 
 import argparse
@@ -46,6 +46,8 @@ Flags = Mapping[str, Any]  # name -> value; None: the flag alone
 
 PROMPT = {"instance_prompt": "a photo of sks dog"}
 WITH_TEXT = {**PROMPT, "train_text_encoder": None}
+NEW_WORD = {"instance_prompt": "a photo of <new1> dog", "modifier_token": "<new1>", "initializer_token": "dog"}
+WORD_FOR_NOUN = {"placeholder_token": "<dog>", "initializer_token": "dog"}
 OLD_LAYERS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of the VAE, before 0.17
 
 
@@ -61,26 +63,24 @@ class Pair:
     packages: str | None = None  # folder in --peers_dir whose packages their script needs
 
 
+@dataclass(frozen=True)
+class Command:
+    words: list[str]
+    environment: Mapping[str, str] | None = None  # None: this process's own
+
+
 PAIRS = {
     "lora": Pair("diffusers/examples/dreambooth/train_dreambooth_lora.py", 1e-4, WITH_TEXT, WITH_TEXT),
     "dreambooth": Pair("diffusers/examples/dreambooth/train_dreambooth.py", 2e-6, WITH_TEXT, WITH_TEXT),
     "svdiff": Pair("svdiff-pytorch/train_svdiff.py", 1e-3, WITH_TEXT, WITH_TEXT, packages="svdiff-packages"),
     "custom_diffusion": Pair(
-        "diffusers/examples/custom_diffusion/train_custom_diffusion.py",
-        1e-5,
-        {"instance_prompt": "a photo of <new1> dog", "initializer_token": "dog"},
-        {
-            "instance_prompt": "a photo of <new1> dog",
-            "modifier_token": "<new1>",
-            "initializer_token": "dog",
-            "noaug": None,
-        },
+        "diffusers/examples/custom_diffusion/train_custom_diffusion.py", 1e-5, NEW_WORD, {**NEW_WORD, "noaug": None}
     ),
     "textual_inversion": Pair(
         "diffusers/examples/textual_inversion/textual_inversion.py",
         5e-4,
-        {"instance_prompt": "a photo of <dog>", "initializer_token": "dog"},
-        {"placeholder_token": "<dog>", "initializer_token": "dog"},
+        {**WORD_FOR_NOUN, "instance_prompt": "a photo of <dog>"},
+        WORD_FOR_NOUN,  # its prompts are templates of its own
         photos="train_data_dir",
     ),
 }
@@ -93,26 +93,18 @@ def main() -> None:
         base_models = prepare_base_models(arguments.pretrained_model_name_or_path, Path(folder))
         for name in arguments.methods:
             pair = PAIRS[name]
-            sides = {"ours": our_command(name, pair, base_models[0], arguments)}
-            sides["theirs"] = their_command(pair, base_models[pair.packages is not None], arguments)
-            found = {side: [] for side in sides}
-            failed = {}
-            for side, (command, environment) in sides.items():
-                try:  # once, before anything counts: whether it runs at all
-                    run(command, min(arguments.steps), Path(folder), environment)
-                except RunFailed as error:
-                    failed[side] = last_error(str(error))
-            ways = {
-                side: functools.partial(step_cost, *sides[side], arguments, Path(folder))
-                for side in sides
-                if side not in failed
+            sides = {
+                "ours": our_command(name, pair, base_models[0], arguments),
+                "theirs": their_command(pair, base_models[pair.packages is not None], arguments),
             }
-            found |= interleave(ways, arguments.rounds, warm_up=0)
+            found, failed = compare(sides, arguments, Path(folder))
             rows.append(row(name, found, failed))
             measurements[name] = {"milliseconds, MiB": found, "failed": failed}
     first, last = arguments.steps
     caption = f"A step of training, {arguments.clock} time, from runs of {first} and {last} steps, "
     caption += f"{arguments.resolution} px, fp32, batch 1; {machine(torch.device('cpu'))}."
+    for name, found in measurements.items():
+        caption += "".join(f"\n\n{name}, {side}: {error}" for side, error in found["failed"].items())
     header = ["", "ours, ms", "theirs, ms", "theirs / ours", "ours, MiB", "theirs, MiB"]
     write_results(arguments, "public_scripts", caption, header, rows, measurements)
 
@@ -136,7 +128,7 @@ def parse() -> argparse.Namespace:
 def prepare_base_models(source: Path, folder: Path) -> tuple[Path, Path]:
     """Return two copies of a base model in fp32: as it is saved today, and as diffusers 0.14 reads it."""
     today, old = folder / "base-model", folder / "base-model-2023"
-    pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
     for copy in (today, old):
         pipeline.save_pretrained(copy)
     tokenizer = json.loads((old / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -155,15 +147,33 @@ def old_name(name: str) -> str:
     return name
 
 
-def our_command(name: str, pair: Pair, base_model: Path, arguments: argparse.Namespace) -> tuple[list[str], Any]:
-    """Return the command that trains a method here, and the environment to run it in."""
+def compare(
+    sides: Mapping[str, Command], arguments: argparse.Namespace, folder: Path
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, str]]:
+    """Return what steps cost on each side that runs, and the errors of those that do not."""
+    failed = {}
+    for side, command in sides.items():  # once, before anything counts
+        try:
+            run(command, arguments.steps[0], folder)
+        except RunFailed as error:
+            failed[side] = last_error(str(error))
+    ways = {
+        side: functools.partial(step_cost, command, arguments, folder)
+        for side, command in sides.items()
+        if side not in failed
+    }
+    return interleave(ways, arguments.rounds, warm_up=0), failed
+
+
+def our_command(name: str, pair: Pair, base_model: Path, arguments: argparse.Namespace) -> Command:
+    """Return the command that trains a method here."""
     given = {**shared_flags(pair, base_model, arguments), "instance_data_dir": arguments.instance_data_dir}
     script = [str(ROOT / "methods" / "train.py"), name, "sd"]
-    return launch(script, {**given, **pair.ours, "report_to": "none"}), None
+    return Command(launch(script, {**given, **pair.ours, "report_to": "none"}))
 
 
-def their_command(pair: Pair, base_model: Path, arguments: argparse.Namespace) -> tuple[list[str], Any]:
-    """Return the command that trains with the public script, and its environment. Raises UserError without it."""
+def their_command(pair: Pair, base_model: Path, arguments: argparse.Namespace) -> Command:
+    """Return the command that trains with the public script. Raises UserError if it is not there."""
     script = arguments.peers_dir.resolve() / pair.script
     if not script.is_file():
         raise UserError(f"--peers_dir {arguments.peers_dir} has no {pair.script}; --help says what belongs there")
@@ -172,7 +182,7 @@ def their_command(pair: Pair, base_model: Path, arguments: argparse.Namespace) -
         first = [str(arguments.peers_dir.resolve() / pair.packages), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, first))
     given = {**shared_flags(pair, base_model, arguments), pair.photos: arguments.instance_data_dir}
-    return launch([str(script)], {**given, **pair.theirs}), environment
+    return Command(launch([str(script)], {**given, **pair.theirs}), environment)
 
 
 def shared_flags(pair: Pair, base_model: Path, arguments: argparse.Namespace) -> Flags:
@@ -194,31 +204,31 @@ def launch(script: list[str], given: Flags) -> list[str]:
     return command
 
 
-def run(command: list[str], steps: int, folder: Path, environment: Any) -> tuple[float, float, float]:
+def run(command: Command, steps: int, folder: Path) -> tuple[float, float, float]:
     """Return wall time, processor time and peak memory of a run. Raises RunFailed."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        command = [*command, "--max_train_steps", str(steps), "--output_dir", str(Path(output) / "result")]
-        return measure(command, folder / "run.log", environment)
+        words = [*command.words, "--max_train_steps", str(steps), "--output_dir", str(Path(output) / "result")]
+        return measure(words, folder / "run.log", command.environment)
 
 
-def step_cost(command: list[str], environment: Any, arguments: argparse.Namespace, folder: Path) -> tuple[float, float]:
-    """Return milliseconds per step and the peak of resident memory, MiB."""
-    first, last = (run(command, steps, folder, environment) for steps in arguments.steps)
+def step_cost(command: Command, arguments: argparse.Namespace, folder: Path) -> tuple[float, float]:
+    """Return milliseconds per step, and the peak of resident memory, MiB."""
+    short, long = (run(command, steps, folder) for steps in arguments.steps)
     clock = list(CLOCKS).index(arguments.clock)
-    steps = arguments.steps[1] - arguments.steps[0]
-    return 1e3 * (last[clock] - first[clock]) / steps, last[2]
+    return 1e3 * (long[clock] - short[clock]) / (arguments.steps[1] - arguments.steps[0]), long[2]
 
 
 def last_error(said: str) -> str:
-    """Return the first line of the last error in what a run said."""
+    """Return the last error in what a run said, but for that of the launcher."""
     errors = re.findall(r"^\W*(\w*(?:Error|Exception): .*|error: .*)$", said, re.MULTILINE)
-    return errors[-1].strip() if errors else said.strip().splitlines()[-1]
+    errors = [error.strip() for error in errors if not error.startswith("CalledProcessError")]
+    return errors[-1] if errors else said.strip().splitlines()[-1]
 
 
 def row(name: str, found: Mapping[str, list[tuple[float, float]]], failed: Mapping[str, str]) -> list[str]:
-    """Return a method's row of the table: of each side its figures, or why it does not run."""
+    """Return a method's row of the table: the figures of each side that runs."""
     times, peaks = ({side: [cost[at] for cost in found[side]] for side in found} for at in (0, 1))
-    cells = [failed.get(side) or spread(times[side], 1) for side in ("ours", "theirs")]
+    cells = ["does not run" if side in failed else spread(times[side], 1) for side in ("ours", "theirs")]
     ratio = "" if failed else spread(ratios(times["theirs"], times["ours"]))
     return [name, *cells, ratio, *("" if side in failed else spread(peaks[side], 0) for side in ("ours", "theirs"))]
 

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dreambooth.errors import readable_errors
+from dreambooth.family import Family
 from dreambooth.kronecker import KRONECKER
 from dreambooth.method import Method, trained_parameters
 from dreambooth.options.field import option_names
@@ -156,19 +157,24 @@ def count(contender: Contender, place: Place) -> int:
 def attach(contender: Contender, architecture: str, with_text: bool) -> tuple[int, int]:
     """Return how many parameters train in the UNet, and in all models, by attaching the method as training does.
 
-    `with_text`: text encoders train too, if the method leaves the choice. Raises KroneckerError as `count` does.
+    Raises KroneckerError as `count` does.
     """
     method = contender.load()
-    entry = FAMILIES["sdxl" if architecture == "sdxl" else "sd"]
-    options = config_class(entry.options, method.options)
-    given = {"train_text_encoder": with_text, "initializer_token": WORD}
-    given = {name: value for name, value in given.items() if name in option_names(options)} | contender.options
-    config, family = options(pretrained_model_name_or_path="", instance_prompt="", **given), entry.load()
+    family, config = configure(method, contender, architecture, with_text)
     models = family.trained_models(load_architecture(architecture), method.trains_text(config))
     tokenizers = {name: stand_in() for name in family.text_encoders if name in models}
     parameters = trained_parameters(method.attach(family, models, tokenizers, config))
     unet = {id(parameter) for parameter in models[family.denoiser].parameters()}
     return sum(p.numel() for p in parameters if id(p) in unet), sum(p.numel() for p in parameters)
+
+
+def configure(method: Method, contender: Contender, architecture: str, with_text: bool) -> tuple[Family, Any]:
+    """Return a family and its options of a run. `with_text`: text encoders train too, if the method has the choice."""
+    entry = FAMILIES["sdxl" if architecture == "sdxl" else "sd"]
+    options = config_class(entry.options, method.options)
+    given = {"train_text_encoder": with_text, "initializer_token": WORD}
+    given = {name: value for name, value in given.items() if name in option_names(options)} | contender.options
+    return entry.load(), options(pretrained_model_name_or_path="", instance_prompt="", **given)
 
 
 def stand_in() -> CLIPTokenizer:

@@ -8,13 +8,17 @@ from dreambooth.train import train
 from methods.train import FAMILIES, METHODS
 from tests.conftest import ROOT, flags
 
-TINY = {"resolution": 64, "max_train_steps": 1, "num_class_images": 1, "checkpointing_steps": 1}
+TINY = {"resolution": 64, "max_train_steps": 1, "checkpointing_steps": 1, "instance_prompt": "a photo of sks dog"}
 
 
 @pytest.mark.parametrize(
     "recipe, base, own",
     [
-        ("lora-sd-svdiff", "tiny_sd", {"class_prompt": "a photo of dog"}),
+        (
+            "lora-sd-svdiff",
+            "tiny_sd",
+            {"class_prompt": "a photo of dog", "class_data_dir": "{folder}/class", "num_class_images": "1"},
+        ),
         ("lora-sdxl", "tiny_sdxl", {"pretrained_vae_model_name_or_path": "{base}/vae"}),
     ],
 )
@@ -23,16 +27,12 @@ def test_a_recipe_runs(recipe, base, own, request, dog_photos, tmp_path, fresh_a
     method, family = (table[word] for table, word in zip((METHODS, FAMILIES), recipe.split("-")))
     given = {
         **TINY,
+        **{name: value.format(base=base, folder=tmp_path) for name, value in own.items()},
         "config": ROOT / "configs" / "methods" / f"{recipe}.yaml",
         "pretrained_model_name_or_path": base,
         "instance_data_dir": dog_photos,
-        "instance_prompt": "a photo of sks dog",
-        "class_data_dir": tmp_path / "class",
         "output_dir": tmp_path / "out",
-        **{name: value.format(base=base) for name, value in own.items()},
     }
-    if "class_prompt" not in own:
-        del given["class_data_dir"], given["num_class_images"]
     config = parse_options(config_class(family.options, method.options), "", flags(given))
     train(family.load(), method.load(), config)
     assert (tmp_path / "out" / method.load().weights_name).is_file()
