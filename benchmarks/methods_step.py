@@ -23,7 +23,7 @@ import functools
 import gc
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +43,7 @@ from dreambooth.errors import readable_errors
 from dreambooth.family import Family
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import trained_parameters
+from dreambooth.options.prompts import CHUNK_LENGTH
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 from methods.train import METHODS
 from scripts.count_parameters import Contender, configure, kronecker, lora, others, size
@@ -176,7 +177,7 @@ def stepper(
     family: Family,
     pipeline: Any,
     encodes: bool,
-    parameters: list[nn.Parameter],
+    parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     arguments: argparse.Namespace,
 ) -> Step:
@@ -192,7 +193,7 @@ def stepper(
     sizes = torch.tensor([[8.0 * side, 8.0 * side, 0, 0, 8.0 * side, 8.0 * side]] * arguments.batch, device=device)
 
     def encode() -> dict[str, Tensor]:
-        return family.encode_prompts(pipeline, [PROMPT] * arguments.batch)
+        return family.encode_prompts(pipeline, [PROMPT] * arguments.batch, CHUNK_LENGTH)
 
     with torch.no_grad():
         fixed = None if encodes else encode()

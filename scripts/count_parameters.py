@@ -173,8 +173,9 @@ def configure(method: Method, contender: Contender, architecture: str, with_text
     entry = FAMILIES["sdxl" if architecture == "sdxl" else "sd"]
     options = config_class(entry.options, method.options)
     given = {"train_text_encoder": with_text, "initializer_token": WORD}
-    given = {name: value for name, value in given.items() if name in option_names(options)} | contender.options
-    return entry.load(), options(pretrained_model_name_or_path="", instance_prompt="", **given)
+    given = {name: value for name, value in given.items() if name in option_names(options)}
+    given = {"pretrained_model_name_or_path": "", "instance_prompt": "", **given, **contender.options}
+    return entry.load(), options(**given)
 
 
 def stand_in() -> CLIPTokenizer:
