@@ -181,14 +181,24 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> float:
         before = counters.memory_allocated(device)
         step()
         return counters.max_memory_allocated(device) - before
+    before = bytes_in_use(device)
+    if math.isnan(before):
+        return before
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    step()
+    return resident_bytes("VmHWM") - before
+
+
+def bytes_in_use(device: torch.device) -> float:
+    """Return allocated memory of a GPU, resident memory of a CPU's process; NaN if it cannot be measured."""
+    counters = torch.get_device_module(device)
+    if hasattr(counters, "memory_allocated"):
+        return counters.memory_allocated(device)
     if device.type != "cpu":
         return math.nan
     try:
         ctypes.CDLL(None).malloc_trim(0)  # returns what earlier steps freed, or it would count as in use
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
-        before = resident_bytes("VmRSS")
-        step()
-        return resident_bytes("VmHWM") - before
+        return resident_bytes("VmRSS")
     except (OSError, AttributeError):  # not Linux, or another C library than glibc
         return math.nan
 

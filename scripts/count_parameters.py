@@ -1,98 +1,243 @@
-"""Count the parameters of Kronecker adapters in SD 1.5, SD 2.1 and SDXL, beside LoRA on the same layers.
+"""Count what each method trains in SD 1.5, SD 2.1 and SDXL, and compare with what DiffuseKronA's paper prints.
 
-    python scripts/count_parameters.py                                  # four pairs (a1, a2) beside LoRA r = 4
+    python scripts/count_parameters.py                                  # all methods; four Kronecker pairs (a1, a2)
     python scripts/count_parameters.py --kron_a1 4 --kron_a2 64         # one pair
     python scripts/count_parameters.py --kron_a1 4 8 --kron_a2 64 32    # the pairs (4, 64) and (8, 32)
     python scripts/count_parameters.py --lora_rank 8
 
-Writes two Markdown tables to the standard output: adapted attention layers and trained parameters, with the size of
-the tensors in fp32; and the largest rank that the delta weight of a layer can have. If an (a1, a2) does not divide the
-layers of a model, its cell says so. One that fits no model ends in an error and exit code 2.
+Writes Markdown tables to the standard output: the parameters that each method trains, in the UNet alone and with the
+text encoders; their size in fp32, which is that of the method's file; the largest rank that an adapter's delta of a
+layer can have; the models, with the attention projections that adapters adapt; and the numbers that the paper prints,
+with what they count. If an (a1, a2) does not divide the layers of a model, its cell says so. One that fits no model
+ends in an error and exit code 2.
 
-Adapters are really injected, into models without weights built from kron_formats/architectures: nothing is downloaded,
-and a CPU does it in seconds.
+Methods are really attached, as training attaches them, to models without weights built from
+kron_formats/architectures: nothing is downloaded, and a CPU does it in seconds.
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, LoraModel
 from torch import nn
+from transformers import CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dreambooth.errors import readable_errors
-from kron_adapter import (
-    KroneckerError,
-    KroneckerLinear,
-    inject_kronecker,
-    kronecker_parameters,
-    remove_kronecker,
-)
+from dreambooth.family import Family
+from dreambooth.kronecker import KRONECKER
+from dreambooth.method import Method, trained_parameters
+from dreambooth.options.field import option_names
+from dreambooth.options.training import config_class
+from kron_adapter import KroneckerError, KroneckerLinear, inject_kronecker, remove_kronecker
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
+from methods.train import FAMILIES, METHODS
 
 DOES_NOT_FIT = "does not fit"
+NOTHING = "-"
+WORD = "a"  # that new words begin as
+UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+
+# ---- what is counted, and where ----
 
 
 @dataclass(frozen=True)
-class Kronecker:
-    """W + A ⊗ B with A (a1, a2). Its methods raise KroneckerError if (a1, a2) does not divide a layer's sizes."""
+class Contender:
+    """A method with its options."""
 
-    a1: int
-    a2: int
+    title: str
+    method: str  # its name
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        return f"Kronecker ({self.a1}, {self.a2})"
+        return self.title
 
-    def count(self, model: nn.Module) -> int:
-        """Return the number of trained parameters in `model`, which comes back frozen and without the adapters."""
-        inject_kronecker(model, self.a1, self.a2, targets_of(model))
-        parameters = sum(parameter.numel() for parameter in kronecker_parameters(model))
-        remove_kronecker(model)
-        return parameters
+    def load(self) -> Method:
+        return KRONECKER if self.method == KRONECKER.name else METHODS[self.method].load()
+
+
+@dataclass(frozen=True)
+class Kronecker(Contender):
+    """W + A ⊗ B with A (a1, a2)."""
+
+    a1: int = 1
+    a2: int = 1
 
     def rank(self, d_in: int, d_out: int) -> int:
-        """Return the largest rank of ΔW (d_out, d_in):  rank(A ⊗ B) = rank(A) · rank(B)."""
+        """Return the largest rank of ΔW (d_out, d_in):  rank(A ⊗ B) = rank(A) · rank(B).
+
+        Raises KroneckerError if (a1, a2) does not divide the layer's sizes.
+        """
         layer = KroneckerLinear(nn.Linear(d_in, d_out, device="meta"), self.a1, self.a2)
         return min(layer.A.shape) * min(layer.B.shape)
 
 
 @dataclass(frozen=True)
-class Lora:
-    """W + B A of rank r, as peft does it."""
+class Lora(Contender):
+    """W + B A of rank r."""
 
-    r: int
-
-    def __str__(self) -> str:
-        return f"LoRA r={self.r}"
-
-    def count(self, model: nn.Module) -> int:
-        """Return the number of trained parameters in `model`, which comes back frozen and without the adapters."""
-        config = LoraConfig(r=self.r, target_modules=list(targets_of(model)))
-        lora = LoraModel(model, config, "default", low_cpu_mem_usage=True)  # low_cpu_mem_usage: on the meta device
-        parameters = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
-        lora.unload()
-        return parameters
+    r: int = 1
 
     def rank(self, d_in: int, d_out: int) -> int:
         """Return the largest rank of ΔW (d_out, d_in)."""
         return min(self.r, d_in, d_out)
 
 
+def kronecker(a1: int, a2: int) -> Kronecker:
+    return Kronecker(f"Kronecker ({a1}, {a2})", "kronecker", {"kron_a1": a1, "kron_a2": a2}, a1, a2)
+
+
+def lora(r: int) -> Lora:
+    return Lora(f"LoRA r={r}", "lora", {"rank": r}, r)
+
+
+NEW_WORD = {"modifier_token": "<new1>"}
+SVDIFF = Contender("SVDiff", "svdiff")
+CUSTOM_DIFFUSION = Contender("Custom Diffusion, K and V", "custom_diffusion", NEW_WORD)
+CROSSATTN = Contender("Custom Diffusion, crossattn", "custom_diffusion", {**NEW_WORD, "freeze_model": "crossattn"})
+TEXTUAL_INVERSION = Contender("Textual Inversion, a vector", "textual_inversion")
+DREAMBOOTH = Contender("DreamBooth", "dreambooth")
+NAMED = (SVDIFF, CUSTOM_DIFFUSION, CROSSATTN, TEXTUAL_INVERSION, DREAMBOOTH)
+
+
+def others() -> list[Contender]:
+    """Return all methods but the adapters, one without a title above under its own name."""
+    titled = {
+        name: [contender for contender in NAMED if contender.method == name] for name in METHODS if name != "lora"
+    }
+    return [contender for name, found in titled.items() for contender in found or [Contender(name, name)]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where parameters are counted: in a model's UNet alone, or in its text encoders too."""
+
+    title: str
+    architecture: str
+    with_text: bool
+
+    def models(self) -> list[nn.Module]:
+        """Return the models, on the meta device."""
+        unet, *text_encoders = load_architecture(self.architecture).values()
+        return [unet, *text_encoders] if self.with_text else [unet]
+
+
+def all_places() -> list[Place]:
+    places = []
+    for name, file in ARCHITECTURES.items():
+        encoders = "text encoders" if len(load_architecture(file)) > 2 else "text encoder"
+        places += [Place(f"{name} UNet", file, False), Place(f"{name} UNet + {encoders}", file, True)]
+    return places
+
+
+SD15 = Place("SD 1.5 UNet + text encoder", "sd15", True)
+SDXL = Place("SDXL UNet", "sdxl", False)
+
+
+def count(contender: Contender, place: Place) -> int:
+    """Return how many parameters train in a place. Raises KroneckerError if factors do not divide a layer's sizes."""
+    if place.with_text:
+        return attach(contender, place.architecture, True)[1]
+    try:
+        return attach(contender, place.architecture, True)[0]
+    except KroneckerError:  # it may fit the UNet alone
+        return attach(contender, place.architecture, False)[0]
+
+
+@functools.cache
+def attach(contender: Contender, architecture: str, with_text: bool) -> tuple[int, int]:
+    """Return how many parameters train in the UNet, and in all models, by attaching the method as training does.
+
+    Raises KroneckerError as `count` does.
+    """
+    method = contender.load()
+    family, config = configure(method, contender, architecture, with_text)
+    models = family.trained_models(load_architecture(architecture), method.trains_text(config))
+    tokenizers = {name: stand_in() for name in family.text_encoders if name in models}
+    parameters = trained_parameters(method.attach(family, models, tokenizers, config))
+    unet = {id(parameter) for parameter in models[family.denoiser].parameters()}
+    return sum(p.numel() for p in parameters if id(p) in unet), sum(p.numel() for p in parameters)
+
+
+def configure(method: Method, contender: Contender, architecture: str, with_text: bool) -> tuple[Family, Any]:
+    """Return a family and its options of a run. `with_text`: text encoders train too, if the method has the choice."""
+    entry = FAMILIES["sdxl" if architecture == "sdxl" else "sd"]
+    options = config_class(entry.options, method.options)
+    given = {"train_text_encoder": with_text, "initializer_token": WORD}
+    given = {name: value for name, value in given.items() if name in option_names(options)}
+    given = {"pretrained_model_name_or_path": "", "instance_prompt": "", **given, **contender.options}
+    return entry.load(), options(**given)
+
+
+def stand_in() -> CLIPTokenizer:
+    """Return a tokenizer that knows one word."""
+    return CLIPTokenizer(vocab={f"{WORD}</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}, merges=[])
+
+
+# ---- the paper ----
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A number of trained parameters in DiffuseKronA's paper (arXiv 2402.17412v2)."""
+
+    where: str
+    number: str
+    contender: Contender
+    place: Place
+    why: str  # it is, or is not, what is counted here
+
+
+WITH_TEXT = "the same, with the text encoder"
+UNET_ALONE = "the same, of the UNet alone"
+PRINTED = (
+    Printed("Table 4, DreamBooth", "982.5 M", DREAMBOOTH, SD15, WITH_TEXT),
+    Printed("Table 4, LoRA-DreamBooth", "1.09 M", lora(4), SD15, WITH_TEXT),
+    Printed("Table 2, DiffuseKronA", "0.52 M", kronecker(4, 64), SD15, WITH_TEXT),
+    Printed("Table 4, DiffuseKronA", "0.32 M", kronecker(8, 64), SD15, WITH_TEXT),
+    Printed(
+        "Table 4, SVDiff",
+        "0.44 M",
+        SVDIFF,
+        SD15,
+        "computed from the size of a file: 1.7 MiB / 4 bytes = 445,645, headers included",
+    ),
+    Printed(
+        "Table 4, Custom Diffusion",
+        "57.1 M",
+        CUSTOM_DIFFUSION,
+        SD15,
+        "counts the whole table of embeddings, frozen but for the new word: 19,169,280 + 49,409 · 768 = 57,115,392",
+    ),
+    Printed("Table 2, DiffuseKronA", "3.8 M", kronecker(4, 64), SDXL, UNET_ALONE),
+    Printed("Table 2, LoRA-DreamBooth", "5.8 M", lora(4), SDXL, UNET_ALONE),
+)
+
+
+# ---- the program ----
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    pairs = zip(arguments.kron_a1, arguments.kron_a2)
-    adapters = [*(Kronecker(a1, a2) for a1, a2 in pairs), Lora(arguments.lora_rank)]
-    models = load_models()
-    print(parameter_table(models, adapters))
-    print()
-    print(rank_table(models, adapters))
+    adapters = [*map(kronecker, arguments.kron_a1, arguments.kron_a2), lora(arguments.lora_rank)]
+    contenders = [*adapters, *others()]
+    tables = [
+        count_table("trained parameters", "{:,}".format, contenders),
+        count_table("in fp32", size, contenders),
+        rank_table(adapters),
+        model_table(),
+        printed_table(),
+    ]
+    print("\n\n".join(tables))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -128,15 +273,10 @@ def positive(text: str) -> int:
     return number
 
 
-def load_models() -> dict[str, list[nn.Module]]:
-    """Return name -> the models adapted together, on the meta device: each UNet alone, and with its text encoders."""
-    models = {}
-    for name, file in ARCHITECTURES.items():
-        unet, *text_encoders = load_architecture(file).values()
-        models[f"{name} UNet"] = [unet]
-        plural = "s" if len(text_encoders) > 1 else ""
-        models[f"{name} UNet + text encoder{plural}"] = [unet, *text_encoders]
-    return models
+def size(parameters: int) -> str:
+    """Return the size of so many numbers in fp32."""
+    unit = next((unit for unit, scale in UNITS.items() if 4 * parameters >= scale / 2), "KiB")
+    return f"{4 * parameters / UNITS[unit]:.2f} {unit}"
 
 
 def targets_of(model: nn.Module) -> tuple[str, ...]:
@@ -153,36 +293,52 @@ def adapted_layers(models: Iterable[nn.Module]) -> list[nn.Linear]:
     return layers
 
 
-def parameter_table(models: dict[str, list[nn.Module]], adapters: Sequence[Kronecker | Lora]) -> str:
-    """Return trained parameters and MiB in fp32, a row for each of `models`.
+def model_table() -> str:
+    """Return each model's weights and attention projections, which adapters adapt."""
+    rows = []
+    for place in all_places():
+        models = place.models()
+        weights = sum(weight.numel() for model in models for weight in model.parameters())
+        rows.append([place.title, f"{weights:,}", str(len(adapted_layers(models)))])
+    return markdown(["", "weights", "attention projections"], rows)
 
-    Raises KroneckerError if one of the adapters fits none of the models.
+
+def count_table(title: str, words: Callable[[int], str], contenders: Sequence[Contender]) -> str:
+    """Return what trains, as `words` puts a number, a row for each contender and a column for each place.
+
+    Raises KroneckerError if one of them fits none of the models.
     """
-    columns = [parameter_column(models, adapter) for adapter in adapters]
-    layers = [str(len(adapted_layers(parts))) for parts in models.values()]
-    return markdown(["trained parameters", "layers", *map(str, adapters)], zip(models, layers, *columns))
+
+    def cell(number: int | None) -> str:
+        return DOES_NOT_FIT if number is None else words(number) if number else NOTHING
+
+    rows = [[str(contender), *map(cell, counts(contender))] for contender in contenders]
+    return markdown([title, *(place.title for place in all_places())], rows)
 
 
-def parameter_column(models: dict[str, list[nn.Module]], adapter: Kronecker | Lora) -> list[str]:
-    column, problems = [], []
-    for name, parts in models.items():
+def counts(contender: Contender) -> list[int | None]:
+    """Return a contender's parameters in each place, None where it does not fit.
+
+    Raises KroneckerError if that is everywhere.
+    """
+    found, problems = [], []
+    for place in all_places():
         try:
-            parameters = sum(adapter.count(model) for model in parts)
-            column.append(f"{parameters:,} ({parameters * 4 / 2**20:.2f} MiB)")
+            found.append(count(contender, place))
         except KroneckerError as error:
-            column.append(DOES_NOT_FIT)
-            problems.append(f"{adapter} fits none of the models; {name}: {error}")
-    if len(problems) == len(models):
+            found.append(None)
+            problems.append(f"{contender} fits none of the models; {place.title}: {error}")
+    if len(problems) == len(found):
         raise KroneckerError(problems[0])
-    return column
+    return found
 
 
-def rank_table(models: dict[str, list[nn.Module]], adapters: Sequence[Kronecker | Lora]) -> str:
-    """Return the largest rank of ΔW, a row for each shape of layer in any of `models`."""
-    shapes = {(layer.in_features, layer.out_features) for parts in models.values() for layer in adapted_layers(parts)}
+def rank_table(adapters: Sequence[Kronecker | Lora]) -> str:
+    """Return the largest rank of ΔW, a row for each shape of layer in any of the models."""
+    layers = (layer for file in ARCHITECTURES.values() for layer in adapted_layers(load_architecture(file).values()))
     rows = [
         [f"{d_in} -> {d_out}", *(rank_cell(adapter, d_in, d_out) for adapter in adapters)]
-        for d_in, d_out in sorted(shapes)
+        for d_in, d_out in sorted({(layer.in_features, layer.out_features) for layer in layers})
     ]
     return markdown(["largest rank, d_in -> d_out", *map(str, adapters)], rows)
 
@@ -192,6 +348,16 @@ def rank_cell(adapter: Kronecker | Lora, d_in: int, d_out: int) -> str:
         return str(adapter.rank(d_in, d_out))
     except KroneckerError:
         return DOES_NOT_FIT
+
+
+def printed_table() -> str:
+    """Return what the paper prints beside what is counted here."""
+    rows = [
+        [f"{row.where}, {row.number}", f"{count(row.contender, row.place):,}", row.place.title, row.why]
+        for row in PRINTED
+        if row.contender.method in (KRONECKER.name, *METHODS)
+    ]
+    return markdown(["the paper", "counted", "in", "what the paper's number is"], rows)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

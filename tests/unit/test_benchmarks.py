@@ -1,15 +1,22 @@
 """The benchmarks' own arithmetic: contenders are what their names say, and ratios are taken round by round."""
 
+import argparse
 import importlib.util
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import unet_step
+from benchmarks import methods_step, public_scripts, unet_step
 from benchmarks.layer import Layer
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
 from benchmarks.timing import interleave, ratios, spread
+from benchmarks.training_run import RunFailed
+from dreambooth.errors import UserError
+from scripts.count_parameters import kronecker, lora, others
+from toyworld.tiny_pipeline import build_pipeline, build_tokenizer
 
 NO_LYCORIS = not importlib.util.find_spec("lycoris")
 
@@ -84,3 +91,82 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter(layer):
         (y.view(2, -1) * y.view(2, -1)).sum().backward()  # keeps y, twice
 
     assert unet_step.saved_bytes(step, layer) == 2 * 4 * 256 * 4
+
+
+# ---- methods ----
+
+
+def arguments_for(architecture, **given):
+    defaults = {"architecture": architecture, "device": "cpu", "dtype": "fp32", "latents": 8, "batch": 1}
+    return argparse.Namespace(**defaults, train_text_encoder=False, **given)
+
+
+def tiny_models(kind):
+    pipeline = build_pipeline(kind)
+    names = ("unet", "text_encoder", "text_encoder_2")
+    return {name: getattr(pipeline, name).requires_grad_(False) for name in names if hasattr(pipeline, name)}
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_step_of_every_method_changes_what_trains_and_nothing_frozen(kind):
+    base = tiny_models(kind)
+    frozen = base["unet"].conv_in.bias.clone()
+    for contender in (kronecker(2, 32), lora(4), *others()):
+        step, parameters = methods_step.method_step(
+            contender, base, arguments_for("sdxl" if kind == "sdxl" else "tiny")
+        )
+        step()
+        assert parameters > 0
+        assert not any(parameter.requires_grad for model in base.values() for parameter in model.parameters())
+        assert contender.method == "dreambooth" or torch.equal(base["unet"].conv_in.bias, frozen)
+
+
+def test_copies_have_their_own_parameters_on_the_same_memory():
+    base = tiny_models("sd")
+    copies = methods_step.shared(base)
+    own, other = copies["unet"].conv_in.weight, base["unet"].conv_in.weight
+    assert own is not other and own.data_ptr() == other.data_ptr()
+    own.requires_grad_(True)
+    assert not other.requires_grad
+
+
+# ---- public implementations ----
+
+
+def test_a_step_s_time_is_what_more_steps_take_longer(monkeypatch, tmp_path):
+    costs = {10: (8.0, 7.0, 500.0), 110: (18.0, 12.0, 600.0)}  # wall s, processor s, MiB
+    monkeypatch.setattr(public_scripts, "run", lambda command, steps, folder: costs[steps])
+    for clock, expected in {"wall": 100.0, "cpu": 50.0}.items():
+        arguments = argparse.Namespace(steps=[10, 110], clock=clock)
+        assert public_scripts.step_cost(public_scripts.Command([]), arguments, tmp_path) == (expected, 600.0)
+
+
+def test_the_error_of_a_script_that_does_not_run_is_told(tmp_path, monkeypatch):
+    def run(command, steps, folder):
+        if command.words == ["theirs"]:
+            raise RunFailed("theirs failed:\n  File x\nImportError: needs 0.14.0,\nCalledProcessError: Command x")
+        return float(steps), float(steps), 1.0
+
+    monkeypatch.setattr(public_scripts, "run", run)
+    sides = {side: public_scripts.Command([side]) for side in ("ours", "theirs")}
+    arguments = argparse.Namespace(steps=[1, 2], clock="wall", rounds=2)
+    found, failed = public_scripts.compare(sides, arguments, tmp_path)
+    assert found == {"ours": [(1000.0, 1.0)] * 2} and failed == {"theirs": "ImportError: needs 0.14.0,"}
+    row = public_scripts.row("lora", found, failed)
+    assert row == ["lora", "1000.0 (1000.0 to 1000.0)", "does not run", "", "1 (1 to 1)", ""]
+
+
+def test_a_checkout_that_is_missing_is_named(tmp_path):
+    arguments = argparse.Namespace(peers_dir=tmp_path, resolution=64, instance_data_dir=tmp_path)
+    with pytest.raises(UserError, match="--peers_dir .*svdiff-pytorch/train_svdiff.py"):
+        public_scripts.their_command(public_scripts.PAIRS["svdiff"], tmp_path, arguments)
+
+
+def test_both_copies_of_the_base_model_are_fp32_and_one_has_the_old_layout(tiny_sd, tmp_path):
+    today, old = public_scripts.prepare_base_models(tiny_sd, tmp_path)
+    for folder, name in {today: "to_q", old: "query"}.items():
+        weights = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+        assert f"decoder.mid_block.attentions.0.{name}.weight" in weights
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert json.loads((old / "tokenizer" / "vocab.json").read_text()) == build_tokenizer().get_vocab()
+    assert (old / "tokenizer" / "merges.txt").read_text() == "#version: 0.2\n"

@@ -1,5 +1,6 @@
 """The parameter counts that the documentation states, from the public architectures and the real injection."""
 
+import re
 import subprocess
 import sys
 
@@ -7,25 +8,30 @@ import pytest
 import torch
 from torch import nn
 
-from kron_adapter import KroneckerLinear
+from kron_adapter import KroneckerError, KroneckerLinear
+from methods.train import METHODS
 from scripts.count_parameters import (
+    CROSSATTN,
+    CUSTOM_DIFFUSION,
+    DREAMBOOTH,
     ROOT,
-    Kronecker,
-    Lora,
+    SVDIFF,
+    TEXTUAL_INVERSION,
     adapted_layers,
+    all_places,
+    count,
+    count_table,
+    kronecker,
     load_architecture,
-    load_models,
+    lora,
     main,
-    parameter_table,
+    others,
     rank_table,
+    size,
 )
 
-UNET_ROWS = ["SD 1.5 UNet", "SD 2.1 UNet", "SDXL UNet"]
-
-
-@pytest.fixture(scope="module")
-def models():
-    return load_models()
+PLACES = {place.title: place for place in all_places()}
+SD15, SDXL = "SD 1.5 UNet + text encoder", "SDXL UNet"
 
 
 def run(*arguments, cwd):
@@ -64,50 +70,62 @@ def test_architectures_have_as_many_weights_as_the_published_models(file, weight
         ("SDXL UNet + text encoders", 560 + 48 + 128),
     ],
 )
-def test_every_attention_projection_is_adapted(models, name, layers):
-    assert len(adapted_layers(models[name])) == layers
+def test_every_attention_projection_is_adapted(name, layers):
+    assert len(adapted_layers(PLACES[name].models())) == layers
 
 
 @pytest.mark.parametrize(
     "adapter, sd15, sd21, sdxl",
     [
-        (Kronecker(4, 64), 398_048, 423_008, 3_874_560),
-        (Kronecker(16, 16), 398_048, 423_008, 3_874_560),
-        (Kronecker(8, 64), 248_176, 260_656, 2_152_320),
-        (Kronecker(64, 8), 248_176, 260_656, 2_152_320),
-        (Lora(4), 797_184, 829_952, 5_806_080),
+        (kronecker(4, 64), 398_048, 423_008, 3_874_560),
+        (kronecker(16, 16), 398_048, 423_008, 3_874_560),
+        (kronecker(8, 64), 248_176, 260_656, 2_152_320),
+        (kronecker(64, 8), 248_176, 260_656, 2_152_320),
+        (lora(4), 797_184, 829_952, 5_806_080),
     ],
     ids=str,
 )
-def test_parameters_of_the_unets(models, adapter, sd15, sd21, sdxl):
-    assert [adapter.count(*models[name]) for name in UNET_ROWS] == [sd15, sd21, sdxl]
+def test_parameters_of_the_unets(adapter, sd15, sd21, sdxl):
+    unets = [PLACES[name] for name in ("SD 1.5 UNet", "SD 2.1 UNet", "SDXL UNet")]
+    assert [count(adapter, place) for place in unets] == [sd15, sd21, sdxl]
 
 
-@pytest.mark.parametrize("adapter, parameters", [(Kronecker(4, 64), 520_928), (Lora(4), 1_092_096)], ids=str)
-def test_parameters_of_sd15_with_its_text_encoder(models, adapter, parameters):
-    assert sum(adapter.count(model) for model in models["SD 1.5 UNet + text encoder"]) == parameters
+@pytest.mark.parametrize(
+    "contender, unet, with_text",
+    [
+        (kronecker(4, 64), 398_048, 520_928),
+        (lora(4), 797_184, 1_092_096),
+        (SVDIFF, 322_856, 397_352),
+        (CUSTOM_DIFFUSION, 19_169_280, 19_170_048),
+        (CROSSATTN, 43_962_560, 43_963_328),
+        (TEXTUAL_INVERSION, 0, 768),
+        (DREAMBOOTH, 859_520_964, 982_581_444),
+    ],
+    ids=str,
+)
+def test_parameters_of_sd15_alone_and_with_its_text_encoder(contender, unet, with_text):
+    if contender.method not in ("kronecker", *METHODS):
+        pytest.skip("is not in METHODS")
+    assert (count(contender, PLACES["SD 1.5 UNet"]), count(contender, PLACES[SD15])) == (unet, with_text)
 
 
-def test_the_paper_s_99_947_percent_fewer(models):
-    unet, text_encoder = models["SD 1.5 UNet + text encoder"]
-    all_weights = sum(weight.numel() for model in (unet, text_encoder) for weight in model.parameters())
-    trained = Kronecker(4, 64).count(unet) + Kronecker(4, 64).count(text_encoder)
-    assert f"{1 - trained / all_weights:.3%}" == "99.947%"
+def test_the_paper_s_99_947_percent_fewer():
+    all_weights = sum(weight.numel() for model in PLACES[SD15].models() for weight in model.parameters())
+    assert f"{1 - count(kronecker(4, 64), PLACES[SD15]) / all_weights:.3%}" == "99.947%"
 
 
-def test_lora_trains_r_times_both_sizes_of_the_layers_that_kronecker_adapts(models):
-    layers = adapted_layers(models["SDXL UNet"])
-    formula = sum(4 * (layer.in_features + layer.out_features) for layer in layers)
-    assert sum(Lora(4).count(model) for model in models["SDXL UNet"]) == formula
+def test_lora_trains_r_times_both_sizes_of_the_layers_that_kronecker_adapts():
+    layers = adapted_layers(PLACES[SDXL].models())
+    assert count(lora(4), PLACES[SDXL]) == sum(4 * (layer.in_features + layer.out_features) for layer in layers)
 
 
-@pytest.mark.parametrize("adapter", [Kronecker(4, 64), Lora(4)], ids=str)
-def test_counting_leaves_the_layers_as_they_were(models, adapter):
-    (unet,) = models["SD 1.5 UNet"]
-    modules = dict(unet.named_modules())
-    adapter.count(unet)
-    assert dict(unet.named_modules()) == modules
-    assert not any(isinstance(module, KroneckerLinear) for module in modules.values())
+def test_every_method_is_counted_once_for_each_way_to_train_it():
+    assert {contender.method for contender in others()} == METHODS.keys() - {"lora"}
+    assert len({str(contender) for contender in others()}) == len(others())
+
+
+def test_sizes_have_the_unit_that_fits_them():
+    assert [size(number) for number in (768, 397_352, 982_581_444)] == ["3.00 KiB", "1.52 MiB", "3.66 GiB"]
 
 
 @pytest.mark.parametrize("a1, a2", [(4, 64), (16, 16), (8, 64), (64, 8)])
@@ -116,17 +134,23 @@ def test_largest_rank_is_the_rank_of_a_random_delta(a1, a2, d_in, d_out):
     torch.manual_seed(0)
     layer = KroneckerLinear(nn.Linear(d_in, d_out, bias=False), a1, a2)
     nn.init.normal_(layer.B)
-    assert Kronecker(a1, a2).rank(d_in, d_out) == torch.linalg.matrix_rank(layer.delta_weight, rtol=1e-5)
+    assert kronecker(a1, a2).rank(d_in, d_out) == torch.linalg.matrix_rank(layer.delta_weight, rtol=1e-5)
 
 
-def test_a_pair_that_fits_one_model_only_says_so_in_the_others(models):
-    table = cells(parameter_table(models, [Kronecker(4, 128), Kronecker(4, 64)]))
-    fits = {name for name in models if table[name, "Kronecker (4, 128)"] != "does not fit"}
+def test_a_pair_that_fits_one_model_only_says_so_in_the_others():
+    table = cells(count_table("trained parameters", "{:,}".format, [kronecker(4, 128), kronecker(4, 64)]))
+    fits = {name for name in PLACES if table["Kronecker (4, 128)", name] != "does not fit"}
     assert fits == {"SDXL UNet", "SDXL UNet + text encoders"}
-    assert table["SD 1.5 UNet", "Kronecker (4, 64)"] == "398,048 (1.52 MiB)"
-    ranks = cells(rank_table(models, [Kronecker(4, 128)]))
+    assert table["Kronecker (4, 64)", "SD 1.5 UNet"] == "398,048"
+    ranks = cells(rank_table([kronecker(4, 128)]))
     assert ranks["320 -> 320", "Kronecker (4, 128)"] == "does not fit"
     assert ranks["2048 -> 1280", "Kronecker (4, 128)"] == "64"  # min(4, 128) · min(320, 16)
+
+
+def test_a_pair_that_fits_the_unet_alone_is_counted_there():
+    assert count(kronecker(5, 64), PLACES["SD 1.5 UNet"]) > 0
+    with pytest.raises(KroneckerError, match="d_out = 768"):
+        count(kronecker(5, 64), PLACES[SD15])
 
 
 @pytest.mark.parametrize(
@@ -143,16 +167,25 @@ def test_a_command_line_that_makes_no_sense_is_refused(arguments, words, capsys)
     assert words in capsys.readouterr().err
 
 
-def test_the_program_prints_both_tables_from_anywhere(tmp_path):
-    result = run(cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    parameters, ranks = map(cells, result.stdout.strip().split("\n\n"))
-    assert parameters["SDXL UNet", "layers"] == "560"
-    assert parameters["SDXL UNet", "Kronecker (4, 64)"] == "3,874,560 (14.78 MiB)"
-    assert parameters["SDXL UNet", "LoRA r=4"] == "5,806,080 (22.15 MiB)"
-    assert parameters["SD 1.5 UNet + text encoder", "Kronecker (16, 16)"] == "520,928 (1.99 MiB)"
+def test_the_program_prints_its_tables(capsys):
+    main([])
+    counts, sizes, ranks, models, paper = map(cells, capsys.readouterr().out.strip().split("\n\n"))
+    assert models["SDXL UNet", "attention projections"] == "560"
+    assert counts["Kronecker (4, 64)", SDXL] == "3,874,560" and sizes["Kronecker (4, 64)", SDXL] == "14.78 MiB"
+    assert counts["LoRA r=4", SDXL] == "5,806,080" and sizes["LoRA r=4", SDXL] == "22.15 MiB"
+    assert counts["Kronecker (16, 16)", SD15] == "520,928" and sizes["Kronecker (16, 16)", SD15] == "1.99 MiB"
     assert ranks["1280 -> 1280", "Kronecker (4, 64)"] == "80" and ranks["1280 -> 1280", "LoRA r=4"] == "4"
-    assert not list(tmp_path.iterdir())
+    assert paper["Table 4, LoRA-DreamBooth, 1.09 M", "counted"] == "1,092,096"
+    page = (ROOT / "docs" / "adapter.md").read_text()
+    assert documented(page, "trained parameters").items() <= counts.items()
+    assert documented(page, "in fp32").items() <= sizes.items()
+
+
+def documented(page: str, title: str) -> dict:
+    """The cells of the table with this first title."""
+    table = re.search(rf"^\| {title} .*\n(?:\|.*\n)+", page, re.MULTILINE)
+    assert table
+    return cells(table[0].strip())
 
 
 def test_factors_that_fit_no_model_end_in_one_readable_line(tmp_path):
@@ -161,8 +194,3 @@ def test_factors_that_fit_no_model_end_in_one_readable_line(tmp_path):
     assert "error: Kronecker (7, 64) fits none of the models; SD 1.5 UNet: layer down_blocks.0" in result.stderr
     assert "a1 = 7 does not divide d_out = 320 (nearest that do: 5 and 8)" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_the_documented_table_is_this_program_s_output(models):
-    adapters = [Kronecker(4, 64), Kronecker(16, 16), Kronecker(8, 64), Kronecker(64, 8), Lora(4)]
-    assert parameter_table(models, adapters) in (ROOT / "docs" / "adapter.md").read_text()

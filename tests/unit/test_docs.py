@@ -27,7 +27,14 @@ FOLDERS = {path.parent.name for path in ROOT.glob("[!.]*/*.*") if path.is_file()
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 COMMAND = r"(?:python3? |accelerate launch |sbatch |scripts/\w+\.sh)"
 FLAGS_OF_OTHERS = {"--kills", "--array"}  # pytest's, see tests/conftest.py, and sbatch's
-FILES_OF_OTHERS = {"config.yaml", "train_dreambooth_lora.py"}  # a run's, and diffusers'
+FILES_OF_OTHERS = {  # a run's, diffusers', and SVDiff's
+    "config.yaml",
+    "train_dreambooth.py",
+    "train_dreambooth_lora.py",
+    "train_custom_diffusion.py",
+    "textual_inversion.py",
+    "train_svdiff.py",
+}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
