@@ -23,12 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dreambooth.runtime.library_warnings import drop_needless_warnings
+
+drop_needless_warnings()  # before the imports that cause some
+
 from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from dreambooth.errors import readable_errors
 from dreambooth.family import Family
