@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -205,11 +206,10 @@ def print_errors(report: Mapping[Layer, tuple[int, float]]) -> None:
 
 def to_custom_diffusion(adapter: MatchedAdapter, arguments: argparse.Namespace) -> None:
     base = arguments.pretrained_model_name_or_path
-    family = adapter.family
-    if base is None and family:
-        unet = load_architecture(family.architecture)["unet"]
+    if base is None and adapter.family:
+        unet: Any = load_architecture(adapter.family.architecture)["unet"]
     else:
-        unet = empty_models(base_options(arguments), COMPONENTS)["unet"]
+        unet = empty_models(base_options(arguments), ("unet",))["unet"]
     attentions = [name.removesuffix(".processor") for name in unet.attn_processors]
     write_diffusers_custom_diffusion(
         arguments.output, adapter.layers, adapter.file.words, attentions, dtype_of(arguments)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kron_formats.changes import Factors, LowRank
+from kron_formats.changes import Change, Factors, LowRank
 from kron_formats.errors import KroneckerError
 from kron_formats.lora import kronecker_to_lora
 from kron_formats.matching import match_layers
@@ -50,7 +50,7 @@ def attach_to_diffusers(pipeline: Any, path: str | os.PathLike, adapter_name: st
         _inject_kronecker(parts[component], part, adapter_name)
 
 
-def attach_lora(models: Models, layers: Mapping[Layer, Factors | LowRank], adapter_name: str) -> None:
+def attach_lora(models: Models, layers: Mapping[Layer, Change], adapter_name: str) -> None:
     """Add a LoRA that was read and matched to a pipeline's models as peft layers, its strengths in its factors.
 
     Ranks and strengths may differ between layers, which diffusers' own loader gets wrong; a layer that the file holds
@@ -67,8 +67,11 @@ def attach_lora(models: Models, layers: Mapping[Layer, Factors | LowRank], adapt
         _inject_lora(parts[component], part, adapter_name)
 
 
-def _low_rank(entry: Factors | LowRank) -> LowRank:
-    return entry if isinstance(entry, LowRank) else kronecker_to_lora(entry)[0]
+def _low_rank(entry: Change) -> LowRank:
+    if isinstance(entry, Factors):
+        return kronecker_to_lora(entry)[0]
+    assert isinstance(entry, LowRank), "a LoRA's file holds nothing else"
+    return entry
 
 
 def _cast_beside(layer: Layer, factors: Factors) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,7 @@ Size = tuple[int, ...]  # (d_out, d_in) of a weight or kernel as a matrix, (n,) 
 class Change(Protocol):
     """ΔW of one parameter."""
 
-    @property
-    def needs_weight(self) -> bool:
-        """Whether ΔW depends on W, so that it cannot stay beside it and has no meaning without it."""
-        ...
+    needs_weight: ClassVar[bool]  # whether ΔW depends on W, so that it cannot stay beside it
 
     @property
     def size(self) -> Size | None:
@@ -64,7 +61,7 @@ def size_of(shape: Size) -> Size:
 
 def size_in_words(size: Size) -> str:
     """Return what a layer of this size does, as the end of a sentence."""
-    return f"maps {size[1]} to {size[0]}" if len(size) > 1 else f"has {size[0]} numbers"
+    return f"has {size[0]} numbers" if len(size) == 1 else f"maps {size[1]} to {size[0]}"
 
 
 @dataclass(frozen=True)

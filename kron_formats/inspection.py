@@ -1,6 +1,7 @@
 """What a file of any method is, in words."""
 
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 
 from torch.linalg import svdvals
@@ -78,22 +79,22 @@ def _has_transposed_rows(file: AdapterFile) -> bool:
     return any(isinstance(entry, StoredFactors) and entry.transposed_rows for entry in file.layers.values())
 
 
-def _factors(factors: dict[str, StoredFactors]) -> str:
+def _factors(factors: Mapping[str, StoredFactors]) -> str:
     shapes = Counter(tuple(entry.A.shape) for entry in factors.values())
     return "factors (a1, a2): " + ", ".join(f"{shape} in {count} layers" for shape, count in shapes.most_common())
 
 
-def _ranks(factors: dict[str, Factors]) -> str:
+def _ranks(factors: Mapping[str, Factors]) -> str:
     ranks = [prod(numerical_rank(svdvals(side), side) for side in (x.A, x.B)) for x in factors.values()]
     return f"rank(A) · rank(B): {min(ranks)} to {max(ranks)}"
 
 
-def _lora_ranks(loras: dict[str, LowRank]) -> str:
+def _lora_ranks(loras: Mapping[str, LowRank]) -> str:
     ranks = [entry.down.shape[0] for entry in loras.values()]
     return f"rank: {min(ranks)} to {max(ranks)}"
 
 
-def _norms(factors: dict[str, Factors], loras: dict[str, LowRank]) -> str:
+def _norms(factors: Mapping[str, Factors], loras: Mapping[str, LowRank]) -> str:
     norms = {name: (x.A.norm() * x.B.norm()).item() for name, x in factors.items()}  # |A ⊗ B| = |A| |B|
     norms |= {name: _lora_norm(entry) for name, entry in loras.items()}
     largest = max(norms, key=lambda name: norms[name])

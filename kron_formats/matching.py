@@ -1,6 +1,6 @@
 """Which layer of a model each entry of an adapter file belongs to, and what is wrong if it belongs to none."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,10 +22,10 @@ class MatchedAdapter:
 
     file: AdapterFile
     family: Family | None  # of the model; None if it is not one of diffusers
-    layers: dict[Layer, Change]
+    layers: Mapping[Layer, Change]
 
     @cached_property
-    def factors(self) -> dict[Layer, Factors]:
+    def factors(self) -> Mapping[Layer, Factors]:
         """The layers of a Kronecker adapter. Raises KroneckerError if the file is of another method."""
         factors = {layer: entry for layer, entry in self.layers.items() if isinstance(entry, Factors)}
         if len(factors) < len(self.layers):

@@ -114,7 +114,8 @@ def not_kronecker_error(file: AdapterFile) -> KroneckerError:
 
 # ---- the kinds of files ----
 
-Tensors, Metadata = Mapping[str, Tensor], Mapping[str, str]
+Tensors = Mapping[str, Tensor]
+Metadata = Mapping[str, str]
 Read = Callable[[Path, Tensors, Metadata], AdapterFile]
 
 

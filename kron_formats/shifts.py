@@ -47,7 +47,6 @@ class Shift:
     """The shift of one layer's weight. A vector of weights gets δ itself if it is elementwise."""
 
     needs_weight: ClassVar[bool] = True
-    size: ClassVar[None] = None  # any weight with as many singular values
 
     values: Tensor  # δ, fp32
     elementwise: bool  # of a vector of weights
@@ -55,6 +54,10 @@ class Shift:
     origin: Origin | None = None
     base_model: str | None = None  # whose weight it is
     strength: float = 1.0
+
+    @property
+    def size(self) -> None:
+        """Unknown: any weight with as many singular values."""
 
     def isfinite(self) -> Tensor:
         return self.values.isfinite().all()
@@ -69,7 +72,7 @@ class Shift:
 
     def misfit(self, size: Size) -> str | None:
         """Return why a weight of this size cannot be the one: it has more or fewer singular values, or entries."""
-        wanted = min(size) if len(size) > 1 else size[0] if self.elementwise else 1
+        wanted = min(size) if len(size) > 1 or self.elementwise else 1
         if self.numel() == wanted:
             return None
         return f"holds {self.numel()} shifts, the model's layer {size_in_words(size)} and needs {wanted}"
