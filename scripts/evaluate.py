@@ -143,7 +143,7 @@ def main() -> None:
     files = [adapter.matched.file for adapter in adapters]
     subject = subject_phrase(files, config.instance_token, config.class_noun)
     texts = name_subject(prompts, config.class_noun)
-    named = dict.fromkeys((BASE, ADAPTED), name_subject(prompts, subject))
+    named: dict[str, list[str]] = {BASE: name_subject(prompts, subject), ADAPTED: name_subject(prompts, subject)}
     if any(file.words for file in files):
         named[BASE] = texts  # the base model does not have the words
     drawn_texts = [*zip(sources, named[ADAPTED]), ("--class_prompt", class_prompt(config))]
