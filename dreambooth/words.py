@@ -20,9 +20,9 @@ def explain_new(text: str, count: int, tokenizers: Tokenizers) -> str | None:
     for encoder, tokenizer in tokenizers.items():
         known = tokenizer.get_vocab()
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) == 1 or (taken := next((token for token in tokens_of(text, count) if token in known), None)):
-            had = tokenizer.convert_ids_to_tokens(ids)[0] if len(ids) == 1 else taken
-            return f"the tokenizer of the {encoder} has it already, as {excerpt(had)}"
+        had = tokenizer.convert_ids_to_tokens(ids) if len(ids) == 1 else []
+        if had := [*had, *(token for token in tokens_of(text, count) if token in known)]:
+            return f"the tokenizer of the {encoder} has it already, as {excerpt(had[0])}"
         for other in tokenizer.added_tokens_encoder:
             if (small := text.casefold()) in other.casefold() or other.casefold() in small:
                 return f"it overlaps {excerpt(other)}, which the tokenizer of the {encoder} has already"

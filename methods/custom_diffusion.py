@@ -93,8 +93,9 @@ class AttachedCustomDiffusion:
             for (name, shape), count in sorted(kinds.items())
         )
         word = self.learned.word if self.learned else None
-        for name, vectors in word.vectors.items() if word else ():
-            rows += f"| {self.family.component_titles[name]} | {code(word.text)} | {vectors.shape[1]:,} | 1 |\n"
+        if word:
+            for name, vectors in word.vectors.items():
+                rows += f"| {self.family.component_titles[name]} | {code(word.text)} | {vectors.shape[1]:,} | 1 |\n"
         parameters = sum(parameter.numel() for group in self.groups for parameter in group.parameters)
         loading = loading_lines(base_model, self.family.pipeline_class.__name__)
         called = f", and the word {code(word.text)}" if word else ""
