@@ -69,7 +69,7 @@ class Shift:
 
     def misfit(self, size: Size) -> str | None:
         """Return why a weight of this size cannot be the one: it has more or fewer singular values, or entries."""
-        wanted = min(size) if len(size) > 1 else size[0] if self.elementwise else 1
+        wanted = min(size) if len(size) > 1 else sum(size) if self.elementwise else 1
         if self.numel() == wanted:
             return None
         return f"holds {self.numel()} shifts, the model's layer {size_in_words(size)} and needs {wanted}"
