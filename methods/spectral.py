@@ -23,6 +23,11 @@ class SpectralShift(nn.Module):
     stay on W's device.
     """
 
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+    composed: Tensor
+
     def __init__(self, weight: Tensor):
         super().__init__()
         self.key = "" if weight.is_meta else digest(weight)
