@@ -34,6 +34,7 @@ ROOMS = (
     "methods",
     "train_dreambooth_kronecker",
     "train_dreambooth_kronecker_sdxl",
+    "studies",
     "scripts",
     "toyworld",
     "benchmarks",
