@@ -107,7 +107,7 @@ def explained_variance(runs: Sequence[tuple[Mapping[str, str], float]], axes: Se
 
         eta² = Σ_entries n_entry (mean_entry - mean)² / Σ_runs (score - mean)²
 
-    `runs` are (labels by axis, score). In a full grid the shares and the rest add up to 1. None if all scores are equal.
+    `runs` are (labels by axis, score). In a full grid, shares and rest add up to 1. None if all scores are equal.
     """
     mean = fmean(score for _, score in runs) if runs else 0.0
     total = math.fsum((score - mean) ** 2 for _, score in runs)

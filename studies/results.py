@@ -1,7 +1,7 @@
 """What the folder of a sweep holds: one record for each cell, whether it is finished or not.
 
-Everything is read from the run folders: their names say what varies, studies/cells.py says what is in them. Nothing here
-imports torch.
+Everything is read from the run folders: their names say what varies, studies/cells.py says what is in them. Nothing
+here imports torch.
 """
 
 import json
@@ -24,7 +24,8 @@ from studies.grid import CELL_NAME
 
 DONE, FAILED, UNFINISHED = "done", "failed", "unfinished"
 BASE, ADAPTED = "base", "adapted"  # models of scripts/evaluate.py
-IMAGES = "images"
+LACKING = "-"  # stands for the entry of a cell that lacks an axis, which is of another grid in the same folder
+IMAGES, CLASS = "images", "class"  # the folder of what it draws, and the prompt of class images
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,39 @@ def axis_numbers(labels: Sequence[str]) -> dict[str, float] | None:
         numbers = {label: number for label in labels if (number := as_number(label)) is not None}
     distinct = len(numbers) == len(labels) == len({*numbers.values()})
     return numbers if distinct and len(labels) > 1 else None
+
+
+def entry_of(record: Record, axis: str) -> str:
+    """Return a record's entry of an axis."""
+    return record.labels.get(axis, LACKING)
+
+
+def entries_of(records: Sequence[Record], axis: str) -> list[str]:
+    """Return the entries that records have of an axis, in their order; those that lack it come last."""
+    return sorted(
+        {entry_of(record, axis) for record in records}, key=lambda label: (label == LACKING, label_key(label))
+    )
+
+
+def labelled(record: Record, axes: Sequence[str]) -> str:
+    """Return a record's entries of some axes in words: "shape 2-32, rank 4"; of a single axis the entry alone."""
+    if len(axes) == 1:
+        return entry_of(record, axes[0])
+    return ", ".join(f"{axis} {record.labels[axis]}" for axis in axes if axis in record.labels) or "all"
+
+
+def grouped(records: Sequence[Record], axes: Sequence[str]) -> dict[str, list[Record]]:
+    """Return {their entries of some axes, in words: records}, in the order of the records' entries."""
+    groups: dict[str, list[Record]] = {}
+    ordered = sorted(records, key=lambda record: [label_key(record.labels.get(axis, "")) for axis in axes])
+    for record in ordered:
+        groups.setdefault(labelled(record, axes), []).append(record)
+    return groups
+
+
+def values(records: Sequence[Record], measure: str) -> list[float]:
+    """Return the records' scores by a measure, of those that have one."""
+    return [record.scores[measure] for record in records if measure in record.scores]
 
 
 # ---- one cell ----
@@ -234,6 +268,6 @@ def pictures(sweep: Path, record: Record, model: str = ADAPTED) -> dict[str, Pat
     found: dict[str, tuple[int, Path]] = {}
     for path in (sweep / record.cell / SCORES.parent / IMAGES / model).glob("*.png"):
         prompt, _, seed = path.stem.partition("-")
-        if seed.isdigit():
+        if seed.isdecimal() and (prompt.isdecimal() or prompt == CLASS):
             found[prompt] = min(found.get(prompt, (int(seed), path)), (int(seed), path))
     return {prompt: path for prompt, (_, path) in sorted(found.items())}
