@@ -46,6 +46,7 @@ from dreambooth.options.paths import check_folder
 from dreambooth.runtime.library_warnings import show_library_warnings
 from dreambooth.scoring.subject import PLACEHOLDER, name_subject, prompt_lines, read_subject_photos
 from dreambooth.wording import counted
+from kron_formats.files import whole_file, write_text
 
 if TYPE_CHECKING:
     from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores
@@ -154,9 +155,9 @@ def main() -> None:
     results = Results(score_photos(photos, evaluators), scores, prior)
 
     output = Path(config.output_dir)
-    write_json(output / "scores.json", named, texts, results, config)
     write_csv(output / "scores.csv", named, texts, results)
     contact_sheet(photos, named, drawn, config).save(output / "sheet.png")
+    write_json(output / "scores.json", named, texts, results, config)  # last and whole: where it is, all is done
     print(table(results))
     print(f"Wrote {output / 'scores.json'}, scores.csv, sheet.png and images")
 
@@ -207,7 +208,8 @@ def write_json(path: Path, prompts: Sequence[str], texts: Sequence[str], results
         models[model] = means | {"by_prompt": by_prompt}
     report = asdict(results) | {"models": models}
     text = json.dumps({"settings": asdict(config)} | report, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with whole_file(path) as unfinished:
+        write_text(unfinished, text + "\n")
 
 
 def write_csv(path: Path, prompts: Sequence[str], texts: Sequence[str], results: Results) -> None:

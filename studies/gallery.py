@@ -96,5 +96,5 @@ def _text(records: Sequence[Record], prompt: str) -> str:
     if prompt == CLASS:
         return "the class prompt"
     place = int(prompt)
-    found = (record.prompts[place]["prompt"] for record in records if place < len(record.prompts))
-    return next(found, f"prompt {place}")
+    rows = (record.prompts[place] for record in records if place < len(record.prompts))
+    return next((str(row["prompt"]) for row in rows if "prompt" in row), f"prompt {place}")

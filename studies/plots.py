@@ -32,6 +32,7 @@ LOG_FROM = 2  # an axis is drawn by its logarithm if its numbers differ by this 
 THUMBNAIL = 128  # px
 LETTERS = 15  # px, on sheets of pictures
 UNBEATEN, BASE_MODEL, PHOTOS = "not beaten", "base model", "photos"  # what legends end with
+MOST_TICKS = 14  # of an axis whose entries are its ticks
 MOST_LABELS = 8  # points that are written at
 
 
@@ -86,10 +87,11 @@ def _draw_line(
 
 
 def _number_ticks(axes: "Axes", numbers: Mapping[str, float]) -> None:
-    """Put a tick at every entry, by its label."""
+    """Put a tick at every entry, by its label; at some of them if they are many."""
     if is_logarithmic([*numbers.values()]):
         axes.set_xscale("log", base=2)
-    axes.set_xticks([*numbers.values()], [*numbers], rotation=45 if len("".join(numbers)) > 36 else 0)
+    shown = dict(sorted(numbers.items(), key=lambda entry: entry[1])[:: 1 + len(numbers) // MOST_TICKS])
+    axes.set_xticks([*shown.values()], [*shown], rotation=45 if len("".join(shown)) > 36 else 0)
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(tick_label)
 
@@ -184,14 +186,13 @@ def draw_tradeoff(
     names, points = [*groups], [(a.mean, b.mean) for _, a, b in groups.values()]
     front = frontier([(signs[0] * a, signs[1] * b) for a, b in points])
     axes.plot(*zip(*[points[i] for i in front]), color=GREY, linewidth=1, linestyle="--", zorder=0, label=UNBEATEN)
-    if x.name == "parameters" and is_logarithmic([a for a, _ in points]):
-        axes.set_xscale("log")
-        axes.minorticks_off()
+    axes.xaxis.set_major_formatter(tick_label)
+    axes.yaxis.set_major_formatter(tick_label)
+    if x.name == "parameters":
+        _number_ticks(axes, {number(a, x.name): a for a, _ in points})
     if not x.higher_is_better:
         axes.invert_xaxis()
     _references(axes, records, x, y)
-    axes.xaxis.set_major_formatter(tick_label)
-    axes.yaxis.set_major_formatter(tick_label)
     _name_points(axes, [(names[i], points[i]) for i in front[:MOST_LABELS]])
     _legend(figure, axes, ", ".join(colour_by))
     return rendered(figure)
@@ -283,7 +284,9 @@ def number(value: float, measure: str) -> str:
         return f"{value:,.0f}"
     if measure == "peak_memory":
         return f"{value / 2**30:.2f} GiB"
-    return f"{value:,.1f}" if measure == "seconds" else f"{value:.3f}" if abs(value) >= 0.001 else tick_label(value)
+    if measure == "seconds":
+        return f"{value:,.1f}"
+    return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else tick_label(float(f"{value:.2g}"))
 
 
 def colours(count: int, ordered: bool = False) -> list[Any]:

@@ -39,6 +39,7 @@ from studies.results import (
     Record,
     axes_of,
     axis_numbers,
+    entry_of,
     grouped,
     read_sweep,
     values,
@@ -298,7 +299,7 @@ def sheets(gallery: Gallery | None) -> list[Plot]:
 
 
 def settings_table(records: Sequence[Record], layout: Layout) -> dict[str, Any]:
-    """Return the mean of every score at every setting, with its spread and the number of runs; the best are marked."""
+    """Return the mean of every score at every setting, its deviation and the number of runs; the best are marked."""
     measures = [measure for name, measure in MEASURES.items() if values(records, name)]
     groups = grouped(records, layout.settings)
     table = {
@@ -318,12 +319,14 @@ def settings_table(records: Sequence[Record], layout: Layout) -> dict[str, Any]:
             if (entry := table.get((name, measure.name))) is None:
                 cells.append({"text": "-", "best": False})
                 continue
-            deviation = "" if entry.deviation is None else f" ± {number(entry.deviation, measure.name)}"
-            text = number(entry.mean, measure.name) + ("" if measure.name == "parameters" else deviation)
+            text = number(entry.mean, measure.name)
+            if entry.deviation is not None and measure.name not in COSTS:
+                text += f" ± {number(entry.deviation, measure.name)}"
             cells.append({"text": text, "best": entry.mean == best[measure.name] and measure.name not in COSTS})
         done = sum(record.state == DONE for record in members)
-        rows.append({"name": name, "runs": f"{done} of {len(members)}", "cells": cells})
-    return {"measures": measures, "rows": rows, "title": ", ".join(layout.settings) or "setting"}
+        entries = [entry_of(members[0], axis) for axis in layout.settings]
+        rows.append({"entries": entries, "runs": f"{done} of {len(members)}", "cells": cells})
+    return {"measures": measures, "rows": rows, "axes": layout.settings}
 
 
 def variance_table(records: Sequence[Record], layout: Layout) -> list[dict[str, Any]]:
