@@ -35,7 +35,7 @@ plan="$("${worker[@]}" --dry_run)" || exit 2 # what is wrong with the grid is sa
 case " ${arguments[*]} " in *" --dry_run "*) echo "$plan" && exit 0 ;; esac
 echo "${plan##*$'\n'}"
 
-export SWEEP_BEGAN="$(date +%s)"
+export SWEEP_BEGAN="$(python -c 'import time; print(time.time())')"
 workers=()
 if [ -n "$gpus" ]; then
     case "$gpus" in *:*) IFS=: read -ra groups <<<"$gpus" ;; *) IFS=, read -ra groups <<<"$gpus" ;; esac

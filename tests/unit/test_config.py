@@ -591,7 +591,7 @@ EVERYTHING = """
     --instance_data_dir "my photos" --instance_prompt 'a "sks" dog: #1 🐶' --resolution 64 --center_crop
     --image_interpolation_mode box --with_prior_preservation --prior_loss_weight 0.5 --class_data_dir 07
     --class_prompt null --num_class_images 7 --sample_batch_size 2 --prior_num_inference_steps 9
-    --prior_guidance_scale 1e-3 --prior_negative_prompt "  blurry,\nno " --kron_a1 8 --kron_a2 32
+    --prior_guidance_scale 1e-3 --prior_negative_prompt "  blurry,\nno " --prior_seed 5 --kron_a1 8 --kron_a2 32
     --kron_factors to_k=8,64 to_v=4,4 --kron_targets to_q to_k --kron_init reference
     --output_dir "~" --seed 4294967295
     --overwrite_output_dir --train_batch_size 2 --gradient_accumulation_steps 3 --max_train_steps 10

@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -25,7 +26,7 @@ PROGRAMS = [
 FOLDERS = {path.parent.name for path in ROOT.glob("[!.]*/*.*") if path.is_file()} - {"outputs", "wandb"}
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 COMMAND = r"(?:python3? |accelerate launch |sbatch |scripts/\w+\.sh)"
-FLAGS_OF_OTHERS = {"--kills"}  # pytest's, see tests/conftest.py
+FLAGS_OF_OTHERS = {"--kills", "--array"}  # pytest's, see tests/conftest.py, and sbatch's
 FILES_OF_OTHERS = {"config.yaml", "train_dreambooth_lora.py"}  # a run's, and diffusers'
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -50,6 +51,13 @@ def flags(program: str, *words: str) -> set[str]:
 @functools.cache
 def accelerate_flags() -> set[str]:
     return set(launch_command_parser()._option_string_actions)
+
+
+@functools.cache
+def sweep_flags() -> set[str]:
+    """The flags that scripts/sweep.sh says it has."""
+    said = subprocess.run([ROOT / "scripts" / "sweep.sh", "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(rf"^{FLAG}", said.stdout, re.MULTILINE))
 
 
 def commands(text: str) -> list[list[str]]:
@@ -101,7 +109,7 @@ def test_links_lead_somewhere(page):
 @every_page
 def test_flags_exist(page):
     of_methods = (flags("methods/train.py", method, "sd") for method in METHODS)
-    known = set.union(FLAGS_OF_OTHERS, accelerate_flags(), *map(flags, PROGRAMS), *of_methods)
+    known = set.union(FLAGS_OF_OTHERS, sweep_flags(), accelerate_flags(), *map(flags, PROGRAMS), *of_methods)
     assert set(re.findall(FLAG, page.read_text())) <= known
 
 
