@@ -62,6 +62,7 @@ from dreambooth.scoring.subject import (
     warn_of_trained_photos,
 )
 from dreambooth.wording import counted
+from kron_formats.files import whole_file, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -253,9 +254,9 @@ def main() -> None:
     results = Results(score_photos(photos, evaluators), scores, prior, losses)
 
     output = Path(config.output_dir)
-    write_json(output / "scores.json", named, texts, results, config)
     write_csv(output / "scores.csv", named, texts, results)
     contact_sheet(photos, named[ADAPTED], drawn, config).save(output / "sheet.png")
+    write_json(output / "scores.json", named, texts, results, config)  # last and whole: where it is, all is done
     print(table(results, config))
     print(f"Wrote {output / 'scores.json'}, scores.csv, sheet.png and images")
 
@@ -371,7 +372,8 @@ def write_json(path: Path, prompts: Prompts, texts: Sequence[str], results: Resu
     report = asdict(results) | {"models": models}
     del report["denoising"]  # it is with the models
     text = json.dumps({"settings": asdict(config)} | report, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with whole_file(path) as unfinished:
+        write_text(unfinished, text + "\n")
 
 
 def write_csv(path: Path, prompts: Prompts, texts: Sequence[str], results: Results) -> None:

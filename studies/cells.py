@@ -22,6 +22,7 @@ LOG_NAME = "sweep.log"  # what the commands printed
 ENDING_NAME = "sweep.json"
 SHARED_NAME = "shared"  # beside the cells: the latents and prompt encodings of all
 SCORES = Path("evaluation", "scores.json")
+STOPPED = 75  # exit code of a training that was told to stop and has saved a checkpoint
 SHARED_SEED = "0"  # of class images, so that cells of several seeds can share them
 
 

@@ -34,6 +34,8 @@ TAKEN = {  # options that the sweep sets itself -> why
     "resume_from_checkpoint": "every cell continues where it was cut off",
     "overwrite_output_dir": "finished cells are kept",
 }
+WORD = r"[\w.+-]+"  # an axis or one of its entries, as the name of a cell has it
+CELL_NAME = re.compile(f"{WORD}={WORD}(,{WORD}={WORD})*")
 LONGEST_NAME = 200  # bytes; file systems take 255
 
 
@@ -61,6 +63,8 @@ def read_grid(path: str) -> list[Cell]:
     if unknown := [key for key in entries if key not in KEYS]:
         raise UserError(f"grid {path}: unknown keys: {', '.join(map(excerpt, unknown))}; known: {', '.join(KEYS)}")
     axes = _mapping(entries.get("axes"), f"grid {path}: axes")
+    if odd := [axis for axis in axes if not re.fullmatch(WORD, str(axis))]:
+        raise UserError(f"grid {path}: axes: {excerpt(str(odd[0]))}: a name has letters, digits and _.+- alone")
     common = _mapping(entries.get("options") or {}, f"grid {path}: options")
     common |= {key: entries[key] for key in OWN if key in entries}
     choices = [_entries(axis, values, f"grid {path}: axes: {axis}") for axis, values in axes.items()]

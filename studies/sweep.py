@@ -32,6 +32,7 @@ from dreambooth.wording import counted
 from studies.cells import (
     LOG_NAME,
     ROOT,
+    STOPPED,
     Ending,
     evaluate_command,
     is_done,
@@ -43,14 +44,14 @@ from studies.cells import (
 )
 from studies.grid import Cell, read_grid
 
-STOPPED = 75  # exit code of a training that was told to stop and has saved a checkpoint
 DONE, FAILED, ELSEWHERE = "done", "failed", "running elsewhere"
 BEGAN = "SWEEP_BEGAN"  # variable: when scripts/sweep.sh was started; cells that failed later are not tried again
 
 
 def main() -> int:
     arguments = parse()
-    cells, sweep = read_grid(arguments.grid), arguments.output_dir.absolute()
+    everything, sweep = read_grid(arguments.grid), arguments.output_dir.absolute()
+    cells = everything
     if arguments.cell is not None:
         if arguments.cell >= len(cells):
             raise UserError(f"--cell {arguments.cell}: {arguments.grid} has {counted(len(cells), 'cell')}, from 0 on")
@@ -61,6 +62,8 @@ def main() -> int:
         return 0
     began = float(os.environ.get(BEGAN) or time.time())
     worker = Worker(sweep, arguments.processes, began)
+    for cell in everything:  # a report then knows what is still to come
+        (sweep / cell.name).mkdir(parents=True, exist_ok=True)
     states = Counter()
     for cell in cells:
         states[worker.run(cell)] += 1

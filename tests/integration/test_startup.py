@@ -142,7 +142,7 @@ sys.argv = [{script!r}, *{arguments!r}]
 try:
     runpy.run_path({script!r}, run_name="__main__")
 except SystemExit as end:
-    heavy = {{"torch", "diffusers", "accelerate"}} & set(sys.modules)
+    heavy = {{"torch", "diffusers", "accelerate", "matplotlib"}} & set(sys.modules)
     sys.exit(f"imported {{heavy}}" if heavy else end.code)
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,69 @@
+"""Write a report on a sweep: its results as tables and files for other programs, plots, and one page to look at.
+
+    python scripts/report.py outputs/sweeps/learning_rate
+    python scripts/report.py outputs/sweeps/learning_rate --heatmap learning_rate shape --pictures subject learning_rate
+
+SWEEP is the folder that scripts/sweep.sh wrote. It may be half done: cells that failed or are not done are listed with
+the reason. Nothing is trained or scored here.
+
+Writes into the sweep's folder, or --output_dir:
+
+    report.html     everything on one page, with its pictures inside: opens without a network, on a phone too
+    report.md       the same in Markdown, with plots/*.png
+    results.csv     a line for each cell: its entries, state, scores, time, memory, parameters, command
+    results.json    the same with every option, the versions, and the scores of each prompt
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dreambooth.errors import readable_errors
+from dreambooth.options.paths import check_folder, path_argument
+
+
+def main() -> None:
+    arguments = parse()
+    output = arguments.output_dir or arguments.sweep
+    check_folder(str(output), "--output_dir")
+
+    from studies.report import Choice, write_report  # after the arguments, since numpy and Jinja2 take a moment
+
+    choice = Choice(arguments.scores, arguments.over, arguments.heatmap, arguments.pictures)
+    print("Wrote", *write_report(arguments.sweep, output, choice), f"and {output / 'plots'}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("sweep", type=path_argument, metavar="SWEEP", help="folder of the sweep")
+    parser.add_argument(
+        "--output_dir", type=path_argument, metavar="DIR", help="folder for the report; default: the sweep's"
+    )
+    parser.add_argument(
+        "--scores", nargs="+", metavar="SCORE", help="scores to plot, columns of results.csv; default: dino clip_t"
+    )
+    parser.add_argument(
+        "--over", nargs="*", metavar="AXIS", help="axes to take means and spreads over; default: seed and subject"
+    )
+    parser.add_argument(
+        "--heatmap",
+        nargs=2,
+        metavar=("X", "Y"),
+        help="axes from left to right and from top to bottom; default: learning_rate and the next axis",
+    )
+    parser.add_argument(
+        "--pictures",
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="axes of the grid of pictures, with sliders over all others; default: those of the heat map",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()

@@ -1,0 +1,228 @@
+"""The report on a sweep: its files, its page without a network, and its plots."""
+
+import base64
+import csv
+import io
+import itertools
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth.errors import UserError
+from studies.plots import draw_heatmap, draw_lines, draw_tradeoff
+from studies.report import Choice, write_report
+from studies.results import MEASURES, axes_of, axis_numbers, read_sweep
+from tests.conftest import ROOT
+from tests.synthetic_sweep import write_cell, write_ending, write_sweep
+
+FILES = ["results.csv", "results.json", "report.md", "report.html"]
+DINO = MEASURES["dino"]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps") / "rates & <shapes>"
+    return write_sweep(folder, rates=("0.01", "0.02", "0.08"), shapes=("2-32", "8-8"), seeds=(0, 1, 2), pictures=1)
+
+
+@pytest.fixture(scope="module")
+def written(sweep, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    write_report(sweep, folder, Choice())
+    return folder
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    return Page((written / "report.html").read_text())
+
+
+def share_of(picture: Image.Image, colour: str) -> float:
+    """The share of pixels that have a colour."""
+    wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
+    return float((np.abs(np.asarray(picture).astype(int) - wanted).max(-1) < 12).mean())
+
+
+# ---- files ----
+
+
+def test_the_same_folders_make_the_same_bytes(sweep, written, tmp_path):
+    write_report(sweep, tmp_path, Choice())
+    names = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
+    assert {*map(str, names)} >= {*FILES, "plots/heatmap-learning_rate-shape-dino.png", "plots/pictures-00.png"}
+    assert [(tmp_path / name).read_bytes() == (written / name).read_bytes() for name in names] == [True] * len(names)
+
+
+def test_every_cell_is_a_row_of_the_files_for_programs(sweep, written):
+    cells = [record.cell for record in read_sweep(sweep)]
+    rows = list(csv.DictReader(io.StringIO((written / "results.csv").read_text())))
+    assert [row["cell"] for row in rows] == cells and len(cells) == 18
+    failed = next(row for row in rows if row["state"] == "failed")
+    assert (failed["exit_code"], failed["shape"], failed["dino"]) == ("2", "8-8", "")
+    assert "step 31 is not finite" in failed["reason"] and failed["command"].startswith("python train_dreambooth")
+    content = json.loads((written / "results.json").read_text(), parse_constant=pytest.fail)
+    assert [cell["cell"] for cell in content["cells"]] == cells
+    first = content["cells"][0]
+    assert first["options"]["learning_rate"] == 0.01 and first["summary"]["versions"]["torch"] == "2.13.0"
+    assert float(rows[0]["dino"]) == first["scores"]["dino"] and len(first["prompts"]) == 3
+
+
+def test_every_plot_of_the_markdown_is_there_and_its_tables_are_rectangular(written):
+    text = (written / "report.md").read_text()
+    names = re.findall(r"!\[.*\]\((plots/[\w.-]+)\)", text)
+    assert len(names) >= 12 and all((written / name).exists() for name in names)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+    assert "its loss is nan \\| lower" in text and "<b>" not in text.replace("\\<b\\>", "")
+
+
+# ---- the page ----
+
+
+def test_the_page_needs_nothing_but_itself(written, page):
+    assert "default-src 'none'" in next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
+    assert not page.all("link") and not any("src" in script for script in page.all("script"))
+    for image in page.all("img"):
+        kind, _, content = image["src"].partition(";base64,")
+        assert kind in ("data:image/png", "data:image/jpeg") and image["alt"]
+        Image.open(io.BytesIO(base64.b64decode(content))).verify()
+    assert "url(" not in (written / "report.html").read_text()
+
+
+def test_what_users_wrote_is_text_in_the_page(page):
+    assert "rates & <shapes>" in page.text and not page.all("shapes")
+    assert "its loss is nan | lower --learning_rate" in page.text
+
+
+def test_sliders_reach_every_grid_and_a_grid_has_every_cell(page):
+    sliders = [json.loads(entries["data-entries"]) for entries in page.all("input")]
+    assert sliders == [["a photo of sks dog on a beach", "the class prompt"], ["0", "1", "2"]]
+    keys = {"-".join(map(str, key)) for key in itertools.product(*(range(len(entries)) for entries in sliders))}
+    grids = [entries for entries in page.all("div") if "data-key" in entries]
+    assert {grid["data-key"] for grid in grids} == keys and len(grids) == len(keys)
+    assert ["hidden" in grid for grid in grids] == [False] + [True] * (len(grids) - 1)
+    pictures = [image for image in page.all("img") if image["src"].startswith("data:image/jpeg")]
+    drawn = 18 - 3 - 1  # three failed, one was cut off
+    assert len(pictures) == 2 * (drawn + 3)  # for each prompt also the base model, once a seed
+    assert page.text.count("step 31 is not finite") == 3 * (1 + 2 + 1)  # the list, both prompts' grids, the cells
+
+
+def test_the_width_of_an_open_interval_is_a_lower_bound(written):
+    line = next(line for line in (written / "report.md").read_text().splitlines() if line.startswith("| 2-32 | 0.01"))
+    assert re.search(r"≤ 0\.01 to 0\.01\d* \| ≥ 0\.\d", line)
+
+
+# ---- sweeps of other forms ----
+
+
+def test_a_sweep_that_has_not_begun_has_a_report(tmp_path):
+    (tmp_path / "seed=1").mkdir()
+    write_report(tmp_path, tmp_path, Choice())
+    assert "1 unfinished" in Page((tmp_path / "report.html").read_text()).text
+    assert "not begun" in (tmp_path / "results.csv").read_text()
+
+
+def test_a_sweep_without_scores_is_compared_by_its_loss(tmp_path):
+    for rate in ("0.01", "0.1"):
+        write_cell(tmp_path, {"learning_rate": rate}, None, float(rate))
+    write_report(tmp_path, tmp_path, Choice())
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "stability-learning_rate-loss.png", "steps-loss.png", "steps-grad_norm.png",
+    }  # fmt: skip
+
+
+def test_methods_with_axes_of_their_own_are_lines_of_one_plot(tmp_path):
+    for rate in ("0.01", "0.02"):
+        write_cell(tmp_path, {"learning_rate": rate, "shape": "2-32", "seed": 0}, 0.5, 0.01, pictures=1)
+        write_cell(tmp_path, {"learning_rate": rate, "shape": "4-16", "seed": 0}, 0.4, 0.01, 4, pictures=1)
+        write_cell(tmp_path, {"learning_rate": rate, "lora_rank": "1", "seed": 0}, 0.45, 0.01, 1, pictures=1)
+    write_ending(tmp_path / "learning_rate=0.02,lora_rank=2,seed=0", 1, "killed")
+    write_report(tmp_path, tmp_path, Choice())
+    page = Page((tmp_path / "report.html").read_text())
+    assert all(line in page.text for line in ("shape 2-32", "shape 4-16", "lora_rank 1", "lora_rank 2"))
+    shown = [image["alt"] for image in page.all("img") if image["src"].startswith("data:image/jpeg")]
+    assert any(alt.startswith("-, 0.01") for alt in shown)  # a cell without a shape is not dropped
+
+
+@pytest.mark.parametrize(
+    "choice, words",
+    [
+        ({"over": ["sed"]}, "--over sed: .* learning_rate, shape, seed"),
+        ({"heatmap": ["shape", "rank"]}, "--heatmap rank"),
+        ({"pictures": ["shape", "shape"]}, "--pictures shape shape"),
+        ({"scores": ["dnio"]}, "--scores dnio: .* dino"),
+    ],
+)
+def test_what_the_sweep_lacks_is_refused_before_anything_is_written(choice, words, sweep, tmp_path):
+    with pytest.raises(UserError, match=words):
+        write_report(sweep, tmp_path / "report", Choice(**choice))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    folder = write_cell(tmp_path, {"seed": 1}, 0.5, 0.01, pictures=1)
+    (folder / "evaluation" / "images" / "adapted" / "00-0.png").write_bytes(b"\x89PNG\r\n\x1a\nnot a picture")
+    with pytest.raises(UserError, match="seed=1.*00-0.png"):
+        write_report(tmp_path, tmp_path, Choice())
+
+
+# ---- plots ----
+
+
+def test_the_best_is_ringed_and_failures_are_hatched(sweep):
+    records = read_sweep(sweep)
+    picture = draw_heatmap(records, "learning_rate", "shape", DINO)
+    ring, hatch = "#d1242f", "#b35900"
+    assert share_of(picture, hatch) > 0.001
+    across = np.flatnonzero((np.abs(np.asarray(picture).astype(int) - [0xD1, 0x24, 0x2F]).max(-1) < 12).any(0))
+    assert across.max() < picture.width / 2  # the best rate is the lowest one
+    done = [record for record in records if record.state == "done"]
+    assert share_of(draw_heatmap(done, "learning_rate", "shape", DINO), hatch) == 0
+    assert share_of(draw_heatmap(records[-1:], "learning_rate", "shape", DINO), ring) == 0
+
+
+def test_plots_of_little_are_drawn(tmp_path):
+    write_cell(tmp_path, {"learning_rate": "0.01"}, 0.5, 0.01)
+    write_ending(tmp_path / "learning_rate=0.02", 1, "killed")
+    records = read_sweep(tmp_path)
+    numbers = axis_numbers(axes_of(records)["learning_rate"])
+    assert share_of(draw_lines(records, "learning_rate", numbers, [], DINO), "#0969da") > 0
+    assert draw_tradeoff(records, ["learning_rate"], [], MEASURES["parameters"], DINO) is not None
+    assert draw_tradeoff(records[1:], ["learning_rate"], [], MEASURES["parameters"], DINO) is None
+
+
+# ---- the program ----
+
+
+def test_the_program_says_what_it_wrote_or_what_is_wrong(sweep, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "scripts/report.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    assert run(sweep, "--output_dir", tmp_path).returncode == 0 and (tmp_path / "report.html").exists()
+    wrong = run(ROOT / "docs")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "docs is not a sweep" in wrong.stderr
