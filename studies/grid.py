@@ -12,7 +12,7 @@
         dog: {instance_data_dir: photos/dog, evaluate: {class_noun: dog}}
 
 An axis' entry may hold any option, and `script`, `config` and `evaluate`. Where several say the same, the entry of the
-later axis counts. Values are text, as on the command line.
+later axis counts. Values are text, as on the command line; {subject} in one is the cell's entry of that axis.
 """
 
 import itertools
@@ -103,6 +103,7 @@ def _cell(chosen: Mapping[str, tuple[str, Mapping[str, Any]]], common: Mapping[s
         evaluate = {**(options.get("evaluate") or {}), **(entry.get("evaluate") or {})}
         options |= {**entry, "evaluate": evaluate or None}
     labels = {axis: label for axis, (label, _) in chosen.items()}
+    options = _filled(options, labels)
     script, evaluate = options.pop("script", None), options.pop("evaluate", None)
     cell = Cell(labels, tuple(shlex.split(script or "")), options, evaluate)
     where = f"grid {path}: {cell.name}"
@@ -115,6 +116,17 @@ def _cell(chosen: Mapping[str, tuple[str, Mapping[str, Any]]], common: Mapping[s
     flags_of(options, where)
     flags_of(evaluate or {}, f"{where}: evaluate")
     return cell
+
+
+def _filled(value: Any, labels: Mapping[str, str]) -> Any:
+    """Return a value, or what is in its lists and dicts, with the cell's entry of an axis for {AXIS}."""
+    if isinstance(value, Mapping):
+        return {name: _filled(entry, labels) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_filled(entry, labels) for entry in value]
+    for axis, label in labels.items() if isinstance(value, str) else ():
+        value = value.replace(f"{{{axis}}}", label)
+    return value
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

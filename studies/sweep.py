@@ -15,6 +15,7 @@ the training then has saved a checkpoint.
 import argparse
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def parse() -> argparse.Namespace:
 def show(cells: Sequence[Cell], sweep: Path) -> None:
     """Print every cell: its number, its name, whether it is done, and the command that trains it."""
     for number, cell in enumerate(cells):
-        command = " ".join(train_command(cell, sweep))
+        command = shlex.join(train_command(cell, sweep))
         print(f"{number:4d}  {cell.name}{'  (done)' if is_done(cell, sweep) else ''}\n      {command}")
     print(f"{counted(len(cells), 'cell')}, {sum(is_done(cell, sweep) for cell in cells)} done")
 
@@ -100,7 +101,7 @@ def check_same_commands(cells: Sequence[Cell], sweep: Path) -> None:
         if ending and is_done(cell, sweep) and ending.command[1:] != train_command(cell, sweep)[1:]:
             raise UserError(
                 f"--output_dir {sweep}: {cell.name} was trained by another command, so its scores cannot be compared:\n"
-                f"    then {' '.join(ending.command)}\n    now  {' '.join(train_command(cell, sweep))}\n"
+                f"    then {shlex.join(ending.command)}\n    now  {shlex.join(train_command(cell, sweep))}\n"
                 "Choose another folder for the changed grid"
             )
 

@@ -55,6 +55,17 @@ def test_entries_may_have_names_scripts_and_evaluations_and_the_later_axis_count
     assert cell.evaluate == {"class_noun": "cat", "num_images": "4"}
 
 
+def test_values_may_name_the_entries_of_other_axes(cells_of):
+    cells = cells_of(
+        options={"instance_prompt": "a photo of sks {subject}", "kron_targets": ["{seed}", "to_q"]},
+        evaluate={"prompts": "{subject}.txt", "prompt": ["{} here"]},
+        axes={"subject": {"dog": {}, "cat": {}}, "seed": [3]},
+    )
+    assert [cell.options["instance_prompt"] for cell in cells] == ["a photo of sks dog", "a photo of sks cat"]
+    assert cells[0].options["kron_targets"] == ["3", "to_q"]
+    assert cells[1].evaluate == {"prompts": "cat.txt", "prompt": ["{} here"]}
+
+
 @pytest.mark.parametrize(
     "entries, named",
     [

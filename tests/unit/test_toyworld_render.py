@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth.scoring.subject import prompt_lines
+from tests.conftest import ROOT
 from toyworld.backgrounds import BACKGROUNDS, VARIANTS, background
 from toyworld.objects import CLASSES, EMBLEMS, EYES, character
 from toyworld.render import POSES, covering_pairs, render, render_with_mask
@@ -332,3 +334,9 @@ def test_held_out_photos_have_the_mask_of_their_character(tmp_path):
         # Another character in the same scene differs inside the mask alone
         other = pixels(replace(SUBJECTS["cat"], body="white", accent="gray", pattern="dots"), scene, 128)
         assert np.abs(photo - other)[inside == 0].mean() < 2 < np.abs(photo - other)[inside == 1].mean()
+
+
+@pytest.mark.parametrize("name", ["dog", "robot", "teapot", "cat"])
+def test_the_prompt_files_ask_a_subject_s_questions(name):
+    asked = [prompt.replace(f"sks {SUBJECTS[name].kind}", "{}") for prompt in prompts(name)]
+    assert list(prompt_lines(ROOT / "configs" / "prompts" / f"toyworld_{name}.txt").values()) == asked
