@@ -271,7 +271,7 @@ def tradeoffs(records: Sequence[Record], layout: Layout) -> list[Plot]:
 
 
 def steps(records: Sequence[Record], layout: Layout) -> list[Plot]:
-    lines = [axis for axis in (layout.x,) if axis in layout.settings]
+    lines = [axis for axis in layout.settings if axis == layout.x]
     panels = layout.others(*lines)
     found = []
     for metric in METRICS:

@@ -58,7 +58,7 @@ def _draw_panel(axes: "Axes", title: str, steps: np.ndarray, curves: dict[str, n
     style(axes, title)
     axes.set_xlim(min(steps[0], steps[-1] - 1), steps[-1])
     axes.set_ylim(0, _highest([*curves.values()], [*means.values()]))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params("x", integer=True)
     axes.xaxis.set_major_formatter(tick_label)
     axes.yaxis.set_major_formatter(tick_label)
     if window > 1:

@@ -4,7 +4,7 @@ matplotlib is imported in the functions, since that takes a second and most prog
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,9 @@ COLOURS = ("#0969da", "#d1570a", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#1
 DPI = 100
 
 
-def new_figure(width: int, height: int, layout: str | None = "constrained", dpi: int = DPI) -> "Figure":
+def new_figure(
+    width: int, height: int, layout: Literal["constrained"] | None = "constrained", dpi: int = DPI
+) -> "Figure":
     """Return an empty figure of a size in px at 100 dpi; at a larger `dpi` everything in it is larger."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,7 +50,7 @@ def rendered(figure: "Figure") -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba()).copy()).convert("RGB")  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def tick_label(value: float, _: int | None = None) -> str:
+def tick_label(value: float, _: float | None = None) -> str:
     """Return a short label: 0.25 -> "0.25", 0.0005 -> "5e-4", 20000 -> "20,000". A formatter for matplotlib."""
     if value == 0 or 1e-3 <= abs(value) < 1e3:
         return f"{value:.6g}"
