@@ -47,11 +47,8 @@ def train_command(cell: Cell, sweep: Path, processes: int = 1) -> list[str]:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
         launch += ["--num_processes", str(processes), "--main_process_port", "0"]
     script, *words = cell.script
-    given = {**_from_config(cell), **cell.options}
-    options = {**_defaults(cell, given, sweep), **cell.options}
-    config = options.pop("config", None)
-    flags = ["--config", config] if config else []
-    flags += flags_of(options, cell.name)
+    options = _options(cell)
+    flags = flags_of({**_defaults(cell, options, sweep), **options}, cell.name)
     return [
         *launch,
         script,
@@ -64,9 +61,14 @@ def train_command(cell: Cell, sweep: Path, processes: int = 1) -> list[str]:
     ]
 
 
-def _from_config(cell: Cell) -> dict[str, Any]:
-    config = cell.options.get("config")
-    return read_mapping(config, f"{cell.name}: config") if config else {}
+def _options(cell: Cell) -> dict[str, Any]:
+    """Return the options of a cell and, below them, those of its config.
+
+    They become flags together: null in the grid could not undo what the script reads from a file.
+    """
+    options = dict(cell.options)
+    config = options.pop("config", None)
+    return {**(read_mapping(config, f"{cell.name}: config") if config else {}), **options}
 
 
 def _defaults(cell: Cell, given: Mapping[str, Any], sweep: Path) -> dict[str, str]:

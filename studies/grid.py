@@ -12,7 +12,8 @@
         dog: {instance_data_dir: photos/dog, evaluate: {class_noun: dog}}
 
 An axis' entry may hold any option, and `script`, `config` and `evaluate`. Where several say the same, the entry of the
-later axis counts. Values are text, as on the command line; {subject} in one is the cell's entry of that axis.
+later axis counts, and all count more than the file of `config`. Values are text, as on the command line; null is an
+option's default, and {subject} in a value is the cell's entry of that axis.
 """
 
 import itertools
@@ -87,7 +88,12 @@ def _entries(axis: str, values: Any, where: str) -> list[tuple[str, dict[str, An
         found = []
     if not found:
         raise UserError(f"{where}: expected a list of values, a list of options, or names with their options")
-    return [(re.sub(r"[^\w.+-]+", "-", label).strip("-") or "none", options) for label, options in found]
+    return [(_as_name(label), options) for label, options in found]
+
+
+def _as_name(label: str) -> str:
+    """Return a label with dashes for what the name of a folder had better not have."""
+    return re.sub(r"[^\w.+-]+", "-", re.sub(r"^[^\w.+-]+|[^\w.+-]+$", "", label)) or "none"
 
 
 def _label(entry: Any) -> str:

@@ -97,7 +97,7 @@ def test_a_cell_s_command_shares_what_can_be_shared(cells_of, tmp_path):
     config.write_text("class_data_dir: class/dog\nreport_to: [wandb]\n")
     (cell, _) = cells_of(options={"config": str(config), "kron_targets": ["to_q", "to_k"]})
     command = train_command(cell, tmp_path / "rates")
-    assert command[:4] == [sys.executable, "train_dreambooth_kronecker.py", "--config", str(config)]
+    assert command[:2] == [sys.executable, "train_dreambooth_kronecker.py"]
     assert command[-4:] == ["--output_dir", str(tmp_path / "rates" / "seed=0"), "--resume_from_checkpoint", "latest"]
     text = shlex.join(command)
     for flags in (
@@ -107,8 +107,22 @@ def test_a_cell_s_command_shares_what_can_be_shared(cells_of, tmp_path):
         "--tracker_group=rates",
         "--kron_targets to_q to_k",
         "--seed=0",
+        "--class_data_dir=class/dog",
     ):
         assert flags in text
+
+
+def test_null_in_a_grid_undoes_what_its_config_says(cells_of, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("validation_prompt: [a dog]\nresolution: 64\n")
+    (cell, _) = cells_of(config=str(config), options={"validation_prompt": None})
+    text = shlex.join(train_command(cell, tmp_path))
+    assert "--resolution=64" in text and "validation_prompt" not in text
+
+
+def test_a_number_below_0_keeps_its_sign(cells_of):
+    (cell,) = cells_of(axes={"lr_power": [-0.5]})
+    assert cell.name == "lr_power=-0.5"
 
 
 def test_what_a_cell_says_itself_is_not_replaced(cells_of, tmp_path):
