@@ -12,6 +12,8 @@ from PIL import Image
 
 from tests.conftest import ROOT, flags
 
+COSTS = ("step_time", "seconds", "peak_memory")  # which differ between runs that are equal
+
 
 @pytest.fixture(scope="session")
 def nursery() -> multiprocessing.context.BaseContext:
@@ -58,13 +60,13 @@ class Run:
         return sorted(path.name for path in self.output.glob("checkpoint-*"))
 
     def results(self) -> dict[str, bytes | list]:
-        """Every byte that the run left, but for its logs and the times in metrics.jsonl."""
+        """Every byte that the run left, but for its logs, and what it cost in metrics.jsonl and summary.json."""
         found: dict[str, bytes | list] = {}
         for path in sorted(path for path in self.output.rglob("*") if path.is_file()):
             content = path.read_bytes()
-            if path.name == "metrics.jsonl":
-                rows = [json.loads(line) for line in content.splitlines()]
-                content = [{name: value for name, value in row.items() if name != "step_time"} for row in rows]
+            if path.name in ("metrics.jsonl", "summary.json"):
+                rows = map(json.loads, content.splitlines() if path.suffix == ".jsonl" else [content])
+                content = [{name: value for name, value in row.items() if name not in COSTS} for row in rows]
             found[path.relative_to(self.output).as_posix()] = content
         return found
 

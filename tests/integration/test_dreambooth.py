@@ -79,7 +79,7 @@ def test_diffusers_own_loader_gets_every_weight_of_the_folder(name, precision, t
     assert told == METADATA
     if precision == "fp32":
         fresh.set_progress_bar_config(disable=True)
-        assert torch.equal(draw(fresh), draw(pipeline))
+        assert torch.equal(draw(fresh, PROMPT), draw(pipeline, PROMPT))
     said = " ".join(path.read_text() for path in (tmp_path / "pipeline").rglob("*.json"))
     assert str(base.parent) not in said
 

@@ -38,9 +38,12 @@ GRID = {
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
+def sweep(tmp_path_factory, once):
     """The folder of a finished sweep."""
-    folder = tmp_path_factory.mktemp("sweep")
+    return once("sweep", lambda: run_sweep(tmp_path_factory.mktemp("sweep")))
+
+
+def run_sweep(folder):
     grid = {**GRID, "options": {**GRID["options"], "class_data_dir": str(folder / "class-images")}}
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     environment = {**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"}
