@@ -47,6 +47,9 @@ MEASURES = {
         Measure("class_diversity", "diversity of class images"),
         Measure("class_drift", "class drift: rise of the class images' DINO to the photos", False),
         Measure("class_distance", "DINO distance of class images to the base model's", False),
+        Measure("drift", "squared change of the prediction for class images", False),
+        Measure("held_out", "denoising loss on held-out photos", False),
+        Measure("held_out_masked", "denoising loss on held-out photos, inside their masks", False),
         Measure("loss", "loss, mean of the last tenth of the steps", False),
         Measure("seconds", "seconds of training", False),
         Measure("peak_memory", "peak memory, bytes", False),
@@ -238,13 +241,14 @@ def _scores(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         adapted, base = report["models"][ADAPTED], report["models"][BASE]
-        scores = _numbers(adapted)
+        scores = _of_model(adapted)
         if prior := report["prior"]:
             scores["class_drift"] = prior["similarity_after"] - prior["similarity_before"]
-            scores |= _numbers({"class_diversity": prior["diversity_after"], "class_distance": prior["distance"]})
+            drifts = {"class_distance": prior["distance"], "drift": prior.get("drift")}
+            scores |= _numbers({"class_diversity": prior["diversity_after"], **drifts})
         return {
             "scores": scores,
-            "base": _numbers(base),
+            "base": _of_model(base),
             "photos": _numbers(report["photos"]),
             "prompts": adapted["by_prompt"],
         }
@@ -253,6 +257,12 @@ def _scores(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a file of scores: {why}. Delete it, and start the sweep again to have the cell scored anew"
         ) from error
+
+
+def _of_model(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Return a model's measures, those of held-out photos included."""
+    losses = scores.get("denoising") or {}
+    return _numbers({**scores, "held_out": losses.get("whole"), "held_out_masked": losses.get("masked")})
 
 
 def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:

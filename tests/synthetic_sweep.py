@@ -69,10 +69,12 @@ def write_ending(folder: Path, exit_code: int, last_line: str) -> None:
 def write_scores(folder: Path, dino: float) -> None:
     adapted = {"clip_i": 0.1 + 0.8 * dino, "dino": dino, "clip_t": 0.72 - 0.18 * dino, "diversity": 0.95 - 0.1 * dino}
     by_prompt = [{"prompt": prompt, "text": prompt, **adapted} for prompt in PROMPTS]
-    models = {"base": {**BASE, "by_prompt": by_prompt}, "adapted": {**adapted, "by_prompt": by_prompt}}
+    losses = {"denoising": {"whole": 0.34 - 0.02 * dino, "masked": None}}
+    models = {"base": {**BASE, "by_prompt": by_prompt}, "adapted": {**adapted, **losses, "by_prompt": by_prompt}}
     prior = {
         "similarity_before": -0.15, "similarity_after": -0.15 + 0.3 * max(dino, 0) ** 2, "distance": 0.4 * abs(dino),
         "diversity_before": 1.05, "diversity_after": 1.05 - 0.2 * dino,
+        "drift": 0.02 * dino**2,
     }  # fmt: skip
     photos = {"clip_i": 0.776, "dino": 0.944}
     (folder / "evaluation").mkdir(exist_ok=True)
