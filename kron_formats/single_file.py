@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kron_formats.custom_diffusion import is_custom_diffusion
 from kron_formats.errors import KroneckerError
 from kron_formats.families import FAMILIES, SDXL, Family
 from kron_formats.files import excerpt, open_safetensors
@@ -33,6 +34,7 @@ NOT_UNETS = {
 # What a file without a UNet is, by part of a name in it
 OTHER_FILES = (
     (("lora_", ".lora.", ".lokr_", ".hada_", ".kron_a"), "an adapter, not a base model: it goes to --adapter"),
+    ((".delta",), "an SVDiff file, not a base model: it goes to --adapter"),
     (("joint_blocks.",), "of the Stable Diffusion 3 family, which is not supported"),
     (("double_blocks.", "single_transformer_blocks."), "of the Flux family, which is not supported"),
     (("control_model.", "controlnet_"), "a ControlNet, not a base model"),
@@ -46,7 +48,10 @@ OTHER_FILES = (
         "a VAE, not a base model: it goes to --pretrained_vae_model_name_or_path",
     ),
     (("text_model.", "transformer.resblocks.", "token_embedding."), "a text encoder, not a base model"),
-    (("emb_params", "string_to_param", "clip_l", "clip_g"), "an embedding of words, not a base model"),
+    (
+        ("emb_params", "string_to_param", "clip_l", "clip_g", "<"),
+        "an embedding of words, not a base model: it goes to --adapter",
+    ),
 )
 
 
@@ -136,6 +141,8 @@ def _check_conditions(file: SingleFile, family: Family) -> None:
 
 
 def _other_kind(file: SingleFile) -> str:
+    if is_custom_diffusion(file.shapes):
+        return "a Custom Diffusion file, not a base model: it goes to --adapter"
     for parts, words in OTHER_FILES:
         if any(part in key for key in file.shapes for part in parts):
             return words
