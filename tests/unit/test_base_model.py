@@ -168,7 +168,7 @@ OTHER_FILES = {
     "a LoKr": ({"lycoris_x.lokr_w1": (1,)}, "an adapter.*--adapter"),
     "shifts": ({"down_blocks.0.x.delta": (1,)}, "an SVDiff file.*--adapter"),
     "a word": ({"<dog>": (1, 768)}, "embedding of words.*--adapter"),
-    "Custom Diffusion": ({"down_blocks.0.x.attn2.to_k.weight": (1, 1), "<new1>": (1, 1)}, "Custom Diffusion.*--adapter"),
+    "Custom Diffusion": ({"down_blocks.0.attn2.to_k.weight": (1, 1), "<new1>": (1, 1)}, "Custom Diffusion.*--adapter"),
     "a VAE": ({"first_stage_model.encoder.conv_in.weight": (1,)}, "a VAE.*--pretrained_vae_model_name_or_path"),
     "a ControlNet": ({"control_model.input_blocks.0.0.weight": (1,)}, "a ControlNet"),
     "a text encoder": ({"text_model.x": (1,)}, "a text encoder"),
