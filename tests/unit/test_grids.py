@@ -7,8 +7,12 @@ import pytest
 import yaml
 
 from dreambooth.errors import UserError
+from dreambooth.options.parsing import parse_options
+from scripts import evaluate
 from studies.cells import evaluate_command, train_command
 from studies.grid import read_grid
+from tests.conftest import ROOT
+from tests.unit.test_recipes import options_of
 
 PLAIN = {"script": "train_dreambooth_kronecker.py", "axes": {"seed": [0, 1]}}
 
@@ -151,3 +155,42 @@ def test_an_evaluation_has_the_base_model_and_the_photos_of_its_training(cells_o
     ):
         assert flags in text
     assert "--seed" not in text
+
+
+# ---- the grids that are here ----
+
+SHARED = ("toyworld.yaml", "sdxl.yaml")  # what their runs have in common
+GRIDS = [path for path in sorted((ROOT / "configs" / "sweeps").glob("*.yaml")) if path.name not in SHARED]
+FULL = {"instance_data_dir": "photos", "pretrained_model_name_or_path": "base"}
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_a_grid_begins_with_its_command_and_says_how_many_runs_it_has(path):
+    text, cells = path.read_text(), read_grid(str(path))
+    name = path.relative_to(ROOT).as_posix()
+    assert text.startswith(f"# scripts/sweep.sh {name} --output_dir outputs/sweeps/{path.stem}\n")
+    assert f"\n# {len(cells)} runs" in text
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_scripts_know_the_options_of_a_grid_s_cells(path, tmp_path):
+    seen = set()
+    for cell in read_grid(str(path)):
+        command = train_command(cell, tmp_path)
+        script, *arguments = command[1:]
+        kind = (script, *(word.partition("=")[0] for word in arguments if word.startswith("--")))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        config_class, flags = options_of(script, arguments)
+        config = parse_options(config_class, None, flags)
+        assert config.output_dir == str(tmp_path / cell.name)
+        folder = tmp_path / cell.name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(FULL))
+        parse_options(evaluate.Config, None, evaluate_command(cell, tmp_path, "result")[2:])
+
+
+def test_there_is_a_grid_for_each_question_twice():
+    questions = {"factors", "steps", "learning_rate", "modules", "photos", "methods", "one_shot"}
+    assert {path.stem for path in GRIDS} == questions | {f"{question}-sdxl" for question in questions}
