@@ -75,9 +75,7 @@ def load_pipeline_with(adapters: Sequence[Adapter], config: AdaptedModelOptions,
     else:  # in fp32: singular vectors of rounded weights are others
         pipeline = load_base_pipeline(config, torch.float32)
         _merge_changes(pipeline, adapters)
-        for model in pipeline.components.values():
-            if isinstance(model, nn.Module):
-                nn.Module.to(model, DTYPES[config.dtype])  # diffusers' own warns of modules that there are none of
+        pipeline.to(DTYPES[config.dtype])
     add_adapters(pipeline, adapters, readers)
     return pipeline
 

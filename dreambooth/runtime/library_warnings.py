@@ -10,6 +10,8 @@ NEEDLESS = {
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward from kernels-community",
     # The toy world's base model has no safety checker, and training and scoring use none
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": r"You have disabled the safety checker for ",
+    # It names none
+    "diffusers.models.modeling_utils": r"There are modules in \w+ that should be kept in float32: \[\]",
     # dreambooth/tokens.py says which prompts are cut, and where they come from
     "transformers.tokenization_utils_base": r"Token indices sequence length is longer than ",
 }

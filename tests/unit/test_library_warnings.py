@@ -22,6 +22,9 @@ def say():
     logging.getLogger(SD).warning("the weights are wrong")
     logging.getLogger("transformers.tokenization_utils_base").warning("Token indices sequence length is longer than 77")
     logging.getLogger("transformers.tokenization_utils_base").warning("some other thing")
+    for names in ("[]", "['norm']"):
+        text = f"There are modules in UNet that should be kept in float32: {names}"
+        logging.getLogger("diffusers.models.modeling_utils").warning(text)
     logging.getLogger("huggingface_hub.utils").warning("no network")
     logging.getLogger("dreambooth.elsewhere").warning("our own")
 
@@ -33,9 +36,12 @@ logging.getLogger("transformers.modeling_utils").error("broken")
 """
 
 
+KEPT = "There are modules in UNet that should be kept in float32: ['norm']"
+
+
 def test_unknown_warnings_are_shown_once_in_the_main_process_and_needless_ones_never():
     result = subprocess.run([sys.executable, "-c", SAY], cwd=ROOT, capture_output=True, text=True, check=True)
-    warnings = ["the weights are wrong", "some other thing", "no network", "our own", "our own"]
+    warnings = ["the weights are wrong", "some other thing", KEPT, "no network", "our own", "our own"]
     assert result.stderr.splitlines() == [*(f"WARNING {text}" for text in warnings), "ERROR broken"]
 
 
