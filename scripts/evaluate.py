@@ -65,9 +65,11 @@ from dreambooth.wording import counted
 from kron_formats.files import whole_file, write_text
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dreambooth.data.references import Reference
+    from dreambooth.drawing.pipelines import Adapter
     from dreambooth.scoring.denoising import Denoising, DenoisingScores
     from dreambooth.scoring.measures import PhotoScores, PriorDrift, PromptScores
 
@@ -192,16 +194,7 @@ def main() -> None:
 
     import torch
 
-    from dreambooth.base_model.loading import DTYPES
-    from dreambooth.drawing.pipelines import (
-        adapted_tokenizers,
-        add_adapters,
-        change_weights,
-        load_base_pipeline,
-        load_pipeline_with,
-        prepare_drawing,
-        read_adapters,
-    )
+    from dreambooth.drawing.pipelines import adapted_tokenizers, read_adapters
     from dreambooth.drawing.words import subject_phrase
     from dreambooth.scoring.denoising import drift
     from dreambooth.scoring.embeddings import load_evaluators
@@ -212,7 +205,8 @@ def main() -> None:
     adapters = read_adapters(config, READERS)
     files = [adapter.matched.file for adapter in adapters]
     warn_of_trained_photos({file.path.name: file.own_metadata for file in files}, config.holdout)
-    subjects = dict.fromkeys((BASE, ADAPTED), subject_phrase(files, config.instance_token, config.class_noun))
+    subject = subject_phrase(files, config.instance_token, config.class_noun)
+    subjects: dict[str, str] = {BASE: subject, ADAPTED: subject}
     if any(file.words for file in files):
         subjects[BASE] = config.class_noun  # the base model does not have the words
     named = {model: name_subject(prompts, subject) for model, subject in subjects.items()}
@@ -220,31 +214,12 @@ def main() -> None:
     drawn_texts = [*zip(sources, named[ADAPTED]), ("--class_prompt", class_prompt(config))]
     drawn_texts += [("--negative_prompt", config.negative_prompt)]
     tokenizers = adapted_tokenizers(config, adapters)
-    warn_of_cut_prompts(drawn_texts, tokenizers.values(), config.max_token_length, subjects[ADAPTED])
+    warn_of_cut_prompts(drawn_texts, tokenizers.values(), config.max_token_length, subject)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
     evaluators.warn_of_cut_texts(zip(sources, texts))
 
-    def ready(pipeline: Any) -> Any:
-        if "safety_checker" in pipeline.components:  # or black images would be scored
-            pipeline.register_modules(safety_checker=None)
-        pipeline.set_progress_bar_config(disable=True)
-        prepare_drawing(pipeline.to(device), READERS, config)
-        return pipeline
-
-    pipeline = ready(load_base_pipeline(config, DTYPES[config.dtype]))
-    drawn = {BASE: draw(pipeline, named[BASE], BASE, config)}
-    denoising = prepare_denoising(pipeline, references, class_photos, drawn[BASE], config)
-    denoised = {BASE: denoise(denoising, pipeline, BASE, subjects[BASE], config)} if denoising else {}
-    if adapters:
-        if change_weights(adapters):
-            del pipeline
-            pipeline = load_pipeline_with(adapters, config, READERS)
-        else:
-            add_adapters(pipeline, adapters, READERS)
-        drawn[ADAPTED] = draw(ready(pipeline), named[ADAPTED], ADAPTED, config)
-        denoised |= {ADAPTED: denoise(denoising, pipeline, ADAPTED, subjects[ADAPTED], config)} if denoising else {}
-
+    drawn, denoised = measure(adapters, subjects, named, references, class_photos, device, config)
     scores = {model: score_images(images.rows, photos, texts, evaluators) for model, images in drawn.items()}
     prior = None
     if adapters and config.num_class_images:
@@ -331,6 +306,50 @@ def denoise(
             f"what the {model} model predicts for held-out photos is not finite in --dtype {config.dtype}; try fp32"
         )
     return scores, denoising.class_predictions(denoiser)
+
+
+# ---- both models ----
+
+
+def measure(
+    adapters: "Sequence[Adapter]",
+    subjects: Mapping[str, str],
+    prompts: Prompts,
+    references: "Sequence[Reference]",
+    class_photos: "Sequence[Reference]",
+    device: "torch.device",
+    config: Config,
+) -> "tuple[dict[str, Drawn], dict[str, tuple[DenoisingScores, Tensor | None]]]":
+    """Return what each model draws and how it denoises: the base model, then, if there are adapters, with them."""
+    from dreambooth.base_model.loading import DTYPES
+    from dreambooth.drawing.pipelines import add_adapters, change_weights, load_base_pipeline, load_pipeline_with
+    from methods.readers import READERS
+
+    pipeline = ready(load_base_pipeline(config, DTYPES[config.dtype]), device, config)
+    drawn = {BASE: draw(pipeline, prompts[BASE], BASE, config)}
+    denoising = prepare_denoising(pipeline, references, class_photos, drawn[BASE], config)
+    denoised = {BASE: denoise(denoising, pipeline, BASE, subjects[BASE], config)} if denoising else {}
+    if adapters:
+        if change_weights(adapters):
+            del pipeline
+            pipeline = load_pipeline_with(adapters, config, READERS)
+        else:
+            add_adapters(pipeline, adapters, READERS)
+        drawn[ADAPTED] = draw(ready(pipeline, device, config), prompts[ADAPTED], ADAPTED, config)
+        denoised |= {ADAPTED: denoise(denoising, pipeline, ADAPTED, subjects[ADAPTED], config)} if denoising else {}
+    return drawn, denoised
+
+
+def ready(pipeline: Any, device: "torch.device", config: Config) -> Any:
+    """Return the pipeline on the device, ready to draw in silence and without a safety checker."""
+    from dreambooth.drawing.pipelines import prepare_drawing
+    from methods.readers import READERS
+
+    if "safety_checker" in pipeline.components:  # or black images would be scored
+        pipeline.register_modules(safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    prepare_drawing(pipeline.to(device), READERS, config)
+    return pipeline
 
 
 # ---- drawing ----
