@@ -18,12 +18,12 @@ from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import code, loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, check_state
-from dreambooth.runtime.ranks import splits_models
 from kron_formats.errors import KroneckerError
 from kron_formats.names import family as family_of
 from kron_formats.words import word_metadata, word_tensors
 from kron_formats.writing import file_metadata, is_bare, write_tensors
 from methods.options import CustomDiffusionOptions
+from methods.refusals import refuse_base_precision, refuse_compile, refuse_fsdp
 from methods.words import AttachedWord, attach_word, check_word, loading_word
 
 TRAINED = {  # --freeze_model -> what the paths of the weights that train contain
@@ -154,16 +154,10 @@ class CustomDiffusion:
         config: Any,
     ) -> None:
         """Raise UserError if the weights cannot train, or the word cannot be learned from these prompts."""
-        if splits_models():
-            raise UserError("FSDP does not work with Custom Diffusion, whose weights train where they are")
-        if config.compile:
-            raise UserError("--compile is not tested with Custom Diffusion; leave it out")
-        if config.base_precision not in (None, "fp32"):
-            raise UserError(
-                f"--base_precision {config.base_precision} does not work with Custom Diffusion: the weights themselves "
-                "train, in fp32, since 16 bits round small steps away; --mixed_precision sets the precision of "
-                "computation"
-            )
+        refuse_fsdp("Custom Diffusion", "the weights train where they are")
+        refuse_compile("Custom Diffusion", "it is not tested", config)
+        why = "the weights themselves train, in fp32, since 16 bits round small steps away"
+        refuse_base_precision("Custom Diffusion", why, config)
         if not _trained(models[family.denoiser], config):
             raise UserError(
                 f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: its UNet has no "

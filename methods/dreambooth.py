@@ -20,7 +20,6 @@ from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state, trained_parameters
-from dreambooth.runtime.ranks import splits_models
 from kron_formats.files import remove, whole_folder
 from methods.options import DreamBoothOptions
 from methods.pipeline_folder import (
@@ -31,6 +30,7 @@ from methods.pipeline_folder import (
     write_metadata,
     write_single_file,
 )
+from methods.refusals import refuse_base_precision, refuse_fsdp
 
 State = dict[str, dict[str, Tensor]]  # component -> name -> tensor
 
@@ -148,23 +148,17 @@ class DreamBooth:
         config: Any,
     ) -> None:
         """Raise UserError if weights would be held in less than fp32 or split over processes, or have no one file."""
-        if config.base_precision not in (None, "fp32"):
-            raise UserError(
-                f"--base_precision {config.base_precision} does not work with dreambooth: all weights train, in "
-                f"steps of about --learning_rate {config.learning_rate:g}, which less than fp32 rounds away. Leave it "
-                "out; --mixed_precision is the precision of the computation"
-            )
+        steps = f"steps of about --learning_rate {config.learning_rate:g}"
+        why = f"all weights train, in {steps}, which less than fp32 rounds away"
+        refuse_base_precision("DreamBooth", why, config)
         if config.single_file and type(load_scheduler(config)).__name__ in EDM:
             raise UserError(
                 f"--single_file: {config.pretrained_model_name_or_path} was trained with EDM's noise, which tools "
                 "recognise in no common way in one file; leave it out: the folder says what the noise is"
             )
-        if splits_models():
-            raise UserError(
-                "dreambooth does not work with FSDP, which accelerate launch was told to use: it splits frozen weights "
-                "alone. Use --multi_gpu (configs/accelerate/multi_gpu.yaml); --use_8bit_adam and "
-                "--gradient_checkpointing save memory"
-            )
+        refuse_fsdp(
+            "DreamBooth", "it splits frozen weights alone; --gradient_checkpointing and --use_8bit_adam save memory"
+        )
 
     def attach(
         self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: Any

@@ -16,11 +16,9 @@ import torch
 from torch import nn
 
 from dreambooth.data.photos import Photo
-from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import size_in_words
 from dreambooth.method import Description, Group, check_state, trained_parameters
-from dreambooth.runtime.ranks import splits_models
 from kron_formats.decomposition import cache_folder
 from kron_formats.errors import KroneckerError
 from kron_formats.names import family as family_of
@@ -28,6 +26,7 @@ from kron_formats.names import find_parameters
 from kron_formats.shifts import SUFFIX, origin_metadata
 from kron_formats.writing import file_metadata, is_bare, write_tensors
 from methods.options import SvdiffOptions
+from methods.refusals import refuse_base_precision, refuse_compile, refuse_fsdp
 from methods.spectral import SpectralShift, TrainedShift, add_shifts
 
 logger = logging.getLogger(__name__)
@@ -135,21 +134,11 @@ class Svdiff:
         config: Any,
     ) -> None:
         """Raise UserError where weights cannot be composed: if they are not fp32, are split, or are compiled."""
-        if config.base_precision not in (None, "fp32"):
-            raise UserError(
-                f"--base_precision {config.base_precision}: SVDiff shifts the singular values of the base model's own "
-                "weights, which stay in fp32; leave it out. --mixed_precision bf16 computes in bf16"
-            )
-        if splits_models():
-            raise UserError(
-                "SVDiff does not work with FSDP, which accelerate launch was told to use: every process composes whole "
-                "weights; use --multi_gpu (configs/accelerate/multi_gpu.yaml)"
-            )
-        if config.compile:
-            raise UserError(
-                "--compile does not work with SVDiff, whose weights are composed once for many passes, which "
-                "torch.compile cannot trace; leave it out"
-            )
+        why = "it shifts the singular values of the base model's own weights, which stay in fp32"
+        refuse_base_precision("SVDiff", why, config)
+        refuse_fsdp("SVDiff", "every process composes whole weights")
+        why = "weights are composed once for many passes, which torch.compile cannot trace"
+        refuse_compile("SVDiff", why, config)
 
     def attach(
         self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: SvdiffOptions

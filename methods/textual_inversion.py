@@ -17,11 +17,11 @@ from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import code, loading_lines, python_string
 from dreambooth.method import Description, Group, check_state
-from dreambooth.runtime.ranks import splits_models
 from kron_formats.names import family as family_of
 from kron_formats.words import word_metadata, word_tensors
 from kron_formats.writing import file_metadata, is_bare, write_tensors
 from methods.options import TextualInversionOptions
+from methods.refusals import refuse_compile, refuse_fsdp
 from methods.words import AttachedWord, attach_word, check_word, loading_word
 
 
@@ -112,10 +112,8 @@ class TextualInversion:
         config: Any,
     ) -> None:
         """Raise UserError if the word cannot be learned from these prompts, or if there is a prior."""
-        if splits_models():
-            raise UserError("FSDP does not work with Textual Inversion, which trains a few thousand numbers")
-        if config.compile:
-            raise UserError("--compile is not tested with Textual Inversion; leave it out")
+        refuse_fsdp("Textual Inversion", "a few thousand numbers train, beside models that are whole")
+        refuse_compile("Textual Inversion", "it is not tested", config)
         if config.with_prior_preservation:
             raise UserError(
                 "--with_prior_preservation has no effect on Textual Inversion: no weight of the base model changes, so "
