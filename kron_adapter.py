@@ -3,7 +3,7 @@
     A: (a1, a2)    B: (b1, b2)    W: (d_out, d_in) = (a1·b1, a2·b2)
     (A ⊗ B) x = A X Bᵀ, read row-major, where X (a2, b2) is x read row-major
 
-    layers = inject_kronecker(unet, a1=4, a2=64)        # freezes unet; only the factors train
+    layers = inject_kronecker(unet, a1=4, a2=64)        # freezes unet; only the factors train; or a2="d_in/8"
     ... train kronecker_parameters(unet) ...
     save_kronecker(unet, "pytorch_kronecker_weights.safetensors")
 
@@ -50,6 +50,7 @@ from kron_formats.names import (
     unwrapped,
 )
 from kron_formats.reading import read_kronecker
+from kron_formats.sizes import FactorSize, size_in_layer
 from kron_formats.writing import write_native
 
 __all__ = [
@@ -188,20 +189,21 @@ class KroneckerLinear(nn.Module):
 
     The base may be any `nn.Linear`, quantised or not, or a KroneckerLinear: several adapters are layers around layers.
     It may also be a convolution, which other tools' files adapt too: A ⊗ B is then its kernel (d_out, d_in) =
-    (c_out, c_in·k·k). Raises KroneckerError if (a1, a2) does not divide its sizes.
+    (c_out, c_in·k·k). `a1` and `a2` are numbers, or fractions of its sizes: "d_out", "d_in/8". Raises KroneckerError if
+    they do not divide its sizes.
     """
 
     def __init__(
         self,
         base: "nn.Linear | nn.Conv2d | KroneckerLinear",
-        a1: int,
-        a2: int,
+        a1: FactorSize,
+        a2: FactorSize,
         init: Init | None = "invariant",
         name: str = "",
         adapter: str = "default",
     ):
         super().__init__()
-        b1, b2 = _divide(base, a1, a2, name)
+        (a1, a2), (b1, b2) = _shapes(base, a1, a2, name)
         gain = 2.0 ** round(math.log2(a1) / 2)
         stds_and_gains = {
             "invariant": ((a1 / (a2 * b2)) ** 0.5 / gain, gain),
@@ -222,7 +224,7 @@ class KroneckerLinear(nn.Module):
         self.scale = 1.0
         self.enabled = True
         self.adapter = adapter  # tells this adapter from others on the same model
-        self.target = name  # the target that selected the layer
+        self.target = name  # the end of its name by which it was selected, or given its factors
         self.transposed_rows = False  # whether the factors have the row order of the paper's code
         self.merged = False
         self._unmerged_weight: Tensor | None = None
@@ -376,22 +378,23 @@ class KroneckerLinear(nn.Module):
         return f"{self.adapter}, a1={self.A.shape[0]}, a2={self.A.shape[1]}, scale={self.scale}, merged={self.merged}"
 
 
-def _divide(base: nn.Linear | nn.Conv2d | KroneckerLinear, a1: int, a2: int, name: str) -> tuple[int, int]:
-    """Return (b1, b2) = (d_out / a1, d_in / a2). Raises KroneckerError, naming values that divide, if these do not."""
+def _shapes(
+    base: nn.Linear | nn.Conv2d | KroneckerLinear, a1: FactorSize, a2: FactorSize, name: str
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (a1, a2) and (b1, b2) in numbers. Raises KroneckerError, naming values that do, if they do not divide."""
     d_out, d_in = matrix_size(base)
-    problems = []
-    for factor, value, side, size in (("a1", a1, "d_out", d_out), ("a2", a2, "d_in", d_in)):
-        if value < 1 or size % value:
-            divisors = [d for d in range(1, size + 1) if size % d == 0]
-            below = [d for d in divisors if d < value][-1:]
-            above = [d for d in divisors if d > value][:1]
-            nearest = " and ".join(str(d) for d in below + above)
-            problems.append(f"{factor} = {value} does not divide {side} = {size} (nearest that do: {nearest})")
+    sizes, problems = [], []
+    for factor, size, features in (("a1", a1, d_out), ("a2", a2, d_in)):
+        try:
+            sizes.append(size_in_layer(factor, size, features))
+        except KroneckerError as error:
+            problems.append(str(error))
     if problems:
         raise KroneckerError(
             f"layer {name or type(base).__name__} maps {d_in} to {d_out} features: " + "; ".join(problems)
         )
-    return d_out // a1, d_in // a2
+    rows, columns = sizes
+    return (rows, columns), (d_out // rows, d_in // columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,23 +404,22 @@ def _divide(base: nn.Linear | nn.Conv2d | KroneckerLinear, a1: int, a2: int, nam
 
 def inject_kronecker(
     model: nn.Module,
-    a1: int,
-    a2: int,
+    a1: FactorSize,
+    a2: FactorSize,
     targets: Sequence[str] = ATTENTION_TARGETS,
-    factors: Mapping[str, tuple[int, int]] | None = None,
+    factors: Mapping[str, tuple[FactorSize, FactorSize]] | None = None,
     init: Init = "invariant",
 ) -> dict[str, KroneckerLinear]:
     """Freeze `model` and wrap every `nn.Linear` that a target names in a KroneckerLinear. Return name -> layer.
 
     A target is the end of a module's dotted path: "to_q", "attn2.to_k", "to_out.0", or the whole path.
-    `factors` gives some targets an (a1, a2) of their own: {"to_k": (8, 64)}.
+    `factors` gives some of these layers an (a1, a2) of their own, by the end of their path too; the longest counts:
+    {"to_k": (8, 64), "attn2.to_k": (1, "d_in")}. A size is a number, or a fraction of the layer's: "d_out", "d_in/8".
 
-    Raises KroneckerError, with no layer replaced, if a target names no linear layer, the model has adapters already, or
-    factors do not divide a layer's sizes.
+    Raises KroneckerError, with no layer replaced, if a target names no linear layer, if factors are for none of them or
+    do not divide a layer's sizes, and if the model has adapters already.
     """
     factors = dict(factors or {})
-    if unknown := [name for name in factors if name not in targets]:
-        raise KroneckerError(f"factors are given for {', '.join(unknown)}, but the targets are {', '.join(targets)}")
     if kronecker_layers(model):
         raise KroneckerError("the model has Kronecker adapters already; call remove_kronecker first")
     check_not_fused([model])
@@ -428,10 +430,17 @@ def inject_kronecker(
         raise KroneckerError(
             f"no linear layer of {type(model).__name__} ends in {', '.join(missing)}; there are: {', '.join(endings)}"
         )
+    own_factors = {name: match_target(name, list(factors)) for name in found}
+    if idle := [name for name in factors if name not in own_factors.values()]:
+        raise KroneckerError(
+            f"factors are given for {', '.join(idle)}, but the targets are {', '.join(targets)}, and no layer of these "
+            "takes them: of the names that a layer's path ends in, the longest counts"
+        )
     layers, linear_at = {}, {path: linear for path, _, linear in linears}
     for name, (path, target) in found.items():
-        layers[name] = KroneckerLinear(linear_at[path], *factors.get(target, (a1, a2)), init, name)
-        layers[name].target = target
+        own = own_factors[name]
+        layers[name] = KroneckerLinear(linear_at[path], *(factors[own] if own else (a1, a2)), init, name)
+        layers[name].target = max(target, own or "", key=len)  # files and cards tell layers apart by it
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(found[name][0], layer)

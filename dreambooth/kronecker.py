@@ -75,7 +75,7 @@ class AttachedKronecker:
         )
 
     def _kinds(self) -> Iterator[tuple[str, str, int, int, int, int]]:
-        """Yield for each layer its component's title, the target that selected it, and the shapes of A and B."""
+        """Yield for each layer its component's title, the end of its name that decides, and the shapes of A and B."""
         for component, layers in self.layers.items():
             for layer in layers.values():
                 (a1, a2), (b1, b2) = layer.A.shape, layer.B.shape
@@ -117,7 +117,7 @@ class Kronecker:
         photos: Sequence[Photo],
         config: KroneckerOptions,
     ) -> None:
-        """Raise KroneckerError if a target matches no layer, or factors do not divide a layer's sizes."""
+        """Raise KroneckerError if a target or factors match no layer, or factors do not divide a layer's sizes."""
         self.attach(family, models, tokenizers, config)
 
     def attach(
@@ -135,11 +135,8 @@ class Kronecker:
     ) -> dict[str, KroneckerLinear]:
         if name == family.denoiser:
             factors = config.factors_by_target()
-            return inject_kronecker(
-                model, config.kron_a1, config.kron_a2, config.kron_targets, factors, config.kron_init
-            )
-        a1, a2 = config.text_encoder_kron_a1 or config.kron_a1, config.text_encoder_kron_a2 or config.kron_a2
-        return inject_kronecker(model, a1, a2, family.targets[name], init=config.kron_init)
+            return inject_kronecker(model, *config.shape(), config.kron_targets, factors, config.kron_init)
+        return inject_kronecker(model, *config.text_encoder_shape(), family.targets[name], init=config.kron_init)
 
 
 KRONECKER = Kronecker()

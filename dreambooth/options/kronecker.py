@@ -1,4 +1,4 @@
-"""The Kronecker adapter:  W + scale · (A ⊗ B)  with A (a1, a2)."""
+"""The Kronecker adapter:  W + scale · (A ⊗ B)  with A (a1, a2) and B (b1, b2)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,16 +6,43 @@ from typing import Literal
 from dreambooth.errors import UserError
 from dreambooth.options.field import option
 from dreambooth.options.steps import TextEncoderOptions
+from kron_formats.errors import KroneckerError
+from kron_formats.sizes import FactorSize, as_size, fixed_size
+
+DEFAULT_SHAPE = (4, 64)  # (a1, a2)
+FORM = "write NAME=A1,A2, for example to_k=8,64 or attn2.to_k=1,d_in"
 
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerOptions(TextEncoderOptions):
     """Kronecker adapter, W + A ⊗ B."""
 
-    kron_a1: int = option("Rows of A. Must divide every adapted layer's output features.", 4, at_least=1)
-    kron_a2: int = option("Columns of A. Must divide every adapted layer's input features.", 64, at_least=1)
+    kron_a1: FactorSize | None = option(
+        "Rows of A: a number that divides every adapted layer's output features, or a fraction of these: d_out, "
+        f"d_out/8. Default: {DEFAULT_SHAPE[0]}.",
+        None,
+        at_least=1,
+    )
+    kron_a2: FactorSize | None = option(
+        "Columns of A: a number that divides every adapted layer's input features, or a fraction of these: d_in, "
+        f"d_in/8. Default: {DEFAULT_SHAPE[1]}.",
+        None,
+        at_least=1,
+    )
+    kron_b1: int | None = option(
+        "Rows of B, instead of those of A: kron_b1 8 is kron_a1 d_out/8. Default: what kron_a1 leaves.",
+        None,
+        at_least=1,
+    )
+    kron_b2: int | None = option(
+        "Columns of B, instead of those of A: kron_b2 8 is kron_a2 d_in/8. Default: what kron_a2 leaves.",
+        None,
+        at_least=1,
+    )
     kron_factors: list[str] = option(
-        "Rows and columns of A for single projections: to_k=8,64 to_v=8,64; in YAML {to_k: [8, 64]}. Default: none.", []
+        "Rows and columns of A for single layers of the UNet, by the end of their path; the longest counts: to_k=8,64 "
+        "attn2.to_k=1,d_in; in YAML {to_k: [8, 64]}. Default: none.",
+        [],
     )
     kron_targets: list[str] = option(
         "Linear layers of the UNet to adapt, by the end of their path.", ["to_q", "to_k", "to_v", "to_out.0"]
@@ -24,8 +51,12 @@ class KroneckerOptions(TextEncoderOptions):
         "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper.",
         "invariant",
     )
-    text_encoder_kron_a1: int | None = option("kron_a1 of the text encoders. Default: kron_a1.", None, at_least=1)
-    text_encoder_kron_a2: int | None = option("kron_a2 of the text encoders. Default: kron_a2.", None, at_least=1)
+    text_encoder_kron_a1: FactorSize | None = option(
+        "kron_a1 of the text encoders. Default: as in the UNet.", None, at_least=1
+    )
+    text_encoder_kron_a2: FactorSize | None = option(
+        "kron_a2 of the text encoders. Default: as in the UNet.", None, at_least=1
+    )
 
     foreign = (  # answers to flags of other trainers; see dreambooth/options/foreign.py
         (
@@ -40,7 +71,8 @@ class KroneckerOptions(TextEncoderOptions):
         ),
         (
             "factor lokr_factor network_args",
-            "the sizes of A are --kron_a1 and --kron_a2, or --kron_factors for single projections",
+            "the sizes of A are --kron_a1 and --kron_a2, or --kron_factors for single layers; those of B --kron_b1 and "
+            "--kron_b2",
         ),
         (
             "network_module lora_type algo",
@@ -54,19 +86,62 @@ class KroneckerOptions(TextEncoderOptions):
         ("use_dora dora_wd", "the adapter has no DoRA variant; --kron_a1 and --kron_a2 set its capacity"),
     )
 
-    def factors_by_target(self) -> dict[str, tuple[int, int]]:
-        """Return kron_factors as {"to_k": (8, 64)}. Raises UserError if an entry cannot be parsed."""
+    def __post_init__(self) -> None:
+        """Put a number where a size is the text of one, and the default where a side has no size."""
+        for name in ("kron_a1", "kron_a2", "text_encoder_kron_a1", "text_encoder_kron_a2"):
+            object.__setattr__(self, name, as_size(getattr(self, name)))
+        for a, b, default in zip(("kron_a1", "kron_a2"), ("kron_b1", "kron_b2"), DEFAULT_SHAPE):
+            if getattr(self, a) is None and getattr(self, b) is None:
+                object.__setattr__(self, a, default)
+
+    def shape(self) -> tuple[FactorSize, FactorSize]:
+        """Return (a1, a2) of the UNet's layers; a size of B is a fraction of the layer's."""
+        a1 = self.kron_a1 if self.kron_b1 is None else f"d_out/{self.kron_b1}"
+        a2 = self.kron_a2 if self.kron_b2 is None else f"d_in/{self.kron_b2}"
+        assert a1 is not None and a2 is not None
+        return a1, a2
+
+    def text_encoder_shape(self) -> tuple[FactorSize, FactorSize]:
+        """Return (a1, a2) of the text encoders' layers."""
+        a1, a2 = self.shape()
+        return self.text_encoder_kron_a1 or a1, self.text_encoder_kron_a2 or a2
+
+    def factors_by_target(self) -> dict[str, tuple[FactorSize, FactorSize]]:
+        """Return kron_factors as {"to_k": (8, 64)}. Raises UserError if an entry cannot be parsed, or is repeated."""
         factors = {}
         for entry in self.kron_factors:
-            target, _, numbers = entry.partition("=")
-            parts = numbers.split(",")
-            if not target or len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-                raise UserError(f"--kron_factors {entry}: write PROJECTION=A1,A2, for example to_k=8,64")
-            factors[target] = (int(parts[0]), int(parts[1]))
+            target, _, sizes = entry.partition("=")
+            parts = [as_size(size) for size in sizes.split(",")]
+            if not target or len(parts) != 2:
+                raise UserError(f"--kron_factors {entry}: {FORM}")
+            for factor, size in zip(("a1", "a2"), parts):
+                _check_size(f"--kron_factors {entry}", factor, size, f"; {FORM}")
+            if target in factors:
+                raise UserError(f"--kron_factors {entry}: {target} has factors already; give one pair for each name")
+            factors[target] = (parts[0], parts[1])
         return factors
 
     def check(self) -> None:
         self.factors_by_target()
+        for a, b, side in (("kron_a1", "kron_b1", "d_out"), ("kron_a2", "kron_b2", "d_in")):
+            rows, rest = getattr(self, a), getattr(self, b)
+            if rows is not None and rest is not None:
+                raise UserError(
+                    f"--{b} {rest} and --{a} {rows}: give one of them, since their product is the layer's {side}; "
+                    f"--{a} {side}/{rest} is the same as --{b} {rest}"
+                )
+        for name in ("kron_a1", "kron_a2", "text_encoder_kron_a1", "text_encoder_kron_a2"):
+            if (size := getattr(self, name)) is not None:
+                _check_size(f"--{name} {size}", name[-2:], size)
         for name in ("text_encoder_kron_a1", "text_encoder_kron_a2"):
             if getattr(self, name) is not None and not self.train_text_encoder:
                 raise UserError(f"--{name} needs --train_text_encoder")
+
+
+def _check_size(where: str, factor: str, size: FactorSize, form: str = "") -> None:
+    try:
+        _, number = fixed_size(factor, size)
+    except KroneckerError as error:
+        raise UserError(f"{where}: {error}{form}") from error
+    if number < 1:
+        raise UserError(f"{where}: {factor} is {size}; it must be at least 1{form}")

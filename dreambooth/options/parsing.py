@@ -134,8 +134,8 @@ def _flag(own: Field, declared: Declaration) -> Any:
     metadata: dict[str, Any] = {"help": text.replace("%", "%%")}
     if declared.choices is not None:
         metadata["choices"] = declared.choices
-    elif (metavar := next((METAVARS[kind] for kind in _kinds(own.type) if kind in METAVARS), None)) is not None:
-        metadata["metavar"] = metavar
+    elif metavars := [METAVARS[kind] for kind in _kinds(own.type) if kind in METAVARS]:
+        metadata["metavar"] = "|".join(metavars)
     if own.default_factory is not MISSING:
         return field(default_factory=own.default_factory, metadata=metadata)
     return field(default=own.default, metadata=metadata)

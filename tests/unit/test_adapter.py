@@ -335,6 +335,58 @@ def test_factors_per_projection_and_longest_target_wins(model):
     }
 
 
+def test_factors_go_to_the_longest_name_that_ends_a_path_be_it_a_target_or_not(model):
+    factors = {"to_k": (6, 2), "attn2.to_k": (1, "d_in"), "attn1.to_out.0": ("d_out/3", 8)}
+    layers = inject_kronecker(model, 4, 8, factors=factors)
+    shapes = {name: (tuple(layer.A.shape), tuple(layer.B.shape)) for name, layer in layers.items()}
+    assert shapes == {
+        "attn1.to_q": ((4, 8), (6, 3)),
+        "attn1.to_k": ((6, 2), (4, 8)),
+        "attn1.to_v": ((4, 8), (6, 2)),
+        "attn1.to_out.0": ((8, 8), (3, 3)),
+        "attn2.to_q": ((4, 8), (6, 3)),
+        "attn2.to_k": ((1, 16), (24, 1)),
+        "attn2.to_v": ((4, 8), (6, 2)),
+        "attn2.to_out.0": ((4, 8), (6, 3)),
+    }
+    labels = {name: layer.target for name, layer in layers.items()}
+    assert labels["attn1.to_k"] == "to_k" and labels["attn2.to_k"] == "attn2.to_k" and labels["attn2.to_q"] == "to_q"
+
+
+def test_factors_by_a_name_above_that_of_the_target_leave_the_target_its_name(model):
+    layers = inject_kronecker(model, 4, 8, targets=("attn2.to_k",), factors={"to_k": (6, 2)})
+    assert {name: (layer.target, tuple(layer.A.shape)) for name, layer in layers.items()} == {
+        "attn2.to_k": ("attn2.to_k", (6, 2))
+    }
+
+
+@pytest.mark.parametrize(
+    "a1, a2, numbers",
+    [
+        ("d_out", "d_in", (24, 16)),
+        ("d_out/8", "d_in/1", (3, 16)),
+        ("d_out / 24", "d_in/4", (1, 4)),
+        ("4", " 8", (4, 8)),
+        (torch.tensor(4).item(), 8, (4, 8)),
+    ],
+)
+def test_sizes_are_numbers_or_fractions_of_the_layer_s(a1, a2, numbers):
+    torch.manual_seed(0)
+    layer = KroneckerLinear(nn.Linear(16, 24), a1, a2)
+    torch.manual_seed(0)
+    same = KroneckerLinear(nn.Linear(16, 24), *numbers)
+    assert tuple(layer.A.shape) == numbers and tuple(layer.B.shape) == (24 // numbers[0], 16 // numbers[1])
+    assert torch.equal(layer.A, same.A) and layer.gain == same.gain
+
+
+def test_a_fraction_is_of_each_layer_and_gives_the_size_of_b(model):
+    layers = inject_kronecker(model, "d_out/3", "d_in/4", targets=("to_q", "to_k", "proj"), factors={"proj": (1, 1)})
+    assert {tuple(layer.B.shape) for name, layer in layers.items() if name != "proj"} == {(3, 4)}
+    assert {name: tuple(layer.A.shape) for name, layer in layers.items()} == {
+        "attn1.to_q": (8, 6), "attn1.to_k": (8, 4), "attn2.to_q": (8, 6), "attn2.to_k": (8, 4), "proj": (1, 1),
+    }  # fmt: skip
+
+
 def test_a_target_is_whole_words_of_a_path(model):
     with pytest.raises(KroneckerError, match="ends in o_q; there are: proj, to_k, to_out.0, to_q, to_v"):
         inject_kronecker(model, 4, 8, targets=("o_q",))
@@ -351,6 +403,24 @@ def test_a_target_is_whole_words_of_a_path(model):
         ({"a1": 4, "a2": 24}, r"attn1.to_k maps 16 .*nearest that do: 16\)"),
         ({"a1": 0, "a2": 8}, "a1 = 0 does not divide"),
         ({"a1": 4, "a2": 8, "factors": {"to_z": (1, 1)}}, "given for to_z, but the targets are to_q"),
+        ({"a1": 4, "a2": 8, "factors": {"to_q": (1, 1), "attn3.to_q": (1, 1)}}, "given for attn3.to_q, but"),
+        ({"a1": 4, "a2": 8, "factors": {"proj": (1, 1)}}, "given for proj, but"),  # a layer, but not an adapted one
+        (
+            {"a1": 4, "a2": 8, "factors": {"to_q": (4, 4), "attn1.to_q": (1, 1), "attn2.to_q": (1, 1)}},
+            "given for to_q, but .* longest",
+        ),
+        (
+            {"a1": "d_out/7", "a2": "d_in/5"},
+            r"attn1.to_q maps 24 to 24 .*b1 = 7 \(a1 = d_out/7\) does not divide d_out = 24 \(nearest.* 6 and 8\); "
+            r"b2 = 5 \(a2 = d_in/5\) does not divide d_in = 24 \(nearest that do: 4 and 6\)",
+        ),
+        (
+            {"a1": 4, "a2": 8, "factors": {"attn2.to_v": (1, "d_in/9")}},
+            r"attn2.to_v .* b2 = 9 \(a2 = d_in/9\) .* 8 and",
+        ),
+        ({"a1": "d_in", "a2": 8}, "attn1.to_q .* a1 = d_in .* d_out/8"),
+        ({"a1": 4, "a2": "d_out/2"}, "attn1.to_q .* a2 = d_out/2 .* d_in/8"),
+        *(({"a1": size, "a2": 8}, f"a1 = {size} .* d_out/8") for size in ("d_out/0", "d_out/-2", "d_out/2.0", "half")),
     ],
 )
 def test_a_request_that_does_not_fit_leaves_the_model_untouched(model, arguments, words):

@@ -100,6 +100,10 @@ def test_the_command_line_is_the_program_s_own_where_none_is_given(monkeypatch):
         ("report_to: [tensorboard, wandb]", "report_to", ["tensorboard", "wandb"]),
         ("kron_factors: {to_k: [8, 64], to_out.0: [4, 32]}", "kron_factors", ["to_k=8,64", "to_out.0=4,32"]),
         ("kron_factors:\n  to_k: 8,64", "kron_factors", ["to_k=8,64"]),
+        ("kron_factors: {attn2.to_k: [1, d_in]}", "kron_factors", ["attn2.to_k=1,d_in"]),
+        ("kron_a1: 8", "kron_a1", 8),
+        ("kron_a1: d_out/8", "kron_a1", "d_out/8"),
+        ("kron_a2: d_in", "kron_a2", "d_in"),
         ("kron_factors: ['to_k=8,64']", "kron_factors", ["to_k=8,64"]),
         ("instance_prompt: 5e-4", "instance_prompt", "5e-4"),
         ("instance_prompt: 'null'", "instance_prompt", "null"),
@@ -167,9 +171,41 @@ def test_a_command_line_of_diffusers_example_pastes_in():
 
 
 def test_kron_factors_are_read_by_target():
-    config = parse("--kron_factors", "to_k=8,64", "attn2.to_out.0= 4, 32")
-    assert config.factors_by_target() == {"to_k": (8, 64), "attn2.to_out.0": (4, 32)}
+    config = parse("--kron_factors", "to_k=8,64", "attn2.to_out.0= 4, 32", "attn2.to_v=d_out/8,d_in")
+    assert config.factors_by_target() == {
+        "to_k": (8, 64),
+        "attn2.to_out.0": (4, 32),
+        "attn2.to_v": ("d_out/8", "d_in"),
+    }
     assert DEFAULTS.factors_by_target() == {}
+
+
+@pytest.mark.parametrize(
+    "flags, shape, text_shape",
+    [
+        ("", (4, 64), (4, 64)),
+        ("--kron_a1 8", (8, 64), (8, 64)),
+        ("--kron_a2 d_in", (4, "d_in"), (4, "d_in")),
+        ("--kron_b1 8", ("d_out/8", 64), ("d_out/8", 64)),
+        ("--kron_b1 8 --kron_a2 16", ("d_out/8", 16), ("d_out/8", 16)),
+        ("--kron_b1 8 --kron_b2 1", ("d_out/8", "d_in/1"), ("d_out/8", "d_in/1")),
+        ("--kron_b1 8 --train_text_encoder --text_encoder_kron_a1 2", ("d_out/8", 64), (2, 64)),
+        ("--train_text_encoder --text_encoder_kron_a2 d_in/4", (4, 64), (4, "d_in/4")),
+    ],
+)
+def test_a_side_without_a_size_of_a_or_b_has_the_default(flags, shape, text_shape):
+    config = parse(*flags.split())
+    assert (config.shape(), config.text_encoder_shape()) == (shape, text_shape)
+    given = {name: int(value) for name, value in re.findall(r"--(kron_b\d) (\d+)", flags)}
+    assert {name: getattr(config, name) for name in ("kron_b1", "kron_b2")} == {
+        "kron_b1": None,
+        "kron_b2": None,
+    } | given
+    assert (config.kron_a1 is None, config.kron_a2 is None) == ("kron_b1" in given, "kron_b2" in given)
+
+
+def test_a_size_in_numbers_is_the_same_option_however_it_is_written():
+    assert Config(**REQUIRED, kron_a1="4", text_encoder_kron_a2=" 8") == Config(**REQUIRED, text_encoder_kron_a2=8)
 
 
 def test_the_config_is_frozen():
@@ -231,6 +267,9 @@ def test_a_wrong_flag_is_refused_by_name(capsys, flags, words):
         ("mixed_precision: off", "--mixed_precision.*'off'"),
         ("kron_factors: {to_k: 64}", "--kron_factors to_k=64: "),
         ("kron_factors: {to_k: [8]}", "--kron_factors to_k=8: "),
+        ("kron_factors: {to_k: [d_in, 8]}", "--kron_factors to_k=d_in,8: a1 = d_in .*d_out/8"),
+        ("kron_a1: 4\nkron_b1: 8", "--kron_b1 8 and --kron_a1 4"),
+        ("kron_b1: d_out", "--kron_b1.*'d_out'"),
         ("validation_prompt:\n- a dog: on the beach", "validation_prompt"),  # a mapping, since it is not quoted
         ("validation_prompt:\n- a dog\n-", "validation_prompt"),
         ("- resolution\n- 64", "expected lines of the form 'option: value'"),
@@ -269,8 +308,33 @@ PRIOR = "--with_prior_preservation"
         ("--report_to none wandb", ["--report_to none"]),
         *(
             (f"--kron_factors to_q=4,64 {entry}", [f"--kron_factors {entry}: ", "to_k=8,64"])
-            for entry in ("to_k", "to_k=", "to_k=8", "to_k=8,64,2", "=8,64", "to_k=a,b", "to_k=-8,64", "to_k=8,²")
+            for entry in (
+                "to_k",
+                "to_k=",
+                "to_k=8",
+                "to_k=8,64,2",
+                "=8,64",
+                "to_k=a,b",
+                "to_k=-8,64",
+                "to_k=8,²",
+                "to_k=0,64",
+                "to_k=d_in,8",
+                "to_k=8,d_out/2",
+                "to_k=8,d_in/0",
+                f"to_k=8,{'9' * 5000}",
+            )
         ),
+        ("--kron_factors to_q=4,64 to_k=8,8 to_q=2,2", ["--kron_factors to_q=2,2: "]),
+        ("--kron_a1 4 --kron_b1 8", ["--kron_b1 8", "--kron_a1 4", "--kron_a1 d_out/8"]),
+        ("--kron_a2 d_in --kron_b2 8", ["--kron_b2 8", "--kron_a2 d_in", "--kron_a2 d_in/8"]),
+        *((f"--kron_a1 {size}", [f"--kron_a1 {size}: ", "d_out/8"]) for size in ("d_in", "d_out/0", "4.0", "x", "²")),
+        *((f"--kron_a2 {size}", [f"--kron_a2 {size}: ", "d_in/8"]) for size in ("d_out/4", "8/d_in", "9" * 5000)),
+        *(
+            (f"--kron_{letter} {size}", [f"--kron_{letter} ", "at least 1"])
+            for letter in ("a1", "b2")
+            for size in (0, -4)
+        ),
+        ("--train_text_encoder --text_encoder_kron_a2 d_out", ["--text_encoder_kron_a2 d_out: ", "d_in/8"]),
         ("--compile --base_precision nf4", ["--compile", "--base_precision nf4"]),
         ("--tracker_run_name ../rex", ["--tracker_run_name ../rex"]),
         ("--text_encoder_lr 1", ["--text_encoder_lr", "--train_text_encoder"]),
@@ -592,7 +656,7 @@ EVERYTHING = """
     --image_interpolation_mode box --with_prior_preservation --prior_loss_weight 0.5 --class_data_dir 07
     --class_prompt null --num_class_images 7 --sample_batch_size 2 --prior_num_inference_steps 9
     --prior_guidance_scale 1e-3 --prior_negative_prompt "  blurry,\nno " --prior_seed 5 --kron_a1 8 --kron_a2 32
-    --kron_factors to_k=8,64 to_v=4,4 --kron_targets to_q to_k --kron_init reference
+    --kron_factors to_k=8,64 attn2.to_v=1,d_in --kron_targets to_q to_k --kron_init reference
     --output_dir "~" --seed 4294967295
     --overwrite_output_dir --train_batch_size 2 --gradient_accumulation_steps 3 --max_train_steps 10
     --num_train_epochs 4 --learning_rate 1e-5 --scale_lr --lr_scheduler cosine --lr_warmup_steps 3 --lr_num_cycles 2
@@ -608,7 +672,7 @@ EVERYTHING = """
     --pretrained_vae_model_name_or_path hub/vae --base_precision nf4 --caption_column words
     --caption_dropout_probability 0.1 --repeats 3 --unmasked_weight 0.2 --random_flip --aspect_ratio_buckets
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
-    --text_encoder_kron_a1 2 --text_encoder_kron_a2 16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
+    --text_encoder_kron_a1 2 --text_encoder_kron_a2 d_in/16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
     --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
     --tracker_project_name dogs --tracker_run_name rex --tracker_group pets --no_metadata
     --push_to_hub --hub_model_id me/dog --cache_dir "~/hub" --logging_steps 4 --skip_nonfinite 2
@@ -618,7 +682,7 @@ EVERYTHING = """
 REST = """
     --pretrained_model_name_or_path hub/model --instance_prompt sks --dataset_name hub/photos --image_column photo
     --dataset_config_name small --with_prior_preservation --prior_source base_model --class_prompt dog
-    --optimizer prodigy --compile --hub_token hf_secret
+    --optimizer prodigy --compile --hub_token hf_secret --kron_b1 8 --kron_b2 2
 """
 
 
