@@ -5,11 +5,12 @@ from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import option
+from dreambooth.options.prompts import ClassPromptOptions
 from dreambooth.options.steps import TextEncoderOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerOptions(TextEncoderOptions):
+class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
     """Kronecker adapter, W + A ⊗ B."""
 
     kron_a1: int = option("Rows of A. Must divide every adapted layer's output features.", 4, at_least=1)
@@ -20,8 +21,10 @@ class KroneckerOptions(TextEncoderOptions):
     kron_targets: list[str] = option(
         "Linear layers of the UNet to adapt, by the end of their path.", ["to_q", "to_k", "to_v", "to_out.0"]
     )
-    kron_init: Literal["invariant", "reference"] = option(
-        "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper.",
+    kron_init: Literal["invariant", "reference", "contrast"] = option(
+        "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper; "
+        "contrast: invariant, but A of attn2.to_k and attn2.to_v, if it has a column for each input feature, begins as "
+        "what tells the instance prompts from --class_prompt.",
         "invariant",
     )
     text_encoder_kron_a1: int | None = option("kron_a1 of the text encoders. Default: kron_a1.", None, at_least=1)
@@ -53,6 +56,10 @@ class KroneckerOptions(TextEncoderOptions):
         ),
         ("use_dora dora_wd", "the adapter has no DoRA variant; --kron_a1 and --kron_a2 set its capacity"),
     )
+
+    @property
+    def needs_class_prompt(self) -> str | None:
+        return "--kron_init contrast" if self.kron_init == "contrast" else super().needs_class_prompt
 
     def factors_by_target(self) -> dict[str, tuple[int, int]]:
         """Return kron_factors as {"to_k": (8, 64)}. Raises UserError if an entry cannot be parsed."""
