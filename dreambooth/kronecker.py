@@ -11,8 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
+from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state
@@ -29,6 +31,7 @@ from kron_adapter import (
     load_kronecker_state_dict,
     remove_kronecker,
     save_kronecker,
+    start_from_contrast,
 )
 from kron_formats.names import components
 from kron_formats.reading import AdapterFile
@@ -117,26 +120,59 @@ class Kronecker:
         photos: Sequence[Photo],
         config: KroneckerOptions,
     ) -> None:
-        """Raise KroneckerError if a target or factors match no layer, or factors do not divide a layer's sizes."""
-        self.attach(family, models, tokenizers, config)
+        """Raise KroneckerError if a target or factors match no layer, or factors do not divide a layer's sizes.
+
+        Raise UserError if --kron_init contrast concerns no layer.
+        """
+        self._inject_all(family, models, config)
+        if config.kron_init == "contrast" and not _readers_of_text(models[family.denoiser]):
+            raise UserError(
+                "--kron_init contrast is for keys and values of cross-attention whose A has a column for each of their "
+                "input features, and no layer is one. For these alone: --kron_targets attn2.to_k attn2.to_v --kron_a1 1 "
+                "--kron_a2 d_in. Beside others: --kron_factors attn2.to_k=1,d_in attn2.to_v=1,d_in"
+            )
 
     def attach(
-        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: KroneckerOptions
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        config: KroneckerOptions,
+        states: PromptStates | None = None,
     ) -> AttachedKronecker:
-        layers: dict[str, dict[str, KroneckerLinear]] = {}
+        layers = self._inject_all(family, models, config)
+        if config.kron_init == "contrast":
+            if states is None:
+                raise ValueError("--kron_init contrast needs the states of the prompts")
+            start_from_contrast(_readers_of_text(models[family.denoiser]), states.of_instance(), states.of_class())
+        parameters = {name: kronecker_parameters(model) for name, model in models.items()}
+        return AttachedKronecker(family, models, layers, adapter_groups(family, parameters, config))
+
+    def _inject_all(
+        self, family: Family, models: Mapping[str, nn.Module], config: KroneckerOptions
+    ) -> dict[str, dict[str, KroneckerLinear]]:
+        """Return component -> name -> layer, with A as it is drawn."""
+        layers = {}
         for number, (name, model) in enumerate(models.items()):
             with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):
                 layers[name] = self._inject(family, name, model, config)
-        parameters = {name: kronecker_parameters(model) for name, model in models.items()}
-        return AttachedKronecker(family, models, layers, adapter_groups(family, parameters, config))
+        return layers
 
     def _inject(
         self, family: Family, name: str, model: nn.Module, config: KroneckerOptions
     ) -> dict[str, KroneckerLinear]:
+        init = "invariant" if config.kron_init == "contrast" else config.kron_init
         if name == family.denoiser:
             factors = config.factors_by_target()
-            return inject_kronecker(model, *config.shape(), config.kron_targets, factors, config.kron_init)
-        return inject_kronecker(model, *config.text_encoder_shape(), family.targets[name], init=config.kron_init)
+            return inject_kronecker(model, *config.shape(), config.kron_targets, factors, init)
+        return inject_kronecker(model, *config.text_encoder_shape(), family.targets[name], init=init)
+
+
+def _readers_of_text(denoiser: nn.Module) -> list[KroneckerLinear]:
+    """Return the adapted keys and values of cross-attention whose A sees whole token states: a2 = d_in."""
+    attentions = [module for module in denoiser.modules() if getattr(module, "is_cross_attention", False)]
+    projections = [projection for attention in attentions for projection in (attention.to_k, attention.to_v)]
+    return [layer for layer in projections if isinstance(layer, KroneckerLinear) and layer.B.shape[1] == 1]
 
 
 KRONECKER = Kronecker()

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.family import Family
 from dreambooth.options.kronecker import TextEncoderOptions
@@ -130,12 +131,17 @@ class Method(Protocol):
         ...
 
     def attach(
-        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: Any
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        config: Any,
+        states: PromptStates | None = None,
     ) -> Attached:
         """Freeze the models, component -> model with the denoiser first, and add what trains.
 
-        `tokenizers`, text encoder -> tokenizer, learn the words that are added to the text encoders. All randomness
-        comes from config.seed, so all processes start with the same parameters.
+        `tokenizers`, text encoder -> tokenizer, learn the words that are added to the text encoders. `states` are of
+        the run's prompts; a training always has them. All randomness comes from config.seed.
         """
         ...
 

@@ -7,10 +7,10 @@ from dreambooth.base_model.latents import latent_source
 from dreambooth.base_model.loading import BaseModel
 from dreambooth.base_model.moments import cache_moments
 from dreambooth.base_model.process import build_sampler, noise_metadata, noise_process
-from dreambooth.base_model.prompts import prompt_encoder
+from dreambooth.base_model.prompts import PromptStates, prompt_encoder
 from dreambooth.base_model.source import load_scheduler, load_tokenizers
 from dreambooth.data.crops import Crops
-from dreambooth.data.dataset import DreamBoothDataset, build_loader, prompts_of
+from dreambooth.data.dataset import DreamBoothDataset, build_loader, class_prompts_of, prompts_of
 from dreambooth.data.noise import noise_drawer
 from dreambooth.data.order import samples_per_pass
 from dreambooth.data.photos import read_instance_photos
@@ -85,10 +85,12 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         moments = cache_moments(crops, base.load_vae, config, accelerator)
         latents_of = latent_source(base, moments is not None, keep_vae=bool(config.validation_prompt))
         encode = prompt_encoder(base, prompts, text_trains, config)
+        own, of_class = [photo.prompt for photo in photos], class_prompts_of(photos, class_photos, config)
+        states = PromptStates(encode, prompts, own, of_class, family, base.device)
 
         # What trains
         models = family.trained_models(pipeline.components, text_trains)
-        attached = method.attach(family, models, family.present_tokenizers(pipeline.components), config)
+        attached = method.attach(family, models, family.present_tokenizers(pipeline.components), config, states)
         base.prepare_training(models)
         optimizer = build_optimizer(attached.groups, config, accelerator.num_processes)
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
 from dreambooth.family import Family
@@ -173,6 +174,7 @@ class CustomDiffusion:
         models: Mapping[str, nn.Module],
         tokenizers: Mapping[str, Any],
         config: CustomDiffusionOptions,
+        states: PromptStates | None = None,
     ) -> AttachedCustomDiffusion:
         for model in models.values():
             model.requires_grad_(False)

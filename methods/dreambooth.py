@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.base_model.process import EDM
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.base_model.source import load_scheduler
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
@@ -161,7 +162,12 @@ class DreamBooth:
         )
 
     def attach(
-        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: Any
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        config: Any,
+        states: PromptStates | None = None,
     ) -> AttachedDreamBooth:
         weights = {
             component: dict(model.requires_grad_(True).named_parameters()) for component, model in models.items()

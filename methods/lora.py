@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
@@ -135,7 +136,12 @@ class Lora:
         """Do nothing: every rank fits every layer."""
 
     def attach(
-        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: LoraOptions
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        config: LoraOptions,
+        states: PromptStates | None = None,
     ) -> AttachedLora:
         parameters: dict[str, list[nn.Parameter]] = {}
         for number, (name, model) in enumerate(models.items()):

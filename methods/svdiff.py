@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.family import Family
 from dreambooth.markdown import size_in_words
@@ -141,7 +142,12 @@ class Svdiff:
         refuse_compile("SVDiff", why, config)
 
     def attach(
-        self, family: Family, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], config: SvdiffOptions
+        self,
+        family: Family,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        config: SvdiffOptions,
+        states: PromptStates | None = None,
     ) -> AttachedSvdiff:
         logger.info(
             "finding the singular vectors of all weights, which takes minutes; they are kept for later runs in %s",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
 from dreambooth.family import Family
@@ -136,6 +137,7 @@ class TextualInversion:
         models: Mapping[str, nn.Module],
         tokenizers: Mapping[str, Any],
         config: TextualInversionOptions,
+        states: PromptStates | None = None,
     ) -> AttachedTextualInversion:
         for model in models.values():
             model.requires_grad_(False)

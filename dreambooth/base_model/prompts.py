@@ -1,6 +1,11 @@
-"""Prompts to embeddings: at every step if text encoders train, else once, and kept in a folder for later runs."""
+"""Prompts to embeddings: at every step if text encoders train, else once, and kept in a folder for later runs.
 
-from collections.abc import Callable
+Also what the denoiser's cross-attention reads in them, for methods that start from it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +15,7 @@ from torch import Tensor
 from dreambooth.base_model.cache import text_identity
 from dreambooth.base_model.loading import BaseModel
 from dreambooth.errors import UserError
-from dreambooth.family import Embeddings
+from dreambooth.family import Embeddings, Family
 from dreambooth.options.photos import CacheOptions
 from kron_formats.kept import key_of, load_or_make
 
@@ -55,3 +60,37 @@ def _encode_once(base: BaseModel, prompts: list[str], config: CacheOptions) -> E
     else:
         rows = [encode_alone(prompt) for prompt in prompts]
     return {name: torch.cat([row[name] for row in rows]).to(base.device) for name in rows[0]}
+
+
+@dataclass(frozen=True)
+class PromptStates:
+    """What the denoiser's cross-attention reads before anything trains: token states, (tokens, width), on the CPU.
+
+    Those of all tokens, padding included, as training has them. Computed when they are asked for.
+    """
+
+    encode: Encode
+    prompts: Sequence[str]  # whose rows `encode` takes
+    instance_prompts: Sequence[str]  # of each photo
+    class_prompts: Sequence[str]  # of each row of the prior, or --class_prompt
+    family: Family
+    device: torch.device
+
+    def of_instance(self) -> Tensor:
+        return self._states(self.instance_prompts)
+
+    def of_class(self) -> Tensor:
+        return self._states(self.class_prompts)
+
+    @torch.no_grad()
+    def _states(self, prompts: Sequence[str]) -> Tensor:
+        """Return the states of distinct prompts times √(how often each occurs / the mean of that).
+
+        Their mean squares along any direction are then those of all prompts.
+        """
+        counts = Counter(prompts)
+        rows = torch.tensor([self.prompts.index(prompt) for prompt in counts], device=self.device)
+        sizes = torch.zeros(len(rows), 6, device=self.device)
+        states = self.family.condition(self.encode(rows), sizes)["encoder_hidden_states"].float().cpu()
+        weights = torch.tensor([count * len(counts) / len(prompts) for count in counts.values()]).sqrt()
+        return (states * weights[:, None, None]).flatten(0, 1)

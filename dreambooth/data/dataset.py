@@ -196,8 +196,14 @@ def scored_prompts(config: TrainingConfig) -> list[str]:
 
 def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
     """Return every prompt of a run once, in order of first use, always including the empty prompt."""
-    prompts = [photo.prompt for photo in (*photos, *class_photos)]
+    prompts = [photo.prompt for photo in photos] + class_prompts_of(photos, class_photos, config)
+    return list(dict.fromkeys([*prompts, *scored_prompts(config), *config.validation_prompt, ""]))
+
+
+def class_prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
+    """Return the prompts that stand for the class: those of the prior's rows, or --class_prompt without a prior."""
     if config.uses_base_model_prior:
-        prompts += [photo.class_prompt for photo in photos if photo.class_prompt is not None]
-    prompts += scored_prompts(config)
-    return list(dict.fromkeys([*prompts, *config.validation_prompt, ""]))
+        return [photo.class_prompt for photo in photos if photo.class_prompt is not None]
+    if class_photos:
+        return [photo.prompt for photo in class_photos]
+    return [] if config.class_prompt is None else [config.class_prompt]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import GIVEN, option
-from dreambooth.options.prompts import PromptOptions
+from dreambooth.options.prompts import ClassPromptOptions, PromptOptions
 
 CLASS_IMAGES = {"with_prior_preservation": [True], "prior_source": ["images"]}
 SAMPLES = {"validation_prompt": GIVEN}
@@ -24,7 +24,7 @@ class SampleBatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorOptions(SampleBatchOptions):
+class PriorOptions(SampleBatchOptions, ClassPromptOptions):
     """Prior preservation: keeps the class from turning into the subject."""
 
     # A resumed run compares the class images themselves, so it does not matter how they were drawn.
@@ -46,7 +46,6 @@ class PriorOptions(SampleBatchOptions):
         decides_result=False,
         path=True,
     )
-    class_prompt: str | None = option('Prompt for the class, for example "a photo of dog".', None)
     num_class_images: int = option(
         "Number of class images: the first of class_data_dir in the order of their names; those missing are drawn.",
         100,
@@ -82,15 +81,17 @@ class PriorOptions(SampleBatchOptions):
         """Whether the prior is learned from class images."""
         return self.with_prior_preservation and self.prior_source == "images"
 
+    @property
+    def needs_class_prompt(self) -> str | None:
+        return "--with_prior_preservation" if self.with_prior_preservation else super().needs_class_prompt
+
     def check(self) -> None:
         if not self.with_prior_preservation:
-            if self.class_data_dir or self.class_prompt:
-                raise UserError("--class_data_dir and --class_prompt need --with_prior_preservation")
+            if self.class_data_dir:
+                raise UserError("--class_data_dir needs --with_prior_preservation")
             if self.prior_source == "base_model":
                 raise UserError("--prior_source base_model needs --with_prior_preservation")
             return
-        if not self.class_prompt:
-            raise UserError("--with_prior_preservation needs --class_prompt, for example 'a photo of dog'")
         if self.prior_source == "base_model" and self.class_data_dir:
             raise UserError(
                 "--class_data_dir does not work with --prior_source base_model, which needs no class images"

@@ -5,6 +5,7 @@ from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import option
+from dreambooth.options.prompts import ClassPromptOptions
 from dreambooth.options.steps import TextEncoderOptions
 from kron_formats.errors import KroneckerError
 from kron_formats.sizes import FactorSize, as_size, fixed_size
@@ -14,7 +15,7 @@ FORM = "write NAME=A1,A2, for example to_k=8,64 or attn2.to_k=1,d_in"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerOptions(TextEncoderOptions):
+class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
     """Kronecker adapter, W + A ⊗ B."""
 
     kron_a1: FactorSize | None = option(
@@ -47,8 +48,10 @@ class KroneckerOptions(TextEncoderOptions):
     kron_targets: list[str] = option(
         "Linear layers of the UNet to adapt, by the end of their path.", ["to_q", "to_k", "to_v", "to_out.0"]
     )
-    kron_init: Literal["invariant", "reference"] = option(
-        "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper.",
+    kron_init: Literal["invariant", "reference", "contrast"] = option(
+        "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper; "
+        "contrast: invariant, but A of attn2.to_k and attn2.to_v, if it has a column for each input feature, begins as "
+        "what tells the instance prompts from --class_prompt.",
         "invariant",
     )
     text_encoder_kron_a1: FactorSize | None = option(
@@ -93,6 +96,10 @@ class KroneckerOptions(TextEncoderOptions):
         for a, b, default in zip(("kron_a1", "kron_a2"), ("kron_b1", "kron_b2"), DEFAULT_SHAPE):
             if getattr(self, a) is None and getattr(self, b) is None:
                 object.__setattr__(self, a, default)
+
+    @property
+    def needs_class_prompt(self) -> str | None:
+        return "--kron_init contrast" if self.kron_init == "contrast" else super().needs_class_prompt
 
     def shape(self) -> tuple[FactorSize, FactorSize]:
         """Return (a1, a2) of the UNet's layers; a size of B is a fraction of the layer's."""
