@@ -127,9 +127,9 @@ class Kronecker:
         self._inject_all(family, models, config)
         if config.kron_init == "contrast" and not _readers_of_text(models[family.denoiser]):
             raise UserError(
-                "--kron_init contrast is for keys and values of cross-attention whose A has a column for each of their "
-                "input features, and no layer is one. For these alone: --kron_targets attn2.to_k attn2.to_v --kron_a1 1 "
-                "--kron_a2 d_in. Beside others: --kron_factors attn2.to_k=1,d_in attn2.to_v=1,d_in"
+                "--kron_init contrast is for keys and values of cross-attention whose A has a column for each of "
+                "their input features, and no layer is one. For these alone: --kron_targets attn2.to_k attn2.to_v "
+                "--kron_a1 1 --kron_a2 d_in. Beside others: --kron_factors attn2.to_k=1,d_in attn2.to_v=1,d_in"
             )
 
     def attach(
