@@ -9,8 +9,8 @@ from PIL import Image
 
 from dreambooth.errors import UserError
 from kron_formats.files import reason
-from studies.plots import thumbnail
 from studies.results import BASE, CLASS, Record, entries_of, entry_of, pictures
+from studies.sheets import thumbnail
 
 MOST_PICTURES = 1500  # of one page, about 6 KB each
 PROMPT = "prompt"  # the slider over prompts

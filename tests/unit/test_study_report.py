@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from dreambooth.errors import UserError
+from studies.plan import Choice
 from studies.plots import draw_heatmap, draw_lines, draw_tradeoff
-from studies.report import Choice, write_report
+from studies.report import write_report
 from studies.results import MEASURES, axes_of, axis_numbers, read_sweep
 from tests.conftest import ROOT
 from tests.synthetic_sweep import write_cell, write_ending, write_sweep
