@@ -11,19 +11,30 @@ from typing import Any
 
 from studies.results import MEASURES, Record
 
+CHECKPOINT = "checkpoint"  # stands for a state in the line of one
+
 
 def csv_text(records: Sequence[Record], axes: Mapping[str, Sequence[str]]) -> str:
-    """Return a line for each cell: its entries, state, scores, the base model's, and its command."""
+    """Return a line for each cell: its entries, state, scores, the base model's, and its command.
+
+    Before it is a line for each of its checkpoints that was scored, whose state is "checkpoint".
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     based = [name for name in MEASURES if any(name in record.base for record in records)]
-    head = ["cell", *axes, "state", "reason", "exit_code", *MEASURES, *(f"base_{name}" for name in based), "command"]
+    of_base = [f"base_{name}" for name in based]
+    head = ["cell", *axes, "step", "state", "reason", "exit_code", *MEASURES, *of_base, "command"]
     writer.writerow(head)
     for record in records:
+        entries = [record.labels.get(axis, "") for axis in axes]
+        for step, scores in record.checkpoints.items():
+            line = {**dict(zip(head, [record.cell, *entries])), "step": step, "state": CHECKPOINT, **scores}
+            writer.writerow([line.get(column, "") for column in head])
         writer.writerow(
             [
                 record.cell,
-                *(record.labels.get(axis, "") for axis in axes),
+                *entries,
+                record.summary.get("steps", ""),
                 record.state,
                 record.reason,
                 "" if record.ending is None else record.ending.exit_code,
@@ -44,6 +55,7 @@ def json_text(sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequenc
             "state": record.state,
             "reason": record.reason,
             "scores": record.scores,
+            "checkpoints": [{"step": step, "scores": scores} for step, scores in record.checkpoints.items()],
             "base": record.base,
             "photos": record.photos,
             "prompts": record.prompts,

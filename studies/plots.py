@@ -52,13 +52,13 @@ def draw_lines(
     groups = grouped([record for record in records if axis in record.labels], others)
     palette = colours(len(groups), ordered=all(as_number(line) is not None for line in groups))
     for (line, members), colour in zip(groups.items(), palette):
-        _draw_line(axes, line, grouped(members, [axis]), numbers, colour, measure)
-    _number_ticks(axes, numbers)
+        draw_line(axes, line, grouped(members, [axis]), numbers, colour, measure)
+    number_ticks(axes, numbers)
     legend(figure, axes, ", ".join(others))
     return rendered(figure)
 
 
-def _draw_line(
+def draw_line(
     axes: "Axes",
     line: str,
     settings: Mapping[str, Sequence[Record]],
@@ -81,7 +81,7 @@ def _draw_line(
     axes.plot(failed, places, "x", color=colour, transform=axes.get_xaxis_transform(), markersize=6)
 
 
-def _number_ticks(axes: "Axes", numbers: Mapping[str, float]) -> None:
+def number_ticks(axes: "Axes", numbers: Mapping[str, float]) -> None:
     """Put a tick at every entry, by its label; at some of them if they are many."""
     if is_logarithmic([*numbers.values()]):
         axes.set_xscale("log", base=2)
@@ -184,7 +184,7 @@ def draw_tradeoff(
     axes.xaxis.set_major_formatter(tick_label)
     axes.yaxis.set_major_formatter(tick_label)
     if x.name == "parameters":
-        _number_ticks(axes, {number(a, x.name): a for a, _ in points})
+        number_ticks(axes, {number(a, x.name): a for a, _ in points})
     if not x.higher_is_better:
         axes.invert_xaxis()
     _references(axes, records, x, y)

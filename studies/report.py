@@ -6,13 +6,15 @@ from typing import Any
 
 from dreambooth.wording import counted
 from kron_formats.files import whole_file, write_text
+from studies.choice import Choice, Layout, plan
 from studies.exports import csv_text, json_text
 from studies.gallery import make_gallery
-from studies.plan import Choice, Layout, plan
+from studies.grid import STEP
 from studies.rendering import png_bytes, render
 from studies.results import DONE, FAILED, UNFINISHED, Record, read_sweep
-from studies.sections import LOSS, heatmaps, sheets, stability, steps, tradeoffs
-from studies.tables import settings_table, variance_table
+from studies.sections import LOSS, checkpoints, heatmaps, sheets, stability, steps, tradeoffs
+from studies.steps import at_steps
+from studies.tables import best_steps_table, settings_table, variance_table
 
 PLOTS_NAME = "plots"
 
@@ -44,11 +46,14 @@ def write_report(sweep: Path, output: Path, choice: Choice) -> list[Path]:
 
 def contents(sweep: Path, records: Sequence[Record], layout: Layout) -> dict[str, Any]:
     """Return everything that the templates show."""
-    gallery = make_gallery(sweep, records, layout.axes, layout.rows, layout.columns)
+    stepped = at_steps(records)
+    with_steps = {**layout.axes, STEP: layout.steps} if stepped else layout.axes
+    gallery = make_gallery(sweep, stepped or records, with_steps, layout.rows, layout.columns)
     sections = {
         "stability": stability(records, layout),
-        "heatmaps": heatmaps(records, layout),
+        "heatmaps": heatmaps(stepped if STEP in (layout.x, layout.y) else records, layout),
         "tradeoffs": tradeoffs(records, layout),
+        "checkpoints": checkpoints(stepped, layout),
         "steps": steps(records, layout),
         "sheets": sheets(gallery),
     }
@@ -65,6 +70,7 @@ def contents(sweep: Path, records: Sequence[Record], layout: Layout) -> dict[str
         "open": [record for record in records if record.state != DONE],
         "gallery": gallery,
         "settings": settings_table(records, layout),
+        "best_steps": best_steps_table(stepped, layout) if stepped else None,
         "variance": variance_table(records, layout),
         "records": records,
         "loss": f"{LOSS:.0%}",

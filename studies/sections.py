@@ -8,16 +8,17 @@ from PIL import Image
 
 from dreambooth.report.figures import tick_label
 from studies.analysis import Stable, spread, stable_interval
-from studies.curves import draw_steps
+from studies.choice import Layout
+from studies.curves import draw_scores, draw_steps
 from studies.gallery import Gallery
-from studies.plan import Layout
 from studies.plots import draw_heatmap, draw_lines, draw_tradeoff, is_logarithmic, number
 from studies.results import FAILED, MEASURES, Measure, Record, axis_numbers, grouped, values
 from studies.sheets import draw_pictures
 
 LIKENESS = ("dino", "clip_i")
 AGAINST = ("clip_t", "class_drift", "parameters")
-METRICS = ("loss", "grad_norm")
+DRIFT = MEASURES["class_drift"]  # what more steps cost, drawn over them whatever scores are compared
+METRICS = ("loss", "grad_norm", "held_out_loss", "drift")  # the last two with --score_checkpoints
 LOSS = 0.05  # of the best score, inside the stable interval
 SHEETS = 4  # pictures of prompts in the Markdown report; the page has them all
 
@@ -111,6 +112,20 @@ def tradeoffs(records: Sequence[Record], layout: Layout) -> list[Plot]:
     return found
 
 
+def checkpoints(records: Sequence[Record], layout: Layout) -> list[Plot]:
+    """Return a plot of each score over the steps at which cells were scored.
+
+    `records` are those of studies/steps.py.
+    """
+    lines = [axis for axis in layout.settings if axis == layout.x]
+    found = []
+    for measure in dict.fromkeys([*layout.measures, DRIFT]):
+        if values(records, measure.name):
+            image = draw_scores(records, measure, layout.others(*lines), lines)
+            found.append(Plot(f"checkpoints-{measure.name}", f"{measure.label}, over the training steps", image))
+    return found
+
+
 def steps(records: Sequence[Record], layout: Layout) -> list[Plot]:
     lines = [axis for axis in layout.settings if axis == layout.x]
     panels = layout.others(*lines)
@@ -122,10 +137,10 @@ def steps(records: Sequence[Record], layout: Layout) -> list[Plot]:
 
 
 def sheets(gallery: Gallery | None) -> list[Plot]:
-    """Return the pictures of the first prompts as sheets, other sliders at their first place."""
+    """Return the pictures of the first prompts as sheets, other sliders as they stand at the beginning."""
     if gallery is None:
         return []
-    first = [grid for grid in gallery.grids if not any(grid.key[1:])][:SHEETS]
+    first = [grid for grid in gallery.grids if [*grid.key[1:]] == [*gallery.first[1:]]][:SHEETS]
     return [
         Plot(
             f"pictures-{grid.key[0]:02d}",

@@ -1,14 +1,13 @@
 """The tables of a report: scores by setting, and what explains their variance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studies.analysis import Explained, explained_variance, spread
-from studies.plan import Layout
+from studies.choice import Layout
+from studies.grid import STEP
 from studies.plots import number
-from studies.results import DONE, MEASURES, Record, entry_of, grouped, values
-
-COSTS = ("parameters", "seconds", "peak_memory")
+from studies.results import COSTS, DONE, MEASURES, Measure, Record, entry_of, grouped, values
 
 
 def settings_table(records: Sequence[Record], layout: Layout) -> dict[str, Any]:
@@ -40,6 +39,28 @@ def settings_table(records: Sequence[Record], layout: Layout) -> dict[str, Any]:
         entries = [entry_of(members[0], axis) for axis in layout.settings]
         rows.append({"entries": entries, "runs": f"{done} of {len(members)}", "cells": cells})
     return {"measures": measures, "rows": rows, "axes": layout.settings}
+
+
+def best_steps_table(records: Sequence[Record], layout: Layout) -> dict[str, Any]:
+    """Return the step with the best mean of each score at every setting, the first of equal ones, and that mean.
+
+    `records` are those of studies/steps.py.
+    """
+    measures = [measure for name, measure in MEASURES.items() if values(records, name)]
+    rows = []
+    for members in grouped(records, layout.settings).values():
+        at_step = grouped(members, [STEP])
+        cells = [_best_step(at_step, measure) for measure in measures]
+        rows.append({"entries": [entry_of(members[0], axis) for axis in layout.settings], "cells": cells})
+    return {"measures": measures, "rows": rows, "axes": layout.settings}
+
+
+def _best_step(at_step: Mapping[str, Sequence[Record]], measure: Measure) -> str:
+    means = {step: spread(found).mean for step, runs in at_step.items() if (found := values(runs, measure.name))}
+    if not means:
+        return "-"
+    best = (max if measure.higher_is_better else min)(means, key=means.__getitem__)
+    return f"{best} ({number(means[best], measure.name)})"
 
 
 def variance_table(records: Sequence[Record], layout: Layout) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dreambooth.errors import UserError
-from studies.results import MEASURES, Measure, Record, axes_of, axis_numbers, values
+from studies.grid import STEP
+from studies.results import MEASURES, Measure, Record, axes_of, axis_numbers, entries_of, values
+from studies.steps import at_steps
 
 REPLICATES = ("seed", "subject")  # axes that a method has to be good on all over, unless told otherwise
 FIRST = "learning_rate"  # the axis that is drawn from left to right if there is one
@@ -32,6 +34,7 @@ class Layout:
     measures: Sequence[Measure]
     rows: str
     columns: str
+    steps: Sequence[str]  # at which cells were scored; none if no checkpoint was
 
     def others(self, *axes: str | None) -> list[str]:
         """The axes with several entries that tell settings apart besides `axes`."""
@@ -40,11 +43,15 @@ class Layout:
 
 def plan(records: Sequence[Record], choice: Choice) -> Layout:
     """Return what each axis is used for. Raises UserError for an axis or a score that the sweep lacks."""
-    axes = axes_of(records)
+    axes, stepped = axes_of(records), at_steps(records)
+    steps = entries_of(stepped, STEP) if stepped else []
     varied = [axis for axis, entries in axes.items() if len(entries) > 1]
-    for flag, chosen in (("--over", choice.over), ("--heatmap", choice.heatmap), ("--pictures", choice.pictures)):
-        if missing := [axis for axis in chosen or () if axis not in axes]:
-            raise UserError(f"{flag} {missing[0]}: the sweep has no such axis; it has {', '.join(axes)}")
+    with_steps = [*axes, STEP] if steps else [*axes]
+    flags = {"--over": choice.over, "--heatmap": choice.heatmap, "--pictures": choice.pictures}
+    for flag, chosen in flags.items():
+        known = [*axes] if flag == "--over" else with_steps
+        if missing := [axis for axis in chosen or () if axis not in known]:
+            raise UserError(f"{flag} {missing[0]}: the sweep has no such axis; it has {', '.join(known)}")
         if chosen and len({*chosen}) < len(chosen):
             raise UserError(f"{flag} {' '.join(chosen)}: an axis is named twice")
     over = [axis for axis in REPLICATES if axis in axes] if choice.over is None else [*choice.over]
@@ -53,8 +60,8 @@ def plan(records: Sequence[Record], choice: Choice) -> Layout:
     x = next(iter([*candidates, *settings, *varied]), None)
     y = next((axis for axis in [*settings, *varied] if axis != x), None)
     x, y = choice.heatmap or (x, y)
-    rows, columns = choice.pictures or (y or "", x or "")
-    return Layout(axes, over, settings, x, y, _measures(records, choice.scores), rows, columns)
+    rows, columns = choice.pictures or ((y or "", x or "") if settings or not steps else (x or "", STEP))
+    return Layout(axes, over, settings, x, y, _measures(records, choice.scores), rows, columns, steps)
 
 
 def _measures(records: Sequence[Record], names: Sequence[str] | None) -> list[Measure]:
