@@ -8,9 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.markdown import code
 from studies.exports import command
+
+NAME_KEY = "plot"  # in a plot's file
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
@@ -38,10 +41,22 @@ def markdown_code(text: str) -> str:
     return code(text).replace("|", "\\|")
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
+def png_bytes(image: Image.Image, name: str = "") -> bytes:
+    """Return a plot as a file, which says its own `name` if it has one: a copy of another name is not the report's."""
+    file, said = io.BytesIO(), PngInfo()
+    if name:
+        said.add_itxt(NAME_KEY, name)
+    image.save(file, "PNG", optimize=True, pnginfo=said)
     return file.getvalue()
+
+
+def name_of_plot(path: Path) -> str | None:
+    """Return the name that a file got as a plot of a report; None if it is something else."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(NAME_KEY)
+    except (OSError, ValueError, SyntaxError):
+        return None
 
 
 def png(image: Image.Image) -> str:

@@ -10,9 +10,9 @@ from studies.choice import Choice, Layout, plan
 from studies.exports import csv_text, json_text
 from studies.gallery import make_gallery
 from studies.grid import STEP
-from studies.rendering import png_bytes, render
+from studies.rendering import name_of_plot, png_bytes, render
 from studies.results import DONE, FAILED, UNFINISHED, Record, read_sweep
-from studies.sections import LOSS, checkpoints, heatmaps, sheets, stability, steps, tradeoffs
+from studies.sections import LOSS, Plot, checkpoints, heatmaps, sheets, stability, steps, tradeoffs
 from studies.steps import at_steps
 from studies.tables import best_steps_table, settings_table, variance_table
 
@@ -28,10 +28,7 @@ def write_report(sweep: Path, output: Path, choice: Choice) -> list[Path]:
     records = read_sweep(sweep)
     layout = plan(records, choice)
     content = contents(sweep, records, layout)
-    (output / PLOTS_NAME).mkdir(parents=True, exist_ok=True)
-    for plot in content["plots"]:
-        with whole_file(output / PLOTS_NAME / f"{plot.name}.png") as unfinished:
-            unfinished.write_bytes(png_bytes(plot.image))
+    write_plots(output / PLOTS_NAME, content["plots"])
     texts = {
         "results.csv": csv_text(records, layout.axes),
         "results.json": json_text(sweep, records, layout.axes),
@@ -42,6 +39,18 @@ def write_report(sweep: Path, output: Path, choice: Choice) -> list[Path]:
         with whole_file(output / name) as unfinished:
             write_text(unfinished, text)
     return [output / name for name in texts]
+
+
+def write_plots(folder: Path, plots: Sequence[Plot]) -> None:
+    """Write the plots, and remove those of an earlier report that are not among them. Other files stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        with whole_file(folder / f"{plot.name}.png") as unfinished:
+            unfinished.write_bytes(png_bytes(plot.image, name=plot.name))
+    names = {plot.name for plot in plots}
+    for path in folder.glob("*.png"):
+        if path.stem not in names and name_of_plot(path) == path.stem:
+            path.unlink()
 
 
 def contents(sweep: Path, records: Sequence[Record], layout: Layout) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from PIL import Image
 from dreambooth.errors import UserError
 from studies.choice import Choice
 from studies.plots import draw_heatmap, draw_lines, draw_tradeoff
-from studies.report import write_report
+from studies.rendering import png_bytes
+from studies.report import write_plots, write_report
 from studies.results import MEASURES, axes_of, axis_numbers, read_sweep
+from studies.sections import Plot
 from tests.conftest import ROOT
 from tests.synthetic_sweep import write_cell, write_checkpoints, write_ending, write_sweep
 
@@ -208,6 +210,21 @@ def test_a_sweep_without_scores_is_compared_by_its_loss(tmp_path):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
         "stability-learning_rate-loss.png", "steps-loss.png", "steps-grad_norm.png",
     }  # fmt: skip
+
+
+def test_a_report_removes_the_plots_that_it_does_not_make_any_more_and_nothing_else(tmp_path):
+    for name in ("steps-loss", "old"):
+        image = Image.new("RGB", (4, 4))
+        (tmp_path / f"{name}.png").write_bytes(png_bytes(image, name="old"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    (tmp_path / "copy-of-old.png").write_bytes((tmp_path / "old.png").read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"")
+    write_plots(tmp_path, [Plot("steps-loss", "", Image.new("RGB", (4, 4))), Plot("größe", "", image)])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "steps-loss.png", "größe.png", "mine.png", "copy-of-old.png", "broken.png",
+    }  # fmt: skip
+    write_plots(tmp_path, [])
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.png", "copy-of-old.png", "broken.png"}
 
 
 def test_methods_with_axes_of_their_own_are_lines_of_one_plot(tmp_path):
