@@ -11,6 +11,8 @@ from dreambooth.report.figures import (
     COLOURS,
     GREY,
     INK,
+    arrange,
+    choose_fonts,
     new_figure,
     rendered,
     style,
@@ -206,7 +208,7 @@ def _name_points(axes: "Axes", points: Sequence[tuple[str, tuple[float, float]]]
     """Write names beside points, on the side that has space; one that would lie on another is left out."""
     figure = axes.get_figure()
     assert figure is not None
-    figure.draw_without_rendering()  # pyright: ignore[reportAttributeAccessIssue]
+    arrange(figure)  # pyright: ignore[reportArgumentType]
     frame, taken = axes.get_window_extent(), []
     for name, point in points:
         place = axes.transData.transform(point)
@@ -215,6 +217,7 @@ def _name_points(axes: "Axes", points: Sequence[tuple[str, tuple[float, float]]]
             name, point, (-6 if left else 6, 5), textcoords="offset points", ha="right" if left else "left",
             fontsize=7.5, color=INK, parse_math=False,
         )  # fmt: skip
+        choose_fonts([text])
         extent = text.get_window_extent()
         if any(extent.overlaps(other) for other in taken):
             text.remove()
