@@ -54,7 +54,7 @@ def draw_scores(
     def draw(axes: "Axes", line: str, runs: Sequence[Record], colour: Any) -> None:
         draw_line(axes, line, grouped(runs, [STEP]), numbers, colour, measure)
 
-    figure, every = _in_panels(records, measure.label, panels, lines, draw)
+    figure, every = _in_panels(records, measure.name, panels, lines, draw)
     number_ticks(every[-1], numbers)
     legend(figure, every, ", ".join(lines))
     return rendered(figure)

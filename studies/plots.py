@@ -1,5 +1,6 @@
 """The plots of a report: each function returns one picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -257,12 +258,13 @@ def legend(figure: "Figure", axes: Any, title: str) -> None:
     entries = dict(sorted(entries.items(), key=lambda entry: entry[0] in (UNBEATEN, BASE_MODEL, PHOTOS)))
     if len(entries) < 2:
         return
-    widest = max(map(len, entries))
+    most = max(1, min(6, 66 // (max(map(len, entries)) + 6)))  # beside each other
+    rows = math.ceil(len(entries) / most)
     box = figure.legend(
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=max(1, min(6, 66 // (widest + 6))),
+        ncols=math.ceil(len(entries) / rows),
         frameon=False,
         fontsize=9,
         labelcolor=INK,

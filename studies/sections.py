@@ -12,7 +12,7 @@ from studies.choice import Layout
 from studies.curves import draw_scores, draw_steps
 from studies.gallery import Gallery
 from studies.plots import draw_heatmap, draw_lines, draw_tradeoff, is_logarithmic, number
-from studies.results import FAILED, MEASURES, Measure, Record, axis_numbers, grouped, values
+from studies.results import COSTS, FAILED, MEASURES, Measure, Record, axis_numbers, grouped, values
 from studies.sheets import draw_pictures
 
 LIKENESS = ("dino", "clip_i")
@@ -104,8 +104,9 @@ def heatmaps(records: Sequence[Record], layout: Layout) -> list[Plot]:
 def tradeoffs(records: Sequence[Record], layout: Layout) -> list[Plot]:
     colour_by = [layout.y] if layout.y in layout.settings else layout.settings[:1]
     found = []
+    against = [name for name in AGAINST if name not in COSTS or len({*values(records, name)}) > 1]
     for likeness in LIKENESS:
-        for other in AGAINST:
+        for other in against:
             x, y = MEASURES[other], MEASURES[likeness]
             if image := draw_tradeoff(records, layout.settings, [axis for axis in colour_by if axis], x, y):
                 found.append(Plot(f"{likeness}-{other}", f"{y.label}, against {x.label}", image))
