@@ -15,13 +15,13 @@ from dreambooth.options.base_model import BaseModelOptions
 from dreambooth.options.field import option_names
 from dreambooth.options.yaml_file import flags_of, read_mapping
 from kron_formats.files import write_text
+from studies.checkpoints import adapters_at, check_steps, scored_steps, scores_path
 from studies.grid import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_NAME = "sweep.log"  # what the commands printed
 ENDING_NAME = "sweep.json"
 SHARED_NAME = "shared"  # beside the cells: the latents and prompt encodings of all
-SCORES = Path("evaluation", "scores.json")
 STOPPED = 75  # exit code of a training that was told to stop and has saved a checkpoint
 SHARED_SEED = "0"  # of class images, so that cells of several seeds can share them
 
@@ -47,7 +47,7 @@ def train_command(cell: Cell, sweep: Path, processes: int = 1) -> list[str]:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
         launch += ["--num_processes", str(processes), "--main_process_port", "0"]
     script, *words = cell.script
-    options = _options(cell)
+    options = run_options(cell)
     flags = flags_of({**_defaults(cell, options, sweep), **options}, cell.name)
     return [
         *launch,
@@ -61,7 +61,7 @@ def train_command(cell: Cell, sweep: Path, processes: int = 1) -> list[str]:
     ]
 
 
-def _options(cell: Cell) -> dict[str, Any]:
+def run_options(cell: Cell) -> dict[str, Any]:
     """Return the options of a cell and, below them, those of its config.
 
     They become flags together: null in the grid could not undo what the script reads from a file.
@@ -84,16 +84,39 @@ def _defaults(cell: Cell, given: Mapping[str, Any], sweep: Path) -> dict[str, st
     return {name: value for name, (value, applies) in wanted.items() if applies and name not in given}
 
 
-def evaluate_command(cell: Cell, sweep: Path, result: str) -> list[str]:
-    """Return the command that scores the result of a trained cell, with the base model and the photos it had."""
+def evaluate_commands(cell: Cell, sweep: Path, summary: Mapping[str, Any]) -> list[list[str]]:
+    """Return the commands that score what a trained cell lacks the scores of: its checkpoints, in their order, and its
+    result, the last of all. Raises UserError if the run has not saved the checkpoints."""
     folder = sweep / cell.name
-    trained: Mapping[str, Any] = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if cell.checkpoints:
+        check_steps(cell, read_trained(folder)["checkpointing_steps"], summary["steps"])
+    lacking = [step for step in _scored(cell, folder, summary) if not (folder / scores_path(step)).exists()]
+    return [evaluate_command(cell, sweep, summary["result"], step) for step in lacking]
+
+
+def _scored(cell: Cell, folder: Path, summary: Mapping[str, Any]) -> list[int | None]:
+    """Return the steps of all checkpoints of a trained cell that are scored, and None for its result."""
+    if not cell.checkpoints:
+        return [None]
+    return [*scored_steps(cell, read_trained(folder)["checkpointing_steps"], summary["steps"]), None]
+
+
+def evaluate_command(cell: Cell, sweep: Path, result: str, step: int | None = None) -> list[str]:
+    """Return the command that scores the result of a trained cell, or its checkpoint after `step` optimizer steps, with
+    the base model and the photos it had."""
+    folder = sweep / cell.name
+    trained = read_trained(folder)
     same = {
         name: str(trained[name]) for name in (*option_names(BaseModelOptions), "instance_data_dir") if name in trained
     }
-    options = {**same, **(cell.evaluate or {}), "adapter": str(folder / result)}
+    options = {**same, **(cell.evaluate or {}), "adapter": adapters_at(folder, step, result)}
     flags = flags_of(options, f"{cell.name}: evaluate")
-    return [sys.executable, "scripts/evaluate.py", *flags, "--output_dir", str(folder / SCORES.parent)]
+    return [sys.executable, "scripts/evaluate.py", *flags, "--output_dir", str(folder / scores_path(step).parent)]
+
+
+def read_trained(folder: Path) -> Mapping[str, Any]:
+    """Return the options with which a cell was trained."""
+    return yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -106,9 +129,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def is_done(cell: Cell, sweep: Path) -> bool:
     """Whether a cell has all that it is to have."""
+    folder = sweep / cell.name
     if cell.evaluate is not None:
-        return (sweep / cell.name / SCORES).exists()
-    return (ending := read_ending(sweep / cell.name)) is not None and ending.exit_code == 0
+        summary = read_summary(folder) or {}
+        scored = _scored(cell, folder, summary) if summary or not cell.checkpoints else [None]
+        return all((folder / scores_path(step)).exists() for step in scored)
+    return (ending := read_ending(folder)) is not None and ending.exit_code == 0
 
 
 def read_ending(folder: Path) -> Ending | None:

@@ -9,8 +9,9 @@ from PIL import Image
 
 from dreambooth.errors import UserError
 from kron_formats.files import reason
-from studies.plots import thumbnail
+from studies.grid import STEP
 from studies.results import BASE, CLASS, Record, entries_of, entry_of, pictures
+from studies.sheets import thumbnail
 
 MOST_PICTURES = 1500  # of one page, about 6 KB each
 PROMPT = "prompt"  # the slider over prompts
@@ -36,6 +37,7 @@ class Gallery:
     rows: Sequence[str]
     columns: Sequence[str]
     sliders: Mapping[str, Sequence[str]]  # prompt or axis -> entries; the first of them first
+    first: Sequence[int]  # the place of each slider at the beginning
     grids: Sequence[Grid]
     left_out: int  # prompts
 
@@ -44,7 +46,7 @@ def make_gallery(
     sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequence[str]], rows: str, columns: str
 ) -> Gallery | None:
     """Return the pictures of a sweep; None if it has none. Raises UserError if a picture is damaged."""
-    files = {record.cell: pictures(sweep, record) for record in records}
+    files = {(record.cell, record.step): pictures(sweep, record) for record in records}
     prompts = sorted({prompt for found in files.values() for prompt in found})
     if not prompts:
         return None
@@ -59,23 +61,24 @@ def make_gallery(
         grid = _grid((number, *(place for place, _ in chosen)), prompt, members, files, (rows, columns), sweep)
         grids.append(grid)
     sliders = {PROMPT: [_text(records, prompt) for prompt in shown], **others}
-    left_out = len(prompts) - len(shown)
-    return Gallery(rows, columns, entries_of(records, rows), entries_of(records, columns), sliders, grids, left_out)
+    first = [len(entries) - 1 if axis == STEP else 0 for axis, entries in sliders.items()]
+    of_axes = (entries_of(records, axis) for axis in (rows, columns))
+    return Gallery(rows, columns, *of_axes, sliders, first, grids, len(prompts) - len(shown))
 
 
 def _grid(
     key: tuple[int, ...],
     prompt: str,
     records: Sequence[Record],
-    files: Mapping[str, Mapping[str, Path]],
+    files: Mapping[tuple[str, int | None], Mapping[str, Path]],
     axes: tuple[str, str],
     sweep: Path,
 ) -> Grid:
     images, missing = {}, {}
     for record in records:
         row, column = (entry_of(record, axis) for axis in axes)
-        if prompt in files[record.cell]:
-            images[row, column] = _read(files[record.cell][prompt])
+        if path := files[record.cell, record.step].get(prompt):
+            images[row, column] = _read(path)
         else:
             missing[row, column] = record.reason or "not drawn"
     bases = (pictures(sweep, record, BASE).get(prompt) for record in records)

@@ -4,6 +4,7 @@
     config: configs/quickstart.yaml               # optional: options of every cell
     options: {max_train_steps: 300}               # optional: more of them
     evaluate: {class_noun: dog, prompt: [a {}]}   # optional: options of scripts/evaluate.py
+    evaluate_checkpoints: true                    # optional: score every checkpoint too, or those at [100, 200] steps
     axes:
       learning_rate: [0.005, 0.01]                # values of an option
       shape:                                      # or what else belongs together, named by its values ...
@@ -11,9 +12,9 @@
       subject:                                    # ... or by a name of its own
         dog: {instance_data_dir: photos/dog, evaluate: {class_noun: dog}}
 
-An axis' entry may hold any option, and `script`, `config` and `evaluate`. Where several say the same, the entry of the
-later axis counts, and all count more than the file of `config`. Values are text, as on the command line; null is an
-option's default, and {subject} in a value is the cell's entry of that axis.
+An axis' entry may hold any option, and `script`, `config`, `evaluate` and `evaluate_checkpoints`. Where several say the
+same, the entry of the later axis counts, and all count more than the file of `config`. Values are text, as on the
+command line; null is an option's default, and {subject} in a value is the cell's entry of that axis.
 """
 
 import itertools
@@ -21,15 +22,16 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.options.yaml_file import flags_of, read_mapping
 from kron_formats.files import excerpt
 
-KEYS = ("script", "config", "options", "evaluate", "axes")
-OWN = ("script", "config", "evaluate")  # keys of an axis' entry that are not options of the training
+CHECKPOINTS, STEP = "evaluate_checkpoints", "step"  # the key, and what reports call its axis
+KEYS = ("script", "config", "options", "evaluate", CHECKPOINTS, "axes")
+OWN = ("script", "config", "evaluate", CHECKPOINTS)  # keys of an axis' entry that are not options of the training
 TAKEN = {  # options that the sweep sets itself -> why
     "output_dir": "every cell has a folder of its own in the sweep's --output_dir",
     "resume_from_checkpoint": "every cell continues where it was cut off",
@@ -48,6 +50,7 @@ class Cell:
     script: tuple[str, ...]  # path, and words that follow it
     options: Mapping[str, Any]  # of the training, `config` included
     evaluate: Mapping[str, Any] | None  # of scripts/evaluate.py; None if it is not to be evaluated
+    checkpoints: Sequence[int] | bool = False  # at which steps they are evaluated too, or whether all are
 
     @property
     def name(self) -> str:
@@ -111,6 +114,7 @@ def _cell(chosen: Mapping[str, tuple[str, Mapping[str, Any]]], common: Mapping[s
     labels = {axis: label for axis, (label, _) in chosen.items()}
     options = _filled(options, labels)
     script, evaluate = options.pop("script", None), options.pop("evaluate", None)
+    checkpoints = options.pop(CHECKPOINTS, None)
     cell = Cell(labels, tuple(shlex.split(script or "")), options, evaluate)
     where = f"grid {path}: {cell.name}"
     if not cell.script:
@@ -121,7 +125,22 @@ def _cell(chosen: Mapping[str, tuple[str, Mapping[str, Any]]], common: Mapping[s
         raise UserError(f"{where}: the name is too long for a folder; give the entries of an axis short names")
     flags_of(options, where)
     flags_of(evaluate or {}, f"{where}: evaluate")
+    cell = replace(cell, checkpoints=_checkpoints(checkpoints, f"{where}: {CHECKPOINTS}"))
+    if cell.checkpoints and not evaluate:
+        raise UserError(f"{where}: {CHECKPOINTS} needs evaluate: the options of scripts/evaluate.py")
+    if cell.checkpoints and STEP in labels:
+        raise UserError(f"{where}: axes: {STEP} is the axis of the checkpoints that are evaluated; choose another name")
     return cell
+
+
+def _checkpoints(value: Any, where: str) -> tuple[int, ...] | bool:
+    """Return at which steps checkpoints are evaluated, in their order, or whether all are."""
+    if value is None or value in ("true", "false"):
+        return value == "true"
+    steps = value if isinstance(value, list) else []
+    if not steps or not all(isinstance(step, str) and step.isascii() and step.isdecimal() for step in steps):
+        raise UserError(f"{where} {excerpt(str(value))}: expected true, false, or a list of steps: [100, 200, 400]")
+    return tuple(sorted({int(step) for step in steps}))
 
 
 def _filled(value: Any, labels: Mapping[str, str]) -> Any:

@@ -1,21 +1,21 @@
 """The plots of a report: each function returns one picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from dreambooth.drawing.fonts import draw_text, text_width
 from dreambooth.report.figures import (
     COLOURS,
     GREY,
-    GRID,
     INK,
+    arrange,
+    choose_fonts,
     new_figure,
     rendered,
-    running_mean,
     style,
     tick_label,
 )
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 560, 400  # px, at 100 dpi; small enough to be read on a phone
 SHARP = 180  # dpi of the pictures
 LOG_FROM = 2  # an axis is drawn by its logarithm if its numbers differ by this factor
-THUMBNAIL = 128  # px
-LETTERS = 15  # px, on sheets of pictures
 UNBEATEN, BASE_MODEL, PHOTOS = "not beaten", "base model", "photos"  # what legends end with
 MOST_TICKS = 14  # of an axis whose entries are its ticks
 MOST_LABELS = 8  # points that are written at
@@ -57,13 +55,13 @@ def draw_lines(
     groups = grouped([record for record in records if axis in record.labels], others)
     palette = colours(len(groups), ordered=all(as_number(line) is not None for line in groups))
     for (line, members), colour in zip(groups.items(), palette):
-        _draw_line(axes, line, grouped(members, [axis]), numbers, colour, measure)
-    _number_ticks(axes, numbers)
-    _legend(figure, axes, ", ".join(others))
+        draw_line(axes, line, grouped(members, [axis]), numbers, colour, measure)
+    number_ticks(axes, numbers)
+    legend(figure, axes, ", ".join(others))
     return rendered(figure)
 
 
-def _draw_line(
+def draw_line(
     axes: "Axes",
     line: str,
     settings: Mapping[str, Sequence[Record]],
@@ -86,7 +84,7 @@ def _draw_line(
     axes.plot(failed, places, "x", color=colour, transform=axes.get_xaxis_transform(), markersize=6)
 
 
-def _number_ticks(axes: "Axes", numbers: Mapping[str, float]) -> None:
+def number_ticks(axes: "Axes", numbers: Mapping[str, float]) -> None:
     """Put a tick at every entry, by its label; at some of them if they are many."""
     if is_logarithmic([*numbers.values()]):
         axes.set_xscale("log", base=2)
@@ -189,12 +187,12 @@ def draw_tradeoff(
     axes.xaxis.set_major_formatter(tick_label)
     axes.yaxis.set_major_formatter(tick_label)
     if x.name == "parameters":
-        _number_ticks(axes, {number(a, x.name): a for a, _ in points})
+        number_ticks(axes, {number(a, x.name): a for a, _ in points})
     if not x.higher_is_better:
         axes.invert_xaxis()
     _references(axes, records, x, y)
     _name_points(axes, [(names[i], points[i]) for i in front[:MOST_LABELS]])
-    _legend(figure, axes, ", ".join(colour_by))
+    legend(figure, axes, ", ".join(colour_by))
     return rendered(figure)
 
 
@@ -211,7 +209,7 @@ def _name_points(axes: "Axes", points: Sequence[tuple[str, tuple[float, float]]]
     """Write names beside points, on the side that has space; one that would lie on another is left out."""
     figure = axes.get_figure()
     assert figure is not None
-    figure.draw_without_rendering()  # pyright: ignore[reportAttributeAccessIssue]
+    arrange(figure)  # pyright: ignore[reportArgumentType]
     frame, taken = axes.get_window_extent(), []
     for name, point in points:
         place = axes.transData.transform(point)
@@ -220,59 +218,12 @@ def _name_points(axes: "Axes", points: Sequence[tuple[str, tuple[float, float]]]
             name, point, (-6 if left else 6, 5), textcoords="offset points", ha="right" if left else "left",
             fontsize=7.5, color=INK, parse_math=False,
         )  # fmt: skip
+        choose_fonts([text])
         extent = text.get_window_extent()
         if any(extent.overlaps(other) for other in taken):
             text.remove()
         else:
             taken.append(extent)
-
-
-# ---- over the steps ----
-
-
-def draw_steps(
-    records: Sequence[Record], metric: str, panels: Sequence[str], lines: Sequence[str]
-) -> Image.Image | None:
-    """Draw a metric over the training steps, the mean of the runs, smoothed: a panel for each entry of `panels`, a line
-    for each entry of `lines`. None if no run has the metric."""
-    logged = [record for record in records if any(row.get(metric) for row in record.metrics)]
-    if not logged:
-        return None
-    groups, names = grouped(logged, panels), [*grouped(logged, lines)]
-    palette = dict(zip(names, colours(len(names), ordered=True)))
-    figure = new_figure(WIDTH, 60 + 190 * len(groups), dpi=SHARP)
-    every = figure.subplots(len(groups), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, (panel, members) in zip(every, groups.items()):
-        style(axes, panel if panels else "", y_label=metric)
-        for line, runs in grouped(members, lines).items():
-            steps, mean = mean_metric(runs, metric)
-            smooth = running_mean(mean, max(1, len(steps) // 20))
-            axes.plot(steps, smooth, color=palette[line], linewidth=1.5, label=line)
-        axes.yaxis.set_major_formatter(tick_label)
-        axes.margins(x=0.01)
-    every[-1].set_xlabel("steps", color=GREY, fontsize=10)
-    _limit_peaks(every[0])
-    _legend(figure, every, ", ".join(lines))
-    return rendered(figure)
-
-
-def mean_metric(records: Sequence[Record], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps that any of the runs has, and the mean of the metric over the runs that have it."""
-    by_step: dict[int, list[float]] = {}
-    for record in records:
-        for row in record.metrics:
-            if row.get(metric) is not None:
-                by_step.setdefault(row["step"], []).append(row[metric])
-    steps = sorted(by_step)
-    return np.array(steps), np.array([fmean(by_step[step]) for step in steps])
-
-
-def _limit_peaks(axes: "Axes") -> None:
-    """Let single peaks leave the top: they must not flatten the rest."""
-    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
-    top = 1.5 * float(np.nanquantile(drawn, 0.98))
-    if np.nanmax(drawn) > top > 0:
-        axes.set_ylim(min(0.0, float(np.nanmin(drawn))), top)
 
 
 # ---- what they share ----
@@ -298,7 +249,7 @@ def colours(count: int, ordered: bool = False) -> list[Any]:
     return [colormaps["viridis"](place) for place in np.linspace(0, 0.92, count)]
 
 
-def _legend(figure: "Figure", axes: Any, title: str) -> None:
+def legend(figure: "Figure", axes: Any, title: str) -> None:
     """Put one legend below everything, each label once."""
     entries = {}
     for one in np.atleast_1d(axes):
@@ -307,53 +258,16 @@ def _legend(figure: "Figure", axes: Any, title: str) -> None:
     entries = dict(sorted(entries.items(), key=lambda entry: entry[0] in (UNBEATEN, BASE_MODEL, PHOTOS)))
     if len(entries) < 2:
         return
-    widest = max(map(len, entries))
-    legend = figure.legend(
+    most = max(1, min(6, 66 // (max(map(len, entries)) + 6)))  # beside each other
+    rows = math.ceil(len(entries) / most)
+    box = figure.legend(
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=max(1, min(6, 66 // (widest + 6))),
+        ncols=math.ceil(len(entries) / rows),
         frameon=False,
         fontsize=9,
         labelcolor=INK,
         title=title or None,
     )
-    legend.get_title().set(fontsize=9, color=GREY, parse_math=False)
-
-
-# ---- pictures ----
-
-
-def draw_pictures(
-    rows: Sequence[str], columns: Sequence[str], images: Mapping[tuple[str, str], Image.Image], title: str
-) -> Image.Image:
-    """Return a sheet of small pictures with the entries of two axes at its edges; grey where there is none."""
-    gap, head = 4, 2 * LETTERS + 24
-    left = max([0, *(int(text_width(row, LETTERS)) for row in rows)]) + 12
-    width = max(left + len(columns) * (THUMBNAIL + gap), int(text_width(title, LETTERS)) + 12)
-    sheet = Image.new("RGB", (width, head + len(rows) * (THUMBNAIL + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw_text(draw, 6, 4, title, GREY, LETTERS)
-    for number, column in enumerate(columns):
-        draw_text(draw, left + number * (THUMBNAIL + gap), LETTERS + 14, column, INK, LETTERS)
-    for down, row in enumerate(rows):
-        top = head + down * (THUMBNAIL + gap)
-        draw_text(draw, 6, top + THUMBNAIL // 2 - LETTERS // 2, row, INK, LETTERS)
-        for across, column in enumerate(columns):
-            corner = (left + across * (THUMBNAIL + gap), top)
-            if (image := images.get((row, column))) is None:
-                draw.rectangle((*corner, corner[0] + THUMBNAIL - 1, corner[1] + THUMBNAIL - 1), fill=GRID)
-            else:
-                sheet.paste(image, corner)
-    return sheet
-
-
-def thumbnail(image: Image.Image) -> Image.Image:
-    """Return an image as a small square one: shrunk, or enlarged by whole pixels, on white."""
-    image = image.convert("RGB")
-    scale = THUMBNAIL / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
-    square.paste(image, ((THUMBNAIL - size[0]) // 2, (THUMBNAIL - size[1]) // 2))
-    return square
+    box.get_title().set(fontsize=9, color=GREY, parse_math=False)

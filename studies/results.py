@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from dreambooth.errors import UserError
-from dreambooth.layout import CONFIG_NAME, METRICS_NAME
+from dreambooth.layout import CONFIG_NAME, METRICS_NAME, checkpoint_step, list_checkpoints
 from dreambooth.report.metrics import read_metrics
 from kron_formats.files import reason
-from studies.cells import LOG_NAME, SCORES, STOPPED, Ending, read_ending, read_summary
+from studies.cells import LOG_NAME, STOPPED, Ending, read_ending, read_summary
+from studies.checkpoints import SCORES, scores_path
 from studies.grid import CELL_NAME
 
 DONE, FAILED, UNFINISHED = "done", "failed", "unfinished"
@@ -56,6 +57,7 @@ MEASURES = {
         Measure("parameters", "trained parameters", False),
     )
 }
+COSTS = ("parameters", "seconds", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Record:
     summary: Mapping[str, Any] = field(default_factory=dict)  # dreambooth/report/summary.py
     ending: Ending | None = None
     metrics: Sequence[Mapping[str, Any]] = ()
+    checkpoints: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # steps -> scores of what they trained
+    step: int | None = None  # of the checkpoint that this record is of; None for the run and its result
 
 
 def read_sweep(sweep: Path) -> list[Record]:
@@ -174,11 +178,14 @@ def read_cell(folder: Path) -> Record:
     options = _options(folder / CONFIG_NAME)
     read = _scores(folder / SCORES)
     scores = read["scores"] | _training_scores(summary or {}, metrics)
-    state, why = _state(folder, ending, summary, metrics, options)
-    if not_finite := [name for name, score in scores.items() if not math.isfinite(score)]:
-        state, why = FAILED, f"{', '.join(not_finite)}: not a finite number"
+    checkpoints = _checkpoint_scores(folder)
+    state, why = _state(folder, ending, summary, metrics, options, [*checkpoints])
+    for step, found in {**checkpoints, None: scores}.items():
+        if not_finite := [name for name, score in found.items() if not math.isfinite(score)]:
+            at = "" if step is None else f" at step {step}"
+            state, why = FAILED, f"{', '.join(not_finite)}{at}: not a finite number"
     if state != DONE:
-        scores = {}
+        scores, checkpoints = {}, {}
     return Record(
         folder.name,
         labels,
@@ -192,11 +199,17 @@ def read_cell(folder: Path) -> Record:
         summary or {},
         ending,
         metrics,
+        checkpoints,
     )
 
 
 def _state(
-    folder: Path, ending: Ending | None, summary: Any, metrics: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    folder: Path,
+    ending: Ending | None,
+    summary: Any,
+    metrics: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    scored: Sequence[int],
 ) -> tuple[str, str]:
     """Return the state of a cell, and why it is not done."""
     if summary is not None and ((folder / SCORES).exists() or (ending is not None and ending.exit_code == 0)):
@@ -204,7 +217,8 @@ def _state(
     if ending is not None and ending.exit_code not in (0, STOPPED):
         return FAILED, f"exit code {ending.exit_code}: {ending.last_line}"
     if summary is not None:
-        return UNFINISHED, "trained, not scored yet"
+        so_far = f"; scored so far: checkpoints {', '.join(map(str, scored))}" if scored else ", not scored yet"
+        return UNFINISHED, f"trained{so_far}"
     if metrics:
         of = f" of {options['max_train_steps']}" if "max_train_steps" in options else ""
         return UNFINISHED, f"stopped or running, after step {metrics[-1]['step']}{of}"
@@ -232,6 +246,12 @@ def _training_scores(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, 
     if losses:
         scores["loss"] = fmean(losses[-max(1, len(losses) // 10) :])
     return scores
+
+
+def _checkpoint_scores(folder: Path) -> dict[int, dict[str, float]]:
+    """Return the scores of a cell's checkpoints, by their steps."""
+    steps = (checkpoint_step(path) for path in list_checkpoints(folder / SCORES.parent))
+    return {step: _scores(path)["scores"] for step in steps if (path := folder / scores_path(step)).exists()}
 
 
 def _scores(path: Path) -> dict[str, Any]:
@@ -276,7 +296,7 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
 def pictures(sweep: Path, record: Record, model: str = ADAPTED) -> dict[str, Path]:
     """Return {prompt's number, or "class": the first image} of what scripts/evaluate.py has drawn for a cell."""
     found: dict[str, tuple[int, Path]] = {}
-    for path in (sweep / record.cell / SCORES.parent / IMAGES / model).glob("*.png"):
+    for path in (sweep / record.cell / scores_path(record.step).parent / IMAGES / model).glob("*.png"):
         prompt, _, seed = path.stem.partition("-")
         if seed.isdecimal() and (prompt.isdecimal() or prompt == CLASS):
             found[prompt] = min(found.get(prompt, (int(seed), path)), (int(seed), path))

@@ -35,14 +35,16 @@ from studies.cells import (
     ROOT,
     STOPPED,
     Ending,
-    evaluate_command,
+    evaluate_commands,
     is_done,
     last_line,
     read_ending,
     read_summary,
+    run_options,
     train_command,
     write_ending,
 )
+from studies.checkpoints import check_kept
 from studies.grid import Cell, read_grid
 
 DONE, FAILED, ELSEWHERE = "done", "failed", "running elsewhere"
@@ -58,6 +60,8 @@ def main() -> int:
             raise UserError(f"--cell {arguments.cell}: {arguments.grid} has {counted(len(cells), 'cell')}, from 0 on")
         cells = [cells[arguments.cell]]
     check_same_commands(cells, sweep)
+    for cell in cells:
+        check_kept(cell, run_options(cell))
     if arguments.dry_run:
         show(cells, sweep)
         return 0
@@ -135,7 +139,12 @@ class Worker:
                 return FAILED
             print(f"{cell.name} ...", flush=True)
             began = time.time()
-            code = self._train_and_evaluate(cell, folder, claim)
+            try:
+                code = self._train_and_evaluate(cell, folder, claim)
+            except UserError as error:  # what the run lacks, as only its end can tell
+                code = 2
+                with (folder / LOG_NAME).open("a", encoding="utf-8") as log:
+                    print(f"error: {error}", file=log)
             line, command = last_line(folder / LOG_NAME), train_command(cell, self.sweep, self.processes)
             write_ending(folder, Ending(code, line, command, began, round(time.time() - began, 1)))
         if code and not self.stopping:
@@ -153,7 +162,10 @@ class Worker:
             return 1
         if cell.evaluate is None:
             return 0
-        return self._call(evaluate_command(cell, self.sweep, summary["result"]), folder, claim)
+        for command in evaluate_commands(cell, self.sweep, summary):
+            if code := self._call(command, folder, claim):
+                return code
+        return 0
 
     def _call(self, command: Sequence[str], folder: Path, claim: int) -> int:
         """Run a command with its output in the cell's log; return its exit code. It holds the claim until it ends."""

@@ -54,8 +54,17 @@ def write_cell(sweep: Path, labels: dict, dino: float | None, rate: float, kron_
     if dino is not None:
         write_scores(folder, dino)
     if pictures:
-        draw_pictures(folder, dino or 0.0, pictures)
+        draw_pictures(folder / "evaluation", dino or 0.0, pictures)
     return folder
+
+
+def write_checkpoints(folder: Path, likenesses: dict[int, float], pictures: int = 0) -> None:
+    """Write scores of a run's checkpoints: step -> DINO."""
+    for step, dino in likenesses.items():
+        evaluation = folder / "evaluation" / f"checkpoint-{step}"
+        write_scores(folder, dino, evaluation)
+        if pictures:
+            draw_pictures(evaluation, dino, pictures)
 
 
 def write_ending(folder: Path, exit_code: int, last_line: str) -> None:
@@ -66,7 +75,8 @@ def write_ending(folder: Path, exit_code: int, last_line: str) -> None:
     (folder / "sweep.log").write_text(f"$ ...\n{last_line}\n")
 
 
-def write_scores(folder: Path, dino: float) -> None:
+def write_scores(folder: Path, dino: float, evaluation: Path | None = None) -> None:
+    evaluation = evaluation or folder / "evaluation"
     adapted = {"clip_i": 0.1 + 0.8 * dino, "dino": dino, "clip_t": 0.72 - 0.18 * dino, "diversity": 0.95 - 0.1 * dino}
     by_prompt = [{"prompt": prompt, "text": prompt, **adapted} for prompt in PROMPTS]
     losses = {"denoising": {"whole": 0.34 - 0.02 * dino, "masked": None}}
@@ -77,18 +87,18 @@ def write_scores(folder: Path, dino: float) -> None:
         "drift": 0.02 * dino**2,
     }  # fmt: skip
     photos = {"clip_i": 0.776, "dino": 0.944}
-    (folder / "evaluation").mkdir(exist_ok=True)
+    evaluation.mkdir(exist_ok=True, parents=True)
     report = {"settings": {}, "photos": photos, "models": models, "prior": prior}
-    (folder / "evaluation" / "scores.json").write_text(json.dumps(report))
+    (evaluation / "scores.json").write_text(json.dumps(report))
 
 
-def draw_pictures(folder: Path, dino: float, prompts: int) -> None:
+def draw_pictures(evaluation: Path, dino: float, prompts: int) -> None:
     """Draw the dog in each place: the closer the likeness, the more it is the dog of the photos."""
     dog = SUBJECTS["dog"]
     colour = dog.body if dino > 0.5 else "gray" if dino > 0.3 else "brown"
     look: Look = replace(dog, body=colour)
     for model, shown in (("adapted", look), ("base", replace(dog, body="white"))):
-        images = folder / "evaluation" / "images" / model
+        images = evaluation / "images" / model
         images.mkdir(parents=True)
         for number, place in list(enumerate(PLACES))[:prompts]:
             render(shown, Scene(place, 1, pose="standing", scale=0.7, x=0.5, y=0.9)).save(

@@ -40,6 +40,12 @@ def legible(text: str, size: int) -> str:
     return "".join("".join(run) if known else LACKING for known, run in runs)
 
 
+def font_files(text: str, size: int) -> list[str]:
+    """Return the files of the installed fonts in which a text is written here, Pillow's own font apart."""
+    files = (font.path for font, _ in _runs(text, size))
+    return [*dict.fromkeys(file for file in files if isinstance(file, str))]
+
+
 def _letters(text: str) -> list[str]:
     """Return the characters of a text, each with the marks that belong to it, without those that only steer others."""
     letters: list[str] = []

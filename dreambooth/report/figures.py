@@ -4,18 +4,26 @@ matplotlib is imported in the functions, since that takes a second and most prog
 """
 
 import math
-from typing import TYPE_CHECKING, Literal
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from dreambooth.drawing.fonts import font_files
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 INK, GREY, GRID = "#1f2328", "#656d76", "#e6e8eb"
 COLOURS = ("#0969da", "#d1570a", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#1b7c83", "#57606a")
 DPI = 100
+FONT_SIZE = 12  # px, at which fonts are asked for their characters
 
 
 def new_figure(
@@ -45,9 +53,60 @@ def style(axes: "Axes", title: str = "", x_label: str = "", y_label: str = "") -
 
 def rendered(figure: "Figure") -> Image.Image:
     """Return a figure as a picture, the same bytes for the same figure."""
+    choose_fonts(_texts(figure))
     canvas = figure.canvas
-    canvas.draw()
+    with _no_word_of_missing_characters():
+        canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba()).copy()).convert("RGB")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def arrange(figure: "Figure") -> None:
+    """Put everything in a figure in its place, so that it can be measured."""
+    choose_fonts(_texts(figure))
+    with _no_word_of_missing_characters():
+        figure.draw_without_rendering()
+
+
+def choose_fonts(texts: Iterable["Text"]) -> None:
+    """Let texts that are not ASCII have fonts for what their own lacks, as far as any are installed."""
+    for text in texts:
+        if not text.get_text().isascii() and (others := _families(text.get_text())):
+            text.set_fontfamily([*text.get_fontfamily(), *others])
+
+
+def _texts(figure: "Figure") -> list[Any]:
+    """Return all texts of a figure, those at ticks included."""
+    from matplotlib.text import Text
+
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_ticklabels()  # gets their texts made
+    return figure.findobj(Text)
+
+
+@lru_cache(maxsize=1024)
+def _families(text: str) -> tuple[str, ...]:
+    """Return the names by which matplotlib finds the fonts of a text."""
+    from matplotlib.font_manager import FontProperties, fontManager
+
+    names = []
+    for file in font_files(text, FONT_SIZE):
+        try:
+            name = FontProperties(fname=file).get_name()
+            if file not in {font.fname for font in fontManager.ttflist}:
+                fontManager.addfont(file)
+        except (OSError, RuntimeError, ValueError):  # one that Pillow reads and matplotlib does not
+            continue
+        names.append(name)
+    return tuple(names)
+
+
+@contextmanager
+def _no_word_of_missing_characters() -> Iterator[None]:
+    """Leave out matplotlib's warnings of characters that no font has: one for each, at each drawing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
 
 
 def tick_label(value: float, _: float | None = None) -> str:

@@ -18,6 +18,7 @@ GRID = {
     "config": "configs/quickstart.yaml",
     "options": {
         "max_train_steps": 2,
+        "checkpointing_steps": 1,
         "train_batch_size": 1,
         "validation_prompt": None,
         "prior_source": "images",
@@ -33,7 +34,7 @@ GRID = {
         "clip_model": f"{TOY}/clip",
         "dino_model": f"{TOY}/dino",
     },
-    "axes": {"seed": [0, 1]},
+    "axes": {"seed": {"0": {"seed": 0}, "1": {"seed": 1, "evaluate_checkpoints": True}}},
 }
 
 
@@ -58,6 +59,20 @@ def test_every_cell_is_an_ordinary_run_with_scores(sweep):
     assert all(-1 <= score["models"]["adapted"]["dino"] <= 1 for score in scores)
     assert scores[0]["settings"]["adapter"] == [str(sweep / "seed=0" / "pytorch_kronecker_weights.safetensors")]
     assert (sweep / "seed=1" / "README.md").exists()
+
+
+def test_a_checkpoint_is_scored_as_the_result_is_and_the_last_is_the_result(sweep):
+    evaluation = sweep / "seed=1" / "evaluation"
+    assert [path.name for path in evaluation.glob("checkpoint-*")] == ["checkpoint-1"]
+    at_1, result = (
+        json.loads((folder / "scores.json").read_text()) for folder in (evaluation / "checkpoint-1", evaluation)
+    )
+    weights = "pytorch_kronecker_weights.safetensors"
+    assert at_1["settings"]["adapter"] == [str(sweep / "seed=1" / "checkpoint-1" / weights)]
+    assert (
+        at_1["models"]["base"] == result["models"]["base"] and at_1["models"]["adapted"] != result["models"]["adapted"]
+    )
+    assert [path.name for path in (sweep / "seed=0" / "evaluation").glob("checkpoint-*")] == []
 
 
 def test_a_run_sums_itself_up_for_programs(sweep):

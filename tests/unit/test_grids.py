@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,12 +11,14 @@ import yaml
 from dreambooth.errors import UserError
 from dreambooth.options.parsing import parse_options
 from scripts import evaluate
-from studies.cells import evaluate_command, train_command
+from studies.cells import evaluate_command, evaluate_commands, is_done, read_summary, run_options, train_command
+from studies.checkpoints import adapters_at, check_kept, scores_path
 from studies.grid import read_grid
 from tests.conftest import ROOT
 from tests.unit.test_recipes import options_of
 
 PLAIN = {"script": "train_dreambooth_kronecker.py", "axes": {"seed": [0, 1]}}
+SCORED = {"class_noun": "dog"}
 
 
 @pytest.fixture
@@ -84,6 +88,11 @@ def test_values_may_name_the_entries_of_other_axes(cells_of):
         ({"options": {"resume_from_checkpoint": "latest"}}, "resume_from_checkpoint"),
         ({"options": {"kron_targets": ["--rank"]}}, "--rank"),
         ({"axes": {"note": {"n" * 300: {}}}}, "too long"),
+        ({"evaluate_checkpoints": True}, "evaluate_checkpoints needs evaluate"),
+        ({"evaluate": SCORED, "evaluate_checkpoints": "often"}, "evaluate_checkpoints often"),
+        ({"evaluate": SCORED, "evaluate_checkpoints": [100, "last"]}, "evaluate_checkpoints .*last"),
+        ({"evaluate": SCORED, "evaluate_checkpoints": []}, "evaluate_checkpoints"),
+        ({"evaluate": SCORED, "evaluate_checkpoints": True, "axes": {"step": [1]}}, "axes: step"),
     ],
 )
 def test_what_is_not_a_grid_is_refused_by_name(cells_of, entries, named):
@@ -149,12 +158,129 @@ def test_an_evaluation_has_the_base_model_and_the_photos_of_its_training(cells_o
     text = shlex.join(evaluate_command(cell, tmp_path, "result.safetensors"))
     for flags in (
         "--pretrained_model_name_or_path=base --variant=fp16 --instance_data_dir=photos",
-        f"--adapter={tmp_path}/seed=0/result.safetensors",
+        f"--adapter {tmp_path}/seed=0/result.safetensors",
         "--prompt '{} here' '{} there'",
         f"--output_dir {tmp_path}/seed=0/evaluation",
     ):
         assert flags in text
     assert "--seed" not in text
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize(
+    "value, read", [(True, True), (False, False), (None, False), ([200, 100], (100, 200)), (["{seed}"], (0,))]
+)
+def test_a_grid_says_which_checkpoints_are_evaluated(value, read, cells_of):
+    assert cells_of(evaluate=SCORED, evaluate_checkpoints=value)[0].checkpoints == read
+
+
+def test_an_entry_may_say_it_for_its_cells(cells_of):
+    cells = cells_of(evaluate=SCORED, axes={"seed": {"0": {}, "1": {"seed": 1, "evaluate_checkpoints": True}}})
+    assert [cell.checkpoints for cell in cells] == [False, True] and "evaluate_checkpoints" not in cells[1].options
+
+
+@pytest.mark.parametrize(
+    "checkpoints, options, named",
+    [
+        (True, {"checkpoints_total_limit": 2}, "checkpoints_total_limit 2"),
+        (True, {"checkpointing_steps": 100, "max_train_steps": 100}, "checkpointing_steps 100"),
+        (True, {"max_train_steps": 500}, "checkpointing_steps 500"),  # the default
+        ([50], {"checkpointing_steps": 100}, "evaluate_checkpoints 50"),
+        ([0], {"checkpointing_steps": 100}, "evaluate_checkpoints 0"),
+        ([100, 400], {"checkpointing_steps": 100, "max_train_steps": 300}, "evaluate_checkpoints 400"),
+    ],
+)
+def test_checkpoints_that_would_not_be_there_are_refused_before_any_training(checkpoints, options, named, cells_of):
+    (cell, _) = cells_of(evaluate=SCORED, evaluate_checkpoints=checkpoints, options=options)
+    with pytest.raises(UserError, match=named):
+        check_kept(cell, run_options(cell))
+
+
+@pytest.mark.parametrize(
+    "checkpoints, options",
+    [
+        (False, {"checkpoints_total_limit": 2}),
+        (True, {"checkpoints_total_limit": None, "checkpointing_steps": 100, "max_train_steps": 101}),
+        ([100, 300], {"checkpointing_steps": 100, "max_train_steps": 300}),  # the last one is the result
+        (True, {"num_train_epochs": 3}),  # how many steps that is, the training says
+        (True, {"checkpointing_steps": "often"}),
+    ],
+)
+def test_what_keeps_its_checkpoints_is_not_refused(checkpoints, options, cells_of):
+    (cell, _) = cells_of(evaluate=SCORED, evaluate_checkpoints=checkpoints, options=options)
+    check_kept(cell, run_options(cell))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a cell that has trained 350 steps, with a checkpoint every 100."""
+    folder = tmp_path / "seed=0"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"checkpointing_steps": 100}))
+    (folder / "summary.json").write_text('{"result": "x.safetensors", "steps": 350}')
+    return folder
+
+
+def score(folder, *steps):
+    """Write the scores of checkpoints, and of the result for None."""
+    for step in steps:
+        path = folder / scores_path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+
+
+def scored_by(commands, folder):
+    """What commands score, and where their scores go, both in the folder of a run."""
+    return [
+        (Path(command[command.index("--adapter") + 1]).relative_to(folder).as_posix(), command[-1].partition("=0/")[2])
+        for command in commands
+    ]
+
+
+def test_every_checkpoint_is_scored_once_and_the_result_last(trained, cells_of, tmp_path):
+    (cell, _) = cells_of(evaluate=SCORED, evaluate_checkpoints=True)
+    for step in (100, 137, 200, 300):  # one is of an interruption
+        (trained / f"checkpoint-{step}").mkdir()
+        (trained / f"checkpoint-{step}" / "x.safetensors").touch()
+    (trained / "x.safetensors").touch()
+    summary = read_summary(trained)
+    assert scored_by(evaluate_commands(cell, tmp_path, summary), trained) == [
+        ("checkpoint-100/x.safetensors", "evaluation/checkpoint-100"),
+        ("checkpoint-200/x.safetensors", "evaluation/checkpoint-200"),
+        ("checkpoint-300/x.safetensors", "evaluation/checkpoint-300"),
+        ("x.safetensors", "evaluation"),
+    ]
+    score(trained, 100, 300, None)
+    assert not is_done(cell, tmp_path) and is_done(replace(cell, checkpoints=(100, 300)), tmp_path)
+    ((path, _),) = scored_by(evaluate_commands(cell, tmp_path, summary), trained)
+    assert path == "checkpoint-200/x.safetensors"
+    score(trained, 200)
+    assert is_done(cell, tmp_path) and not evaluate_commands(cell, tmp_path, summary)
+
+
+def test_a_cell_that_is_not_trained_is_not_done(cells_of, tmp_path):
+    (cell, _) = cells_of(evaluate=SCORED, evaluate_checkpoints=True)
+    assert not is_done(cell, tmp_path)
+
+
+@pytest.mark.parametrize("checkpoints, named", [(True, "checkpointing_steps 400"), ([800], "evaluate_checkpoints 800")])
+def test_a_run_that_was_shorter_than_its_checkpoints_is_a_failure(checkpoints, named, trained, cells_of, tmp_path):
+    (trained / "config.yaml").write_text("checkpointing_steps: 400\n")
+    (cell, _) = cells_of(evaluate=SCORED, evaluate_checkpoints=checkpoints, options={"num_train_epochs": 9})
+    with pytest.raises(UserError, match=named):
+        evaluate_commands(cell, tmp_path, read_summary(trained))
+
+
+def test_a_checkpoint_of_a_whole_model_is_drawn_with_the_components_that_trained(tmp_path):
+    for component in ("text_encoder", "unet"):
+        (tmp_path / "checkpoint-5" / component).mkdir(parents=True)
+        (tmp_path / "checkpoint-5" / component / "config.json").touch()
+    (tmp_path / "pipeline").mkdir()
+    assert adapters_at(tmp_path, None, "pipeline") == [str(tmp_path / "pipeline")]
+    parts = [str(tmp_path / "checkpoint-5" / component) for component in ("text_encoder", "unet")]
+    assert adapters_at(tmp_path, 5, "pipeline") == parts
 
 
 # ---- the grids that are here ----
@@ -182,6 +308,7 @@ def test_the_scripts_know_the_options_of_a_grid_s_cells(path, tmp_path):
         if kind in seen:
             continue
         seen.add(kind)
+        check_kept(cell, run_options(cell))
         config_class, flags = options_of(script, arguments)
         config = parse_options(config_class, None, flags)
         assert config.output_dir == str(tmp_path / cell.name)

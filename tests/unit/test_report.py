@@ -290,6 +290,20 @@ def test_each_metric_that_a_run_has_is_drawn_and_no_other():
     assert with_norm.height > alone.height == both.height
 
 
+def test_scores_of_checkpoints_are_dots_joined_by_lines_and_break_no_curve():
+    plain = curve_rows(100, loss=lambda s: 0.5)
+    scored = [{"step": step, "held_out_loss": 0.4 + step / 1000} for step in (20, 60, 100)]
+    picture = draw_curves([*plain[:20], scored[0], *plain[20:60], scored[1], *plain[60:], scored[2]])
+    assert (
+        picture.crop((0, 0, picture.width, 260)).tobytes()
+        == draw_curves(plain).crop((0, 0, picture.width, 260)).tobytes()
+    )
+    left, right = picture.crop((480, 0, 500, picture.height)), picture.crop((800, 0, 820, picture.height))
+    assert has_colour(left, COLOURS[0], 360, 460) and has_colour(right, COLOURS[0], 310, 380)
+    with_drift = draw_curves([*plain, {"step": 100, "held_out_loss": 0.4, "drift": 0.01}])
+    assert with_drift.height - picture.height == picture.height - draw_curves(plain).height
+
+
 def test_a_curve_goes_where_its_values_are():
     """A loss that falls in the middle of the run: left half near the top of the frame, right half near its bottom."""
     picture = draw_curves(curve_rows(200, loss=lambda s: 1.0 if s <= 100 else 0.1))

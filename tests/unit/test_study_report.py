@@ -15,11 +15,14 @@ import pytest
 from PIL import Image
 
 from dreambooth.errors import UserError
+from studies.choice import Choice
 from studies.plots import draw_heatmap, draw_lines, draw_tradeoff
-from studies.report import Choice, write_report
+from studies.rendering import png_bytes
+from studies.report import write_plots, write_report
 from studies.results import MEASURES, axes_of, axis_numbers, read_sweep
+from studies.sections import Plot
 from tests.conftest import ROOT
-from tests.synthetic_sweep import write_cell, write_ending, write_sweep
+from tests.synthetic_sweep import write_cell, write_checkpoints, write_ending, write_sweep
 
 FILES = ["results.csv", "results.json", "report.md", "report.html"]
 DINO = MEASURES["dino"]
@@ -136,6 +139,60 @@ def test_the_width_of_an_open_interval_is_a_lower_bound(written):
     assert re.search(r"≤ 0\.01 to 0\.01\d* \| ≥ 0\.\d", line)
 
 
+# ---- checkpoints ----
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    """A sweep of which checkpoints were scored, and a failed cell; and its report in the same folder."""
+    folder = tmp_path_factory.mktemp("stepped")
+    for rate, likenesses in (("0.01", {20: 0.3, 40: 0.4}), ("0.02", {20: 0.6, 40: 0.55})):
+        write_checkpoints(write_cell(folder, {"learning_rate": rate}, 0.5, float(rate), pictures=1), likenesses, 1)
+    write_ending(folder / "learning_rate=0.04", 2, "error: step 31 is not finite")
+    write_report(folder, folder, Choice())
+    return folder
+
+
+def test_scores_are_drawn_over_the_steps_with_the_best_of_each(stepped):
+    text = (stepped / "report.md").read_text()
+    for measure in ("dino", "clip_t", "class_drift"):
+        assert f"plots/checkpoints-{measure}.png" in text and (stepped / f"plots/checkpoints-{measure}.png").exists()
+    section = text[text.index("## Over the training steps") :]
+    head, _, first, second, failed = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)[0].splitlines()
+    cells = [dict(zip(head.split("|"), row.split("|"))) for row in (first, second, failed)]
+    assert [cell[" dino "].strip() for cell in cells] == ["60 (0.500)", "20 (0.600)", "-"]
+    assert [cell[" class\\_drift "].strip() for cell in cells] == ["20 (0.027)", "60 (0.075)", "-"]
+
+
+def test_every_scored_checkpoint_is_a_row_before_its_cell_s_own(stepped):
+    rows = list(csv.DictReader(io.StringIO((stepped / "results.csv").read_text())))
+    assert [(row["learning_rate"], row["step"], row["state"], row["dino"]) for row in rows] == [
+        ("0.01", "20", "checkpoint", "0.3"), ("0.01", "40", "checkpoint", "0.4"), ("0.01", "60", "done", "0.5"),
+        ("0.02", "20", "checkpoint", "0.6"), ("0.02", "40", "checkpoint", "0.55"), ("0.02", "60", "done", "0.5"),
+        ("0.04", "", "failed", ""),
+    ]  # fmt: skip
+    (first, *_) = json.loads((stepped / "results.json").read_text())["cells"]
+    assert [(entry["step"], entry["scores"]["dino"]) for entry in first["checkpoints"]] == [(20, 0.3), (40, 0.4)]
+
+
+def test_a_slider_runs_over_the_steps_from_the_last_one(stepped):
+    page = Page((stepped / "report.html").read_text())
+    sliders = {tuple(json.loads(slider["data-entries"])): slider["value"] for slider in page.all("input")}
+    assert sliders[("20", "40", "60")] == "2"
+    shown = [entries["data-key"] for entries in page.all("div") if "data-key" in entries and "hidden" not in entries]
+    assert shown == ["0-2"]
+
+
+def test_steps_may_be_an_axis_of_heat_maps_and_pictures(stepped, tmp_path):
+    choice = Choice(heatmap=["step", "learning_rate"], pictures=["learning_rate", "step"], scores=["dino"])
+    write_report(stepped, tmp_path, choice)
+    page = Page((tmp_path / "report.html").read_text())
+    assert (tmp_path / "plots" / "heatmap-step-learning_rate-dino.png").exists()
+    assert sum(entries.get("alt", "").startswith("0.01, 20: ") for entries in page.all("img")) == 2
+    with pytest.raises(UserError, match="--over step"):
+        write_report(stepped, tmp_path, Choice(over=["step"]))
+
+
 # ---- sweeps of other forms ----
 
 
@@ -153,6 +210,21 @@ def test_a_sweep_without_scores_is_compared_by_its_loss(tmp_path):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
         "stability-learning_rate-loss.png", "steps-loss.png", "steps-grad_norm.png",
     }  # fmt: skip
+
+
+def test_a_report_removes_the_plots_that_it_does_not_make_any_more_and_nothing_else(tmp_path):
+    for name in ("steps-loss", "old"):
+        image = Image.new("RGB", (4, 4))
+        (tmp_path / f"{name}.png").write_bytes(png_bytes(image, name="old"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    (tmp_path / "copy-of-old.png").write_bytes((tmp_path / "old.png").read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"")
+    write_plots(tmp_path, [Plot("steps-loss", "", Image.new("RGB", (4, 4))), Plot("größe", "", image)])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "steps-loss.png", "größe.png", "mine.png", "copy-of-old.png", "broken.png",
+    }  # fmt: skip
+    write_plots(tmp_path, [])
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.png", "copy-of-old.png", "broken.png"}
 
 
 def test_methods_with_axes_of_their_own_are_lines_of_one_plot(tmp_path):

@@ -25,8 +25,9 @@ from studies.results import (
     pictures,
     read_sweep,
 )
+from studies.steps import at_steps
 from tests.conftest import ROOT
-from tests.synthetic_sweep import cell_name, write_cell, write_ending, write_scores, write_sweep
+from tests.synthetic_sweep import cell_name, write_cell, write_checkpoints, write_ending, write_scores, write_sweep
 
 
 def cell(folder, **labels):
@@ -185,6 +186,42 @@ def test_a_sweep_is_read_in_the_order_of_its_entries(tmp_path):
         cell_name(learning_rate="0.0025", shape="2-32", seed=10),
         cell_name(learning_rate="0.0025", shape="8-8", seed=9),
     ]
+
+
+# ---- over the steps ----
+
+
+def test_checkpoints_are_records_of_their_steps_and_the_result_is_the_last(tmp_path):
+    write_checkpoints(cell(tmp_path, a=1), {20: 0.3, 40: 0.6}, pictures=1)
+    cell(tmp_path, a=2)  # only its result was scored
+    write_ending(tmp_path / "a=3", 2, "error: killed")
+    (record, _, failed) = records = read_sweep(tmp_path)
+    assert record.checkpoints[40]["dino"] == 0.6 and "seconds" not in record.checkpoints[40]
+    found = {(r.labels["a"], r.labels["step"]): (r.state, r.scores.get("dino")) for r in at_steps(records)}
+    assert found == {
+        ("1", "20"): (DONE, 0.3), ("1", "40"): (DONE, 0.6), ("1", "60"): (DONE, 0.5), ("2", "60"): (DONE, 0.5),
+        ("3", "20"): (FAILED, None), ("3", "40"): (FAILED, None), ("3", "60"): (FAILED, None),
+    }  # fmt: skip
+    assert not any("seconds" in r.scores for r in at_steps(records)) and failed.checkpoints == {}
+    (at_20, *_, at_60) = [r for r in at_steps(records) if r.labels["a"] == "1"]
+    assert pictures(tmp_path, at_20)["00"] == tmp_path / "a=1" / "evaluation/checkpoint-20/images/adapted/00-0.png"
+    assert pictures(tmp_path, at_60) == pictures(tmp_path, record)
+
+
+def test_a_sweep_without_scored_checkpoints_has_no_steps(tmp_path):
+    cell(tmp_path, a=1)
+    assert at_steps(read_sweep(tmp_path)) == []
+
+
+def test_what_is_scored_of_an_unfinished_cell_is_told_and_what_is_not_finite_fails_it(tmp_path):
+    for a, dino in (("1", 0.4), ("2", math.nan)):
+        folder = cell(tmp_path, a=a)
+        write_checkpoints(folder, {20: dino})
+    (tmp_path / "a=1" / "sweep.json").unlink()
+    (tmp_path / "a=1" / "evaluation" / "scores.json").unlink()
+    first, second = read_sweep(tmp_path)
+    assert (first.state, first.reason) == (UNFINISHED, "trained; scored so far: checkpoints 20")
+    assert second.state == FAILED and "at step 20" in second.reason and not second.checkpoints
 
 
 # ---- spreads ----

@@ -1,0 +1,86 @@
+"""The results of a sweep for other programs: CSV and JSON."""
+
+import csv
+import io
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from studies.results import MEASURES, Record
+
+CHECKPOINT = "checkpoint"  # stands for a state in the line of one
+
+
+def csv_text(records: Sequence[Record], axes: Mapping[str, Sequence[str]]) -> str:
+    """Return a line for each cell: its entries, state, scores, the base model's, and its command.
+
+    Before it is a line for each of its checkpoints that was scored, whose state is "checkpoint".
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    based = [name for name in MEASURES if any(name in record.base for record in records)]
+    of_base = [f"base_{name}" for name in based]
+    head = ["cell", *axes, "step", "state", "reason", "exit_code", *MEASURES, *of_base, "command"]
+    writer.writerow(head)
+    for record in records:
+        entries = [record.labels.get(axis, "") for axis in axes]
+        for step, scores in record.checkpoints.items():
+            line = {**dict(zip(head, [record.cell, *entries])), "step": step, "state": CHECKPOINT, **scores}
+            writer.writerow([line.get(column, "") for column in head])
+        writer.writerow(
+            [
+                record.cell,
+                *entries,
+                record.summary.get("steps", ""),
+                record.state,
+                record.reason,
+                "" if record.ending is None else record.ending.exit_code,
+                *(record.scores.get(name, "") for name in MEASURES),
+                *(record.base.get(name, "") for name in based),
+                command(record),
+            ]
+        )
+    return file.getvalue()
+
+
+def json_text(sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequence[str]]) -> str:
+    """Return everything that is known of each cell, its metrics apart."""
+    cells = [
+        {
+            "cell": record.cell,
+            "labels": record.labels,
+            "state": record.state,
+            "reason": record.reason,
+            "scores": record.scores,
+            "checkpoints": [{"step": step, "scores": scores} for step, scores in record.checkpoints.items()],
+            "base": record.base,
+            "photos": record.photos,
+            "prompts": record.prompts,
+            "options": record.options,
+            "summary": record.summary,
+            "command": record.ending.command if record.ending else None,
+            "exit_code": record.ending.exit_code if record.ending else None,
+            "last_line": record.ending.last_line if record.ending else None,
+            "wall_seconds": record.ending.seconds if record.ending else None,
+        }
+        for record in records
+    ]
+    content = _finite({"sweep": sweep.resolve().name, "axes": axes, "cells": cells})
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null for NaN and infinity, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def command(record: Record) -> str:
+    """Return the command that trained a cell, for a shell; empty if it never ran."""
+    return shlex.join(record.ending.command) if record.ending else ""
