@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dreambooth.wording import counted
 from kron_formats.files import whole_file, write_text
 from studies.analysis import Explained, Stable, explained_variance, spread, stable_interval
 from studies.gallery import Gallery, make_gallery
+from studies.grid import REPLICATES
 from studies.plots import (
     draw_heatmap,
     draw_lines,
@@ -33,6 +34,7 @@ from studies.plots import (
 from studies.results import (
     DONE,
     FAILED,
+    LACKING,
     MEASURES,
     UNFINISHED,
     Measure,
@@ -44,8 +46,8 @@ from studies.results import (
     read_sweep,
     values,
 )
+from studies.rounds import Rounds, as_data, choose, rounds_in
 
-REPLICATES = ("seed", "subject")  # axes that a method has to be good on all over, unless told otherwise
 FIRST = "learning_rate"  # the axis that is drawn from left to right if there is one
 LIKENESS = ("dino", "clip_i")
 AGAINST = ("clip_t", "class_drift", "parameters")
@@ -99,16 +101,17 @@ def write_report(sweep: Path, output: Path, choice: Choice) -> list[Path]:
     The same run folders make the same bytes. Raises UserError if the folder is not a sweep, if a file in it is damaged,
     or if `choice` has what the sweep lacks.
     """
-    records = read_sweep(sweep)
-    layout = plan(records, choice)
-    content = contents(sweep, records, layout)
+    records, rounds = read_sweep(sweep), rounds_in(sweep)
+    compared = of_first_round(records, rounds)
+    axes, layout = axes_of(records), plan(compared, choice)
+    content = contents(sweep, records, layout, compared, rounds)
     (output / PLOTS_NAME).mkdir(parents=True, exist_ok=True)
     for plot in content["plots"]:
         with whole_file(output / PLOTS_NAME / f"{plot.name}.png") as unfinished:
             unfinished.write_bytes(_png(plot.image))
     texts = {
-        "results.csv": csv_text(records, layout.axes),
-        "results.json": json_text(sweep, records, layout.axes),
+        "results.csv": csv_text(records, axes),
+        "results.json": json_text(sweep, records, axes, rounds),
         "report.md": render("report.md.j2", content),
         "report.html": render("page.html.j2", content),
     }
@@ -119,6 +122,15 @@ def write_report(sweep: Path, output: Path, choice: Choice) -> list[Path]:
 
 
 # ---- what to show ----
+
+
+def of_first_round(records: Sequence[Record], rounds: Sequence[Rounds]) -> list[Record]:
+    """Return the cells without those that second rounds have added.
+
+    Settings would otherwise be compared unfairly: the best entry of an axis has more subjects and seeds than others.
+    """
+    added = {name for each in rounds for name in each.added}
+    return [record for record in records if record.cell not in added]
 
 
 def plan(records: Sequence[Record], choice: Choice) -> Layout:
@@ -150,30 +162,35 @@ def _measures(records: Sequence[Record], names: Sequence[str] | None) -> list[Me
     return [MEASURES[name] for name in names or usual]
 
 
-def contents(sweep: Path, records: Sequence[Record], layout: Layout) -> dict[str, Any]:
-    """Return everything that the templates show."""
-    gallery = make_gallery(sweep, records, layout.axes, layout.rows, layout.columns)
+def contents(
+    sweep: Path, records: Sequence[Record], layout: Layout, compared: Sequence[Record], rounds: Sequence[Rounds]
+) -> dict[str, Any]:
+    """Return everything that the templates show; settings are compared by the `compared` cells alone."""
+    axes = axes_of(records)
+    gallery = make_gallery(sweep, records, axes, layout.rows, layout.columns)
     sections = {
-        "stability": stability(records, layout),
-        "heatmaps": heatmaps(records, layout),
-        "tradeoffs": tradeoffs(records, layout),
-        "steps": steps(records, layout),
+        "stability": stability(compared, layout),
+        "heatmaps": heatmaps(compared, layout),
+        "tradeoffs": tradeoffs(compared, layout),
+        "steps": steps(compared, layout),
         "sheets": sheets(gallery),
     }
     plots = [entry["plot"] if isinstance(entry, dict) else entry for section in sections.values() for entry in section]
     states = {state: sum(record.state == state for record in records) for state in (DONE, FAILED, UNFINISHED)}
     return {
         "title": sweep.resolve().name,
-        "axes": layout.axes,
+        "axes": axes,
         "layout": layout,
+        "rounds": [rounds_table(each, records, layout) for each in rounds],
+        "compared": counted(len(compared), "cell"),
         "count": counted(len(records), "cell"),
         "states": {state: count for state, count in states.items() if count},
         "devices": sorted({record.summary["device"] for record in records if "device" in record.summary}),
         "versions": versions(records),
         "open": [record for record in records if record.state != DONE],
         "gallery": gallery,
-        "settings": settings_table(records, layout),
-        "variance": variance_table(records, layout),
+        "settings": settings_table(compared, layout),
+        "variance": variance_table(compared, layout),
         "records": records,
         "loss": f"{LOSS:.0%}",
         "plots": plots,
@@ -329,6 +346,30 @@ def settings_table(records: Sequence[Record], layout: Layout) -> dict[str, Any]:
     return {"measures": measures, "rows": rows, "axes": layout.settings}
 
 
+def rounds_table(rounds: Rounds, records: Sequence[Record], layout: Layout) -> dict[str, Any]:
+    """Return what the second round runs, from which scores of the first it follows, and what it scores."""
+    chosen = choose(rounds, {record.cell: record for record in records})
+    axes = [*dict.fromkeys(axis for one in chosen for axis in one.setting.labels)]
+    rows = []
+    for one in chosen:
+        scores = {entry: number(mean, rounds.score) for entry, mean in one.means.items()} | {**one.missing}
+        tried = [{"text": f"{entry}: {scores[entry]}", "best": entry == one.best} for entry in one.setting.tried]
+        entries = [one.setting.labels.get(axis, LACKING) for axis in axes]
+        rows.append({"entries": entries, "best": one.best or LACKING, "tried": tried})
+    second = {name for one in chosen for name in one.cells}
+    scored = settings_table(
+        [record for record in records if record.cell in second], replace(layout, settings=[*axes, rounds.axis])
+    )
+    return {
+        "axis": rounds.axis,
+        "score": rounds.score,
+        "over": rounds.over,
+        "axes": axes,
+        "rows": rows,
+        "scored": scored,
+    }
+
+
 def variance_table(records: Sequence[Record], layout: Layout) -> list[dict[str, Any]]:
     """Return how much of each score's variance each axis explains."""
     axes = [axis for axis, entries in layout.axes.items() if len(entries) > 1]
@@ -370,8 +411,10 @@ def csv_text(records: Sequence[Record], axes: Mapping[str, Sequence[str]]) -> st
     return file.getvalue()
 
 
-def json_text(sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequence[str]]) -> str:
-    """Return everything that is known of each cell, its metrics apart."""
+def json_text(
+    sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequence[str]], rounds: Sequence[Rounds] = ()
+) -> str:
+    """Return everything that is known of each cell, its metrics apart, and what second rounds were chosen from it."""
     cells = [
         {
             "cell": record.cell,
@@ -391,7 +434,8 @@ def json_text(sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequenc
         }
         for record in records
     ]
-    content = _finite({"sweep": sweep.resolve().name, "axes": axes, "cells": cells})
+    second = [as_data(each, choose(each, {record.cell: record for record in records})) for each in rounds]
+    content = _finite({"sweep": sweep.resolve().name, "axes": axes, "rounds": second, "cells": cells})
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 

@@ -174,7 +174,10 @@ def choose(rounds: Rounds, records: Mapping[str, Record]) -> list[Chosen]:
     better = max if MEASURES[rounds.score].higher_is_better else min
     found = []
     for setting in rounds.settings:
-        runs = {entry: [records[name] for name in names] for entry, names in setting.tried.items()}
+        runs = {
+            entry: [records.get(name, Record(name, {}, UNFINISHED, "not begun")) for name in names]
+            for entry, names in setting.tried.items()
+        }
         missing = {entry: why for entry, cells in runs.items() if (why := _why_not(cells, rounds.score))}
         means = {
             entry: fmean(cell.scores[rounds.score] for cell in cells)
@@ -198,6 +201,23 @@ def _why_not(cells: Sequence[Record], score: str) -> str:
 def choose_in(sweep: Path, rounds: Rounds) -> list[Chosen]:
     """Return the same for the folder of a sweep."""
     return choose(rounds, {name: read_cell(sweep / name) for name in rounds.first})
+
+
+def as_data(rounds: Rounds, chosen: Sequence[Chosen]) -> dict[str, Any]:
+    """Return what was chosen and from what, for other programs."""
+    settings = [
+        {
+            "labels": one.setting.labels,
+            "best": one.best,
+            "means": one.means,
+            "missing": one.missing,
+            "first_round": one.setting.tried,
+            "second_round": one.cells,
+        }
+        for one in chosen
+    ]
+    better = "higher" if MEASURES[rounds.score].higher_is_better else "lower"
+    return {"axis": rounds.axis, "score": rounds.score, "better": better, "over": rounds.over, "settings": settings}
 
 
 def in_words(rounds: Rounds, chosen: Sequence[Chosen]) -> str:
