@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dreambooth.errors import UserError
-from studies.grid import STEP
+from studies.grid import REPLICATES, STEP
 from studies.results import MEASURES, Measure, Record, axes_of, axis_numbers, entries_of, values
 from studies.steps import at_steps
 
-REPLICATES = ("seed", "subject")  # axes that a method has to be good on all over, unless told otherwise
 FIRST = "learning_rate"  # the axis that is drawn from left to right if there is one
 
 

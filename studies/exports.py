@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.results import MEASURES, Record
+from studies.rounds import Rounds, as_data, choose
 
 CHECKPOINT = "checkpoint"  # stands for a state in the line of one
 
@@ -46,8 +47,10 @@ def csv_text(records: Sequence[Record], axes: Mapping[str, Sequence[str]]) -> st
     return file.getvalue()
 
 
-def json_text(sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequence[str]]) -> str:
-    """Return everything that is known of each cell, its metrics apart."""
+def json_text(
+    sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequence[str]], rounds: Sequence[Rounds] = ()
+) -> str:
+    """Return everything that is known of each cell, its metrics apart, and what second rounds were chosen from it."""
     cells = [
         {
             "cell": record.cell,
@@ -68,7 +71,8 @@ def json_text(sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequenc
         }
         for record in records
     ]
-    content = _finite({"sweep": sweep.resolve().name, "axes": axes, "cells": cells})
+    second = [as_data(each, choose(each, {record.cell: record for record in records})) for each in rounds]
+    content = _finite({"sweep": sweep.resolve().name, "axes": axes, "rounds": second, "cells": cells})
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 

@@ -12,6 +12,15 @@
       subject:                                    # ... or by a name of its own
         dog: {instance_data_dir: photos/dog, evaluate: {class_noun: dog}}
 
+Where axes belong to one another, such as each method to learning rates of its own, `axes` is a list, and the cells are
+those of all its items:
+
+    axes:
+      - {method: {kronecker: {}}, learning_rate: [0.005, 0.01], seed: &seeds [0, 1]}
+      - {method: {lora: {script: methods/train.py lora sd}}, learning_rate: [0.01, 0.02], seed: *seeds}
+
+`best` adds a second round, at the best entry of one axis for each setting of the others; studies/rounds.py explains it.
+
 An axis' entry may hold any option, and `script`, `config`, `evaluate` and `evaluate_checkpoints`. Where several say the
 same, the entry of the later axis counts, and all count more than the file of `config`. Values are text, as on the
 command line; null is an option's default, and {subject} in a value is the cell's entry of that axis.
@@ -21,7 +30,7 @@ import itertools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +39,7 @@ from dreambooth.options.yaml_file import flags_of, read_mapping
 from kron_formats.files import excerpt
 
 CHECKPOINTS, STEP = "evaluate_checkpoints", "step"  # the key, and what reports call its axis
-KEYS = ("script", "config", "options", "evaluate", CHECKPOINTS, "axes")
+KEYS = ("script", "config", "options", "evaluate", CHECKPOINTS, "axes", "best")
 OWN = ("script", "config", "evaluate", CHECKPOINTS)  # keys of an axis' entry that are not options of the training
 TAKEN = {  # options that the sweep sets itself -> why
     "output_dir": "every cell has a folder of its own in the sweep's --output_dir",
@@ -40,6 +49,10 @@ TAKEN = {  # options that the sweep sets itself -> why
 WORD = r"[\w.+-]+"  # an axis or one of its entries, as the name of a cell has it
 CELL_NAME = re.compile(f"{WORD}={WORD}(,{WORD}={WORD})*")
 LONGEST_NAME = 200  # bytes; file systems take 255
+REPLICATES = ("seed", "subject")  # axes that a setting has to be good on all over, unless told otherwise
+
+Entry = tuple[str, Mapping[str, Any]]  # of an axis: its label and its options
+Axes = Mapping[str, Sequence[Entry]]
 
 
 @dataclass(frozen=True)
@@ -58,30 +71,73 @@ class Cell:
         return ",".join(f"{axis}={label}" for axis, label in self.labels.items())
 
 
-def read_grid(path: str) -> list[Cell]:
-    """Return the cells of a grid, the last axis varying fastest.
+@dataclass(frozen=True)
+class Grid:
+    """What the file of a grid says."""
 
-    Raises UserError if the file is not a grid, sets what the sweep sets itself, or names two cells alike.
-    """
+    path: str
+    common: Mapping[str, Any]  # options of every cell; `script`, `config` and `evaluate` among them
+    products: Sequence[Axes]  # the items of `axes`
+    best: Any  # what it says of a second round; None if it has none
+
+    def cell(self, chosen: Mapping[str, Entry]) -> Cell:
+        """Return the cell with these entries of its axes."""
+        return _cell(chosen, self.common, self.path)
+
+    def cells(self) -> list[Cell]:
+        """Return the cells, those of the second round apart: item by item, the last axis varying fastest.
+
+        Raises UserError if a cell sets what the sweep sets itself, or if two have one name.
+        """
+        cells = [self.cell(chosen) for axes in self.products for chosen in combinations(axes)]
+        counts = Counter(frozenset(cell.labels.items()) for cell in cells)
+        if twice := [cell.name for cell in cells if counts[frozenset(cell.labels.items())] > 1]:
+            raise UserError(
+                f"grid {self.path}: two cells would be called {twice[0]}; give the entries of an axis names"
+            )
+        return cells
+
+
+def combinations(axes: Axes) -> Iterator[dict[str, Entry]]:
+    """Yield {axis: entry} for every combination of the axes' entries, the last axis varying fastest."""
+    for chosen in itertools.product(*axes.values()):
+        yield dict(zip(axes, chosen))
+
+
+def read_grid(path: str) -> list[Cell]:
+    """Return the cells of a grid, those of a second round apart. Raises UserError as `parse_grid` and `Grid.cells`."""
+    return parse_grid(path).cells()
+
+
+def parse_grid(path: str) -> Grid:
+    """Return what the file of a grid says. Raises UserError if it is not a grid."""
     entries = read_mapping(path, "grid")
     if unknown := [key for key in entries if key not in KEYS]:
         raise UserError(f"grid {path}: unknown keys: {', '.join(map(excerpt, unknown))}; known: {', '.join(KEYS)}")
-    axes = _mapping(entries.get("axes"), f"grid {path}: axes")
-    if odd := [axis for axis in axes if not re.fullmatch(WORD, str(axis))]:
-        raise UserError(f"grid {path}: axes: {excerpt(str(odd[0]))}: a name has letters, digits and _.+- alone")
-    common = _mapping(entries.get("options") or {}, f"grid {path}: options")
+    common = mapping(entries.get("options") or {}, f"grid {path}: options")
     common |= {key: entries[key] for key in OWN if key in entries}
-    choices = [_entries(axis, values, f"grid {path}: axes: {axis}") for axis, values in axes.items()]
-    cells = [_cell(dict(zip(axes, chosen)), common, path) for chosen in itertools.product(*choices)]
-    if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
-        raise UserError(f"grid {path}: two cells would be called {twice[0]}; give the entries of an axis names")
-    return cells
+    items = entries.get("axes")
+    if isinstance(items, list) and items:
+        products = [read_axes(axes, f"grid {path}: axes: item {number}") for number, axes in enumerate(items, 1)]
+    else:
+        products = [read_axes(items, f"grid {path}: axes")]
+    return Grid(path, common, products, entries.get("best"))
 
 
-def _entries(axis: str, values: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
+def read_axes(axes: Any, where: str) -> Axes:
+    """Return {axis: entries} of a mapping in a grid's file. Raises UserError, beginning with `where`."""
+    axes = mapping(axes, where)
+    if odd := [axis for axis in axes if not re.fullmatch(WORD, str(axis))]:
+        raise UserError(f"{where}: {excerpt(str(odd[0]))}: a name has letters, digits and _.+- alone")
+    if not axes:
+        raise UserError(f"{where}: expected at least one axis")
+    return {axis: _entries(axis, values, f"{where}: {axis}") for axis, values in axes.items()}
+
+
+def _entries(axis: str, values: Any, where: str) -> list[Entry]:
     """Return (label, options) for each entry of an axis."""
     if isinstance(values, Mapping):
-        found = [(name, _mapping(entry, f"{where}: {name}")) for name, entry in values.items()]
+        found = [(name, mapping(entry, f"{where}: {name}")) for name, entry in values.items()]
     elif isinstance(values, Sequence) and not isinstance(values, str):
         found = [
             (_label(entry), dict(entry)) if isinstance(entry, Mapping) else (_label(entry), {axis: entry})
@@ -106,7 +162,7 @@ def _label(entry: Any) -> str:
     return "-".join(map(_label, entry)) if isinstance(entry, list) else str(entry)
 
 
-def _cell(chosen: Mapping[str, tuple[str, Mapping[str, Any]]], common: Mapping[str, Any], path: str) -> Cell:
+def _cell(chosen: Mapping[str, Entry], common: Mapping[str, Any], path: str) -> Cell:
     options: dict[str, Any] = dict(common)
     for _, entry in chosen.values():
         evaluate = {**(options.get("evaluate") or {}), **(entry.get("evaluate") or {})}
@@ -154,7 +210,8 @@ def _filled(value: Any, labels: Mapping[str, str]) -> Any:
     return value
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """Return a value that is a mapping. Raises UserError, beginning with `where`, for any other."""
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected lines of the form 'name: value'")
     return dict(value)

@@ -118,7 +118,15 @@ def draw_heatmap(records: Sequence[Record], x: str, y: str, measure: Measure) ->
             if failed:
                 # A cell that failed in part keeps its number and colour
                 axes.add_patch(_box(column, row, hatch="////", edgecolor="#b35900", fill=False, linewidth=0))
-            text = number(means[a, b], measure.name) if (a, b) in means else "failed" if failed else "…"
+            text = (
+                number(means[a, b], measure.name)
+                if (a, b) in means
+                else "failed"
+                if failed
+                else "…"
+                if found[a, b]
+                else ""
+            )
             dark = (a, b) in means and _is_dark(image.to_rgba(np.array([means[a, b]]))[0].tolist())
             ground = {"facecolor": "#222" if dark else "white", "alpha": 0.7, "linewidth": 0, "pad": 1.5}
             colour = "white" if dark else INK

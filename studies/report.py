@@ -11,10 +11,11 @@ from studies.exports import csv_text, json_text
 from studies.gallery import make_gallery
 from studies.grid import STEP
 from studies.rendering import name_of_plot, png_bytes, render
-from studies.results import DONE, FAILED, UNFINISHED, Record, read_sweep
+from studies.results import DONE, FAILED, UNFINISHED, Record, axes_of, read_sweep
+from studies.rounds import Rounds, rounds_in
 from studies.sections import LOSS, Plot, checkpoints, heatmaps, sheets, stability, steps, tradeoffs
 from studies.steps import at_steps
-from studies.tables import best_steps_table, settings_table, variance_table
+from studies.tables import best_steps_table, rounds_table, settings_table, variance_table
 
 PLOTS_NAME = "plots"
 
@@ -25,13 +26,14 @@ def write_report(sweep: Path, output: Path, choice: Choice) -> list[Path]:
     The same run folders make the same bytes. Raises UserError if the folder is not a sweep, if a file in it is damaged,
     or if `choice` has what the sweep lacks.
     """
-    records = read_sweep(sweep)
-    layout = plan(records, choice)
-    content = contents(sweep, records, layout)
+    records, rounds = read_sweep(sweep), rounds_in(sweep)
+    compared = of_first_round(records, rounds)
+    axes, layout = axes_of(records), plan(compared, choice)
+    content = contents(sweep, records, layout, compared, rounds)
     write_plots(output / PLOTS_NAME, content["plots"])
     texts = {
-        "results.csv": csv_text(records, layout.axes),
-        "results.json": json_text(sweep, records, layout.axes),
+        "results.csv": csv_text(records, axes),
+        "results.json": json_text(sweep, records, axes, rounds),
         "report.md": render("report.md.j2", content),
         "report.html": render("page.html.j2", content),
     }
@@ -53,34 +55,47 @@ def write_plots(folder: Path, plots: Sequence[Plot]) -> None:
             path.unlink()
 
 
-def contents(sweep: Path, records: Sequence[Record], layout: Layout) -> dict[str, Any]:
-    """Return everything that the templates show."""
-    stepped = at_steps(records)
-    with_steps = {**layout.axes, STEP: layout.steps} if stepped else layout.axes
-    gallery = make_gallery(sweep, stepped or records, with_steps, layout.rows, layout.columns)
+def of_first_round(records: Sequence[Record], rounds: Sequence[Rounds]) -> list[Record]:
+    """Return the cells without those that second rounds have added.
+
+    Settings would otherwise be compared unfairly: the best entry of an axis has more subjects and seeds than others.
+    """
+    added = {name for each in rounds for name in each.added}
+    return [record for record in records if record.cell not in added]
+
+
+def contents(
+    sweep: Path, records: Sequence[Record], layout: Layout, compared: Sequence[Record], rounds: Sequence[Rounds]
+) -> dict[str, Any]:
+    """Return everything that the templates show; settings are compared by the `compared` cells alone."""
+    axes, shown, stepped = axes_of(records), at_steps(records), at_steps(compared)
+    with_steps = {**axes, STEP: layout.steps} if shown else axes
+    gallery = make_gallery(sweep, shown or records, with_steps, layout.rows, layout.columns)
     sections = {
-        "stability": stability(records, layout),
-        "heatmaps": heatmaps(stepped if STEP in (layout.x, layout.y) else records, layout),
-        "tradeoffs": tradeoffs(records, layout),
+        "stability": stability(compared, layout),
+        "heatmaps": heatmaps(stepped if STEP in (layout.x, layout.y) else compared, layout),
+        "tradeoffs": tradeoffs(compared, layout),
         "checkpoints": checkpoints(stepped, layout),
-        "steps": steps(records, layout),
+        "steps": steps(compared, layout),
         "sheets": sheets(gallery),
     }
     plots = [entry["plot"] if isinstance(entry, dict) else entry for section in sections.values() for entry in section]
     states = {state: sum(record.state == state for record in records) for state in (DONE, FAILED, UNFINISHED)}
     return {
         "title": sweep.resolve().name,
-        "axes": layout.axes,
+        "axes": axes,
         "layout": layout,
+        "rounds": [rounds_table(each, records, layout) for each in rounds],
+        "compared": counted(len(compared), "cell"),
         "count": counted(len(records), "cell"),
         "states": {state: count for state, count in states.items() if count},
         "devices": sorted({record.summary["device"] for record in records if "device" in record.summary}),
         "versions": versions(records),
         "open": [record for record in records if record.state != DONE],
         "gallery": gallery,
-        "settings": settings_table(records, layout),
+        "settings": settings_table(compared, layout),
         "best_steps": best_steps_table(stepped, layout) if stepped else None,
-        "variance": variance_table(records, layout),
+        "variance": variance_table(compared, layout),
         "records": records,
         "loss": f"{LOSS:.0%}",
         "plots": plots,

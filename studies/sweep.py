@@ -4,12 +4,13 @@
     python studies/sweep.py GRID --output_dir DIR --cell 7       # only cell 7, counted from 0: a task of a Slurm array
     python studies/sweep.py GRID --output_dir DIR --dry_run      # what would run
 
-studies/grid.py says what a grid is. Each cell is an ordinary run folder, DIR/AXIS=ENTRY,.../, with evaluation/ if the
-grid says how to evaluate. What was cut off continues; what has failed is tried again by the next sweep. sweep.log in
-the folder has what the commands printed, sweep.json how they ended.
+studies/grid.py says what a grid is, and studies/rounds.py what its second round is. Each cell is an ordinary run
+folder, DIR/AXIS=ENTRY,.../, with evaluation/ if the grid says how to evaluate. What was cut off continues; what has
+failed is tried again by the next sweep. sweep.log in the folder has what the commands printed, sweep.json how they
+ended.
 
-Ends with 0 if the sweep is complete as far as this worker can tell, 1 if a cell failed, and 75 if it was told to stop:
-the training then has saved a checkpoint.
+Ends with 0 if the sweep is complete as far as this worker can tell, 1 if a cell failed or a setting has no second
+round, and 75 if it was told to stop: the training then has saved a checkpoint.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,37 +46,44 @@ from studies.cells import (
     write_ending,
 )
 from studies.checkpoints import check_kept
-from studies.grid import Cell, read_grid
+from studies.grid import Cell, parse_grid
+from studies.rounds import Chosen, Rounds, choose_in, in_words, numbered, read_rounds, write_rounds
 
 DONE, FAILED, ELSEWHERE = "done", "failed", "running elsewhere"
+POLL = 1.0  # seconds between looks at cells that others are at
 BEGAN = "SWEEP_BEGAN"  # variable: when scripts/sweep.sh was started; cells that failed later are not tried again
 
 
 def main() -> int:
     arguments = parse()
-    everything, sweep = read_grid(arguments.grid), arguments.output_dir.absolute()
-    cells = everything
+    grid, sweep = parse_grid(arguments.grid), arguments.output_dir.absolute()
+    first, plan = grid.cells(), read_rounds(grid)
+    second = None if plan is None else SecondRound(sweep, first, *plan)
+    cells = first
     if arguments.cell is not None:
-        if arguments.cell >= len(cells):
-            raise UserError(f"--cell {arguments.cell}: {arguments.grid} has {counted(len(cells), 'cell')}, from 0 on")
-        cells = [cells[arguments.cell]]
-    check_same_commands(cells, sweep)
-    for cell in cells:
+        if (cell := cell_of_number(arguments, first, second)) is None:
+            return 1
+        cells = [cell]
+    known = cells if second is None else [*second.cells.values()]
+    check_same_commands(known, sweep)
+    for cell in known:
         check_kept(cell, run_options(cell))
     if arguments.dry_run:
-        show(cells, sweep)
+        show(cells, sweep, None if arguments.cell is not None else second)
         return 0
     began = float(os.environ.get(BEGAN) or time.time())
     worker = Worker(sweep, arguments.processes, began)
-    for cell in everything:  # a report then knows what is still to come
+    for cell in first:  # a report then knows what is still to come
         (sweep / cell.name).mkdir(parents=True, exist_ok=True)
-    states = Counter()
-    for cell in cells:
-        states[worker.run(cell)] += 1
-        if worker.stopping:
-            return STOPPED
-    print(", ".join(f"{count} {state}" for state, count in states.items()), flush=True)
-    return 1 if states[FAILED] else 0
+    if second is not None:
+        write_rounds(sweep, grid, second.rounds)
+    states, left_out = worker.run_all(cells), False
+    if second is not None and arguments.cell is None:
+        left_out = run_second_round(worker, second, states)
+    if worker.stopping:
+        return STOPPED
+    print(", ".join(f"{count} {state}" for state, count in Counter(states.values()).items()), flush=True)
+    return 1 if left_out or FAILED in states.values() else 0
 
 
 def parse() -> argparse.Namespace:
@@ -90,12 +98,27 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show(cells: Sequence[Cell], sweep: Path) -> None:
-    """Print every cell: its number, its name, whether it is done, and the command that trains it."""
-    for number, cell in enumerate(cells):
+def show(cells: Sequence[Cell], sweep: Path, second: "SecondRound | None" = None) -> None:
+    """Print every cell: its number, its name, whether it is done, and the command that trains it.
+
+    Those of the second round are known once the first is done.
+    """
+    rows, to_come = dict(enumerate(cells)), ""
+    if second is not None and second.is_open():
+        rounds = second.rounds
+        to_come = (
+            f"; then a second round, cells {len(cells)} to {len(cells) + sum(rounds.sizes) - 1}, at the best "
+            f"{rounds.axis} by {rounds.score} for each of {counted(len(rounds.settings), 'setting')}"
+        )
+    elif second is not None:
+        chosen = second.choose()
+        print(in_words(second.rounds, chosen))
+        rows |= {number: second.cells[name] for number, name in numbered(second.rounds, chosen).items()}
+    for number, cell in rows.items():
         command = shlex.join(train_command(cell, sweep))
         print(f"{number:4d}  {cell.name}{'  (done)' if is_done(cell, sweep) else ''}\n      {command}")
-    print(f"{counted(len(cells), 'cell')}, {sum(is_done(cell, sweep) for cell in cells)} done")
+    cells = [*{cell.name: cell for cell in rows.values()}.values()]
+    print(f"{counted(len(cells), 'cell')}, {sum(is_done(cell, sweep) for cell in cells)} done{to_come}")
 
 
 def check_same_commands(cells: Sequence[Cell], sweep: Path) -> None:
@@ -108,6 +131,69 @@ def check_same_commands(cells: Sequence[Cell], sweep: Path) -> None:
                 f"    then {shlex.join(ending.command)}\n    now  {shlex.join(train_command(cell, sweep))}\n"
                 "Choose another folder for the changed grid"
             )
+
+
+# ---- two rounds ----
+
+
+class SecondRound:
+    """The second round of a sweep: what the first round's cells in its folder say."""
+
+    def __init__(self, sweep: Path, first: Sequence[Cell], rounds: Rounds, cells: Mapping[str, Cell]):
+        self.sweep, self.first, self.rounds = sweep, first, rounds
+        self.cells = cells  # by name: those of the first round, and all that the second may have
+
+    def is_open(self) -> bool:
+        """Whether a cell of the first round is not done, and has not failed or is tried again."""
+        return not all(is_settled(cell, self.sweep) for cell in self.first)
+
+    def choose(self) -> list[Chosen]:
+        return choose_in(self.sweep, self.rounds)
+
+
+def cell_of_number(arguments: argparse.Namespace, first: Sequence[Cell], second: SecondRound | None) -> Cell | None:
+    """Return the cell that --cell asks for; None, and say so, if its setting has no second round.
+
+    Raises UserError if there is no such cell, or if it is not known yet.
+    """
+    number, count = arguments.cell, len(first) + (sum(second.rounds.sizes) if second else 0)
+    if not 0 <= number < count:
+        raise UserError(f"--cell {number}: {arguments.grid} has {counted(count, 'cell')}, from 0 on")
+    if second is None or number < len(first):
+        return first[number]
+    if second.is_open():
+        raise UserError(
+            f"--cell {number} is of the second round, which follows from the first, cells 0 to {len(first) - 1}. "
+            "That is not done: submit the second with sbatch --dependency=afterany:JOB, JOB being the first one's array"
+        )
+    chosen = second.choose()
+    if (name := numbered(second.rounds, chosen).get(number)) is None:
+        print(f"--cell {number}: its setting has no second round\n{in_words(second.rounds, chosen)}", flush=True)
+        return None
+    return second.cells[name]
+
+
+def run_second_round(worker: "Worker", second: SecondRound, states: dict[str, str]) -> bool:
+    """Run the second round once the first is done, and update `states`; return whether a setting has none.
+
+    If another worker meanwhile tries a failed cell of the first round again, the choice may change. It is then followed
+    too, so that all workers end with the same.
+    """
+    followed = None
+    while worker.wait_for(second.first, states):
+        chosen = second.choose()
+        if chosen == followed:
+            return any(one.best is None for one in chosen)
+        print(in_words(second.rounds, chosen), flush=True)
+        cells = [second.cells[name] for one in chosen for name in one.cells]
+        for cell in cells:
+            (second.sweep / cell.name).mkdir(parents=True, exist_ok=True)
+        states |= worker.run_all(cells)
+        followed = chosen
+    return False
+
+
+# ---- a worker ----
 
 
 class Worker:
@@ -125,13 +211,39 @@ class Worker:
         if self.running is not None and self.running.poll() is None:
             self.running.send_signal(signal.SIGTERM)
 
+    def run_all(self, cells: Iterable[Cell]) -> dict[str, str]:
+        """Run cells one after another, until told to stop; return the state of each by its name."""
+        states = {}
+        for cell in cells:
+            if self.stopping:
+                break
+            states[cell.name] = self.run(cell)
+        return states
+
+    def wait_for(self, cells: Sequence[Cell], states: dict[str, str]) -> bool:
+        """Wait until cells are done or have failed, and run those that others drop; return False if told to stop."""
+        looks = 0
+        states |= self.run_all(cells)
+        while not self.stopping:
+            elsewhere = [cell for cell in cells if states[cell.name] == ELSEWHERE]
+            if not elsewhere:
+                return True
+            looks += 1
+            if looks == 2:  # at the first look somebody may just be looking too
+                print(
+                    f"waiting for {counted(len(elsewhere), 'cell')} of the first round, running elsewhere", flush=True
+                )
+            time.sleep(POLL)
+            states |= self.run_all(elsewhere)
+        return False
+
     def run(self, cell: Cell) -> str:
         """Train and evaluate a cell, unless it is done, has just failed or is claimed by another; return its state."""
         folder = self.sweep / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder) as claim:
             if claim is None:
-                return ELSEWHERE
+                return DONE if is_done(cell, self.sweep) else ELSEWHERE
             if is_done(cell, self.sweep):
                 return DONE
             ending = read_ending(folder)
@@ -196,6 +308,17 @@ def claimed(folder: Path) -> Iterator[int | None]:
         yield None
     finally:
         os.close(claim)
+
+
+def is_settled(cell: Cell, sweep: Path) -> bool:
+    """Whether a cell is done, or has failed and nobody is trying it again."""
+    if is_done(cell, sweep):
+        return True
+    ending = read_ending(sweep / cell.name)
+    if ending is None or ending.exit_code in (0, STOPPED):
+        return False
+    with claimed(sweep / cell.name) as claim:
+        return claim is not None
 
 
 if __name__ == "__main__":

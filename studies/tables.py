@@ -1,13 +1,15 @@
 """The tables of a report: scores by setting, and what explains their variance."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from studies.analysis import Explained, explained_variance, spread
 from studies.choice import Layout
 from studies.grid import STEP
 from studies.plots import number
-from studies.results import COSTS, DONE, MEASURES, Measure, Record, entry_of, grouped, values
+from studies.results import COSTS, DONE, LACKING, MEASURES, Measure, Record, entry_of, grouped, values
+from studies.rounds import Rounds, choose
 
 
 def settings_table(records: Sequence[Record], layout: Layout) -> dict[str, Any]:
@@ -61,6 +63,30 @@ def _best_step(at_step: Mapping[str, Sequence[Record]], measure: Measure) -> str
         return "-"
     best = (max if measure.higher_is_better else min)(means, key=means.__getitem__)
     return f"{best} ({number(means[best], measure.name)})"
+
+
+def rounds_table(rounds: Rounds, records: Sequence[Record], layout: Layout) -> dict[str, Any]:
+    """Return what the second round runs, from which scores of the first it follows, and what it scores."""
+    chosen = choose(rounds, {record.cell: record for record in records})
+    axes = [*dict.fromkeys(axis for one in chosen for axis in one.setting.labels)]
+    rows = []
+    for one in chosen:
+        scores = {entry: number(mean, rounds.score) for entry, mean in one.means.items()} | {**one.missing}
+        tried = [{"text": f"{entry}: {scores[entry]}", "best": entry == one.best} for entry in one.setting.tried]
+        entries = [one.setting.labels.get(axis, LACKING) for axis in axes]
+        rows.append({"entries": entries, "best": one.best or LACKING, "tried": tried})
+    second = {name for one in chosen for name in one.cells}
+    scored = settings_table(
+        [record for record in records if record.cell in second], replace(layout, settings=[*axes, rounds.axis])
+    )
+    return {
+        "axis": rounds.axis,
+        "score": rounds.score,
+        "over": rounds.over,
+        "axes": axes,
+        "rows": rows,
+        "scored": scored,
+    }
 
 
 def variance_table(records: Sequence[Record], layout: Layout) -> list[dict[str, Any]]:

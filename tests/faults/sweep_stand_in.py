@@ -26,9 +26,14 @@ for step in range(int(steps.read_text()) if steps.exists() else 0, int(options["
     if stopping:
         note("stops")
         sys.exit(75)
-if options.get("fails") == "always" or options.get("fails") == "once" and len(runs.read_text().splitlines()) == 1:
+if (
+    options.get("fails") in ("always", options.get("rate", "never"))
+    or options.get("fails") == "once"
+    and len(runs.read_text().splitlines()) == 1
+):
     note("fails")
     print("error: --fails was given\nUse --help", file=sys.stderr)
     sys.exit(2)
 note("ends")
-(folder / "summary.json").write_text(json.dumps({"result": "result.safetensors"}))
+summary = {"result": "result.safetensors", "seconds": abs(float(options.get("rate", 0)) - 2)}  # the best rate is 2
+(folder / "summary.json").write_text(json.dumps(summary))

@@ -21,8 +21,8 @@ def sweep(tmp_path):
     """Return a function that starts scripts/sweep.sh on a grid of stand-ins, in one folder."""
     started = []
 
-    def start(*arguments, steps=1, **axes):
-        grid = {"script": STAND_IN, "options": {"steps": steps, "report_to": "none"}, "axes": axes}
+    def start(*arguments, steps=1, best=None, **axes):
+        grid = {"script": STAND_IN, "options": {"steps": steps, "report_to": "none"}, "axes": axes, "best": best}
         (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
         command = [
             str(ROOT / "scripts" / "sweep.sh"),
@@ -116,6 +116,62 @@ def test_a_dry_run_runs_nothing_and_a_changed_grid_is_refused(sweep, tmp_path):
     assert ended(sweep(seed=[0]))[0] == 0
     code, _, err = ended(sweep(steps=2, seed=[0]))
     assert code == 2 and "seed=0 was trained by another command" in err and "--steps=2" in err
+
+
+# ---- two rounds ----
+
+FIRST = {"fails": ["no", "3"], "rate": [1, 2, 3], "seed": [0]}
+SECOND = {"axis": "rate", "score": "seconds", "axes": {"seed": [0, 1]}}
+SIX = {f"fails={fails},rate={rate},seed=0" for fails in ("no", "3") for rate in (1, 2, 3)}
+TWO = {f"fails={fails},rate=2,seed=1" for fails in ("no", "3")}
+
+
+def test_the_best_of_the_first_round_runs_on_the_second_s_replicates_once(sweep, tmp_path):
+    code, out, _ = ended(sweep("--jobs", "2", best=SECOND, **FIRST))
+    assert code == 1 and "fails=no: 2 (1: 1, 2: 0, 3: 1)" in out and "fails=3: 2 (1: 1, 2: 0, 3: 1 of 1 failed)" in out
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == SIX | TWO
+    done = SIX | TWO - {"fails=3,rate=3,seed=0"}
+    assert all(
+        events(tmp_path / "out" / cell) == ["begins", "ends"] for cell in done if cell != "fails=3,rate=3,seed=0"
+    )
+    code, out, _ = ended(sweep("--dry_run", best=SECOND, **FIRST))
+    assert code == 0 and "   8  fails=3,rate=2,seed=0  (done)" in out and "   9  fails=3,rate=2,seed=1  (done)" in out
+    assert out.splitlines()[-1] == "8 cells, 7 done"
+    assert ended(sweep(best=SECOND, **FIRST))[0] == 1
+    assert events(tmp_path / "out" / "fails=no,rate=2,seed=1") == ["begins", "ends"]  # not run again
+
+
+def test_a_worker_waits_for_the_first_round_s_cells_elsewhere_and_ends_at_a_signal(sweep, tmp_path):
+    axes = {"rate": [2], "seed": [0]}
+    first = sweep(steps=40, best=SECOND, **axes)
+    wait_for(tmp_path / "out" / "rate=2,seed=0" / "steps")
+    code, _, err = ended(sweep("--cell", "2", steps=40, best=SECOND, **axes))
+    assert code == 2 and "--dependency=afterany" in err
+    waiting = sweep(steps=40, best=SECOND, **axes)
+    lines = iter(waiting.stdout.readline, "")
+    assert next(line for line in lines if "waiting for 1 cell" in line)
+    waiting.send_signal(signal.SIGTERM)
+    assert ended(waiting)[0] == 75
+    waiting = sweep(steps=40, best=SECOND, **axes)
+    first.send_signal(signal.SIGTERM)
+    assert ended(first)[0] == 75
+    (tmp_path / "out" / "rate=2,seed=0" / "steps").write_text("39")
+    (tmp_path / "out" / "rate=2,seed=1").mkdir(exist_ok=True)
+    (tmp_path / "out" / "rate=2,seed=1" / "steps").write_text("39")
+    assert ended(waiting)[0] == 0  # it took over
+    assert events(tmp_path / "out" / "rate=2,seed=0") == ["begins", "stops", "begins", "ends"]
+    assert events(tmp_path / "out" / "rate=2,seed=1") == ["begins", "ends"]
+
+
+def test_a_setting_whose_cells_all_failed_is_said_and_left_out(sweep, tmp_path):
+    axes = {"fails": ["no", "always"], "rate": [1, 2], "seed": [0]}
+    code, out, _ = ended(sweep(best=SECOND, **axes))
+    assert code == 1 and "fails=always: left out" in out and "fails=no: 2 (" in out
+    assert not (tmp_path / "out" / "fails=always,rate=2,seed=1").exists()
+    task = [os.sys.executable, "studies/sweep.py", str(tmp_path / "grid.yaml"), "--output_dir", str(tmp_path / "out")]
+    for number, said in ((5, 0), (6, 1), (8, 2)):  # of the setting that has a second round, of the other, of none
+        result = subprocess.run([*task, "--cell", str(number)], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == said and ("has no second round" in result.stdout) == (said == 1)
 
 
 @pytest.mark.parametrize("arguments", [["--jobs", "x"], ["--jobs", "0"], ["--gpus"], ["--cell", "9"], ["--nonsense"]])

@@ -34,8 +34,14 @@ GRID = {
         "clip_model": f"{TOY}/clip",
         "dino_model": f"{TOY}/dino",
     },
-    "axes": {"seed": {"0": {"seed": 0}, "1": {"seed": 1, "evaluate_checkpoints": True}}},
+    "axes": {"learning_rate": [0.01, 0.02], "seed": [0]},
+    "best": {
+        "axis": "learning_rate",
+        "score": "dino",
+        "axes": {"seed": {"1": {"seed": 1, "evaluate_checkpoints": True}}},
+    },
 }
+FIRST = ("learning_rate=0.01,seed=0", "learning_rate=0.02,seed=0")
 
 
 @pytest.fixture(scope="module")
@@ -48,38 +54,46 @@ def run_sweep(folder):
     grid = {**GRID, "options": {**GRID["options"], "class_data_dir": str(folder / "class-images")}}
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     environment = {**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"}
-    command = [str(ROOT / "scripts" / "sweep.sh"), str(folder / "grid.yaml"), "--output_dir", str(folder / "seeds")]
+    command = [str(ROOT / "scripts" / "sweep.sh"), str(folder / "grid.yaml"), "--output_dir", str(folder / "rates")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "seeds"
+    return folder / "rates"
+
+
+def dino(sweep, cell):
+    scores = json.loads((sweep / cell / "evaluation" / "scores.json").read_text())
+    assert scores["settings"]["adapter"] == [str(sweep / cell / "pytorch_kronecker_weights.safetensors")]
+    return scores["models"]["adapted"]["dino"]
 
 
 def test_every_cell_is_an_ordinary_run_with_scores(sweep):
-    scores = [json.loads((sweep / f"seed={seed}" / "evaluation" / "scores.json").read_text()) for seed in (0, 1)]
-    assert all(-1 <= score["models"]["adapted"]["dino"] <= 1 for score in scores)
-    assert scores[0]["settings"]["adapter"] == [str(sweep / "seed=0" / "pytorch_kronecker_weights.safetensors")]
-    assert (sweep / "seed=1" / "README.md").exists()
+    assert all(-1 <= dino(sweep, cell) <= 1 for cell in FIRST)
+    assert all((sweep / cell / "README.md").exists() for cell in FIRST)
+
+
+def test_the_best_cell_runs_with_another_seed_too(sweep):
+    best = max(FIRST, key=lambda cell: dino(sweep, cell)).replace("seed=0", "seed=1")
+    assert {path.parent.name for path in sweep.glob("*/summary.json")} == {*FIRST, best}
+    assert -1 <= dino(sweep, best) <= 1
 
 
 def test_a_checkpoint_is_scored_as_the_result_is_and_the_last_is_the_result(sweep):
-    evaluation = sweep / "seed=1" / "evaluation"
-    assert [path.name for path in evaluation.glob("checkpoint-*")] == ["checkpoint-1"]
+    cell = sweep / max(FIRST, key=lambda cell: dino(sweep, cell)).replace("seed=0", "seed=1")
+    assert [path.name for path in (cell / "evaluation").glob("checkpoint-*")] == ["checkpoint-1"]
     at_1, result = (
-        json.loads((folder / "scores.json").read_text()) for folder in (evaluation / "checkpoint-1", evaluation)
+        json.loads((cell / "evaluation" / folder / "scores.json").read_text()) for folder in ("checkpoint-1", ".")
     )
-    weights = "pytorch_kronecker_weights.safetensors"
-    assert at_1["settings"]["adapter"] == [str(sweep / "seed=1" / "checkpoint-1" / weights)]
-    assert (
-        at_1["models"]["base"] == result["models"]["base"] and at_1["models"]["adapted"] != result["models"]["adapted"]
-    )
-    assert [path.name for path in (sweep / "seed=0" / "evaluation").glob("checkpoint-*")] == []
+    assert at_1["settings"]["adapter"] == [str(cell / "checkpoint-1" / "pytorch_kronecker_weights.safetensors")]
+    assert at_1["models"]["base"] == result["models"]["base"]
+    assert at_1["models"]["adapted"] != result["models"]["adapted"]
+    assert [*(sweep / FIRST[0] / "evaluation").glob("checkpoint-*")] == []
 
 
 def test_a_run_sums_itself_up_for_programs(sweep):
-    summary = json.loads((sweep / "seed=0" / "summary.json").read_text())
+    summary = json.loads((sweep / FIRST[0] / "summary.json").read_text())
     assert summary["method"] == "kronecker" and summary["result"] == "pytorch_kronecker_weights.safetensors"
     assert summary["parameters"] == 13_696 and summary["steps"] == 2 and summary["processes"] == 1
-    rows = [json.loads(line) for line in (sweep / "seed=0" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (sweep / FIRST[0] / "metrics.jsonl").read_text().splitlines()]
     assert summary["seconds"] == pytest.approx(sum(row["step_time"] for row in rows), abs=1e-3)
     assert 2**20 < summary["peak_memory"] < 2**34
     assert summary["versions"]["torch"] and summary["device"].startswith("cpu")
@@ -91,6 +105,6 @@ def test_cells_share_class_images_and_encodings(sweep):
         "class-000001.png",
     ]
     assert Image.open(sweep.parent / "class-images" / "class-000000.png").text[PROMPT_KEY] == "a photo of dog"
-    assert "Drawing" in (sweep / "seed=0" / "sweep.log").read_text()
-    assert "Drawing" not in (sweep / "seed=1" / "sweep.log").read_text()
+    assert "Drawing" in (sweep / FIRST[0] / "sweep.log").read_text()
+    assert "Drawing" not in (sweep / FIRST[1] / "sweep.log").read_text()
     assert list((sweep / "shared").glob("*.safetensors"))

@@ -13,7 +13,8 @@ from dreambooth.options.parsing import parse_options
 from scripts import evaluate
 from studies.cells import evaluate_command, evaluate_commands, is_done, read_summary, run_options, train_command
 from studies.checkpoints import adapters_at, check_kept, scores_path
-from studies.grid import read_grid
+from studies.grid import parse_grid, read_grid
+from studies.rounds import read_rounds
 from tests.conftest import ROOT
 from tests.unit.test_recipes import options_of
 
@@ -292,16 +293,29 @@ FULL = {"instance_data_dir": "photos", "pretrained_model_name_or_path": "base"}
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_a_grid_begins_with_its_command_and_says_how_many_runs_it_has(path):
-    text, cells = path.read_text(), read_grid(str(path))
+    text, (cells, more) = path.read_text(), cells_of_both_rounds(path)
     name = path.relative_to(ROOT).as_posix()
     assert text.startswith(f"# scripts/sweep.sh {name} --output_dir outputs/sweeps/{path.stem}\n")
-    assert f"\n# {len(cells)} runs" in text
+    assert f"\n# {len(cells)} runs{f', then {more} more' if more else ''}" in text
+
+
+def cells_of_both_rounds(path):
+    """The cells of a grid's first round, and how many the second adds, whatever is chosen."""
+    grid = parse_grid(str(path))
+    if (found := read_rounds(grid)) is None:
+        return grid.cells(), 0
+    rounds, _ = found
+    added = [{len({*names} - rounds.first) for names in setting.then.values()} for setting in rounds.settings]
+    assert all(len(each) == 1 for each in added)
+    return grid.cells(), sum(each.pop() for each in added)
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_the_scripts_know_the_options_of_a_grid_s_cells(path, tmp_path):
     seen = set()
-    for cell in read_grid(str(path)):
+    grid = parse_grid(str(path))
+    rounds = read_rounds(grid)
+    for cell in rounds[1].values() if rounds else grid.cells():
         command = train_command(cell, tmp_path)
         script, *arguments = command[1:]
         kind = (script, *(word.partition("=")[0] for word in arguments if word.startswith("--")))
@@ -319,5 +333,5 @@ def test_the_scripts_know_the_options_of_a_grid_s_cells(path, tmp_path):
 
 
 def test_there_is_a_grid_for_each_question_twice():
-    questions = {"factors", "steps", "learning_rate", "modules", "photos", "methods", "one_shot"}
+    questions = {"factors", "steps", "learning_rate", "modules", "photos", "methods", "methods_original", "one_shot"}
     assert {path.stem for path in GRIDS} == questions | {f"{question}-sdxl" for question in questions}

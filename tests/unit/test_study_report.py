@@ -16,10 +16,12 @@ from PIL import Image
 
 from dreambooth.errors import UserError
 from studies.choice import Choice
+from studies.grid import parse_grid
 from studies.plots import draw_heatmap, draw_lines, draw_tradeoff
 from studies.rendering import png_bytes
 from studies.report import write_plots, write_report
 from studies.results import MEASURES, axes_of, axis_numbers, read_sweep
+from studies.rounds import read_rounds, write_rounds
 from studies.sections import Plot
 from tests.conftest import ROOT
 from tests.synthetic_sweep import write_cell, write_checkpoints, write_ending, write_sweep
@@ -238,6 +240,43 @@ def test_methods_with_axes_of_their_own_are_lines_of_one_plot(tmp_path):
     assert all(line in page.text for line in ("shape 2-32", "shape 4-16", "lora_rank 1", "lora_rank 2"))
     shown = [image["alt"] for image in page.all("img") if image["src"].startswith("data:image/jpeg")]
     assert any(alt.startswith("-, 0.01") for alt in shown)  # a cell without a shape is not dropped
+
+
+def test_a_second_round_has_its_own_tables_and_does_not_bias_the_others(tmp_path):
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    (tmp_path / "grid.yaml").write_text(
+        "script: t.py\nevaluate: {prompt: [a]}\naxes:\n  shape: {2-32: {}, 8-8: {}}\n  learning_rate: [0.01, 0.02]\n"
+        "  subject: {dog: {}}\nbest: {axis: learning_rate, score: dino, axes: {subject: {dog: {}, cat: {}}}}\n"
+    )
+    grid = parse_grid(str(tmp_path / "grid.yaml"))
+    rounds, _ = read_rounds(grid)
+    write_rounds(folder, grid, rounds)
+    dogs = {("2-32", "0.01"): 0.5, ("2-32", "0.02"): 0.4, ("8-8", "0.01"): 0.2, ("8-8", "0.02"): 0.3}
+    for (shape, rate), dino in dogs.items():
+        write_cell(folder, {"shape": shape, "learning_rate": rate, "subject": "dog"}, dino, float(rate))
+    for shape, rate in (("2-32", "0.01"), ("8-8", "0.02")):  # cats are difficult
+        write_cell(folder, {"shape": shape, "learning_rate": rate, "subject": "cat"}, 0.1, float(rate))
+    # An earlier choice, from when the run at 0.01 had failed
+    write_cell(folder, {"shape": "2-32", "learning_rate": "0.02", "subject": "cat"}, 0.9, 0.02)
+    write_report(folder, folder, Choice(scores=["dino"]))
+    text = (folder / "report.md").read_text()
+    assert "| 2-32 | 0.01 | **0.01: 0.500**, 0.02: 0.400 |" in text
+    assert re.search(r"\| 2-32 \| 0.01 \| 2 of 2 \| \*\*0.300 ± 0.283", text)
+    assert re.search(r"\| 8-8 \| 0.02 \| 2 of 2 \| 0.200", text)
+    compared = text[text.index("compare the first round's 4 cells") :]
+    assert re.search(r"\| 2-32 \| 0.01 \| 0.500 \|.* 1 \|", compared)  # the best, by its dog
+    assert compared.count("| 1 of 1 |") == 4 and "± 0" not in compared
+    data = json.loads((folder / "results.json").read_text())
+    (second,) = data["rounds"]
+    scores = {cell["cell"]: cell["scores"].get("dino") for cell in data["cells"]}
+    for setting in second["settings"]:
+        assert setting["means"] == {rate: scores[cell] for rate, (cell,) in setting["first_round"].items()}
+        assert setting["best"] == max(setting["means"], key=setting["means"].get)
+        assert len(setting["second_round"]) == 2
+    page = Page((folder / "report.html").read_text())
+    assert "Second round: the best learning_rate by dino" in page.text and "0.300 ± 0.283" in page.text
+    assert share_of(Image.open(folder / "plots" / "heatmap-learning_rate-shape-dino.png"), "#d1242f") > 0
 
 
 @pytest.mark.parametrize(
