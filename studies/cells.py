@@ -84,16 +84,25 @@ def _defaults(cell: Cell, given: Mapping[str, Any], sweep: Path) -> dict[str, st
     return {name: value for name, (value, applies) in wanted.items() if applies and name not in given}
 
 
-def evaluate_command(cell: Cell, sweep: Path, result: str) -> list[str]:
-    """Return the command that scores the result of a trained cell, with the base model and the photos it had."""
+def evaluate_command(cell: Cell, sweep: Path, result: str, trained: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the command that scores the result of a cell, with the base model and the photos it was trained with.
+
+    `trained` has the options of its training; by default those in its folder.
+    """
     folder = sweep / cell.name
-    trained: Mapping[str, Any] = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if trained is None:
+        trained = read_options_of(folder)
     same = {
         name: str(trained[name]) for name in (*option_names(BaseModelOptions), "instance_data_dir") if name in trained
     }
     options = {**same, **(cell.evaluate or {}), "adapter": str(folder / result)}
     flags = flags_of(options, f"{cell.name}: evaluate")
     return [sys.executable, "scripts/evaluate.py", *flags, "--output_dir", str(folder / SCORES.parent)]
+
+
+def read_options_of(folder: Path) -> dict[str, Any]:
+    """Return the options with which a cell was trained."""
+    return yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ from studies.cells import (
     write_ending,
 )
 from studies.grid import Cell, read_grid
+from studies.plan import check_cells, count_cells
 
 DONE, FAILED, ELSEWHERE = "done", "failed", "running elsewhere"
 BEGAN = "SWEEP_BEGAN"  # variable: when scripts/sweep.sh was started; cells that failed later are not tried again
@@ -57,10 +58,13 @@ def main() -> int:
         if arguments.cell >= len(cells):
             raise UserError(f"--cell {arguments.cell}: {arguments.grid} has {counted(len(cells), 'cell')}, from 0 on")
         cells = [cells[arguments.cell]]
+    os.chdir(ROOT)  # where commands run, so that a relative path means the same to them and to what checks them
     check_same_commands(cells, sweep)
     if arguments.dry_run:
         show(cells, sweep)
         return 0
+    if BEGAN not in os.environ:  # scripts/sweep.sh has looked at everything
+        check_cells([cell for cell in everything if not is_done(cell, sweep)], sweep)
     began = float(os.environ.get(BEGAN) or time.time())
     worker = Worker(sweep, arguments.processes, began)
     for cell in everything:  # a report then knows what is still to come
@@ -82,16 +86,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=path_argument, required=True, metavar="DIR", help="folder of the sweep")
     parser.add_argument("--cell", type=int, help="run only this cell, counted from 0")
     parser.add_argument("--processes", type=int, default=1, help="GPUs for each cell; default: 1")
-    parser.add_argument("--dry_run", action="store_true", help="print the cells and their commands")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the cells, how many parameters each trains, and their commands"
+    )
     return parser.parse_args()
 
 
 def show(cells: Sequence[Cell], sweep: Path) -> None:
-    """Print every cell: its number, its name, whether it is done, and the command that trains it."""
+    """Print every cell: its number and name, how many parameters it trains, whether it is done, and its command.
+
+    Raises UserError if a training or an evaluation that is still to come will be refused.
+    """
+    done = {cell.name: read_summary(sweep / cell.name) or {} for cell in cells if is_done(cell, sweep)}
+    counts = count_cells([cell for cell in cells if cell.name not in done], sweep)
     for number, cell in enumerate(cells):
-        command = shlex.join(train_command(cell, sweep))
-        print(f"{number:4d}  {cell.name}{'  (done)' if is_done(cell, sweep) else ''}\n      {command}")
-    print(f"{counted(len(cells), 'cell')}, {sum(is_done(cell, sweep) for cell in cells)} done")
+        count = counts.get(cell.name) or done[cell.name].get("parameters", "not in its summary")
+        parameters = f"{count:,} parameters" if isinstance(count, int) else f"? parameters ({count})"
+        print(f"{number:4d}  {cell.name}  {parameters}{'  (done)' if cell.name in done else ''}")
+        print(f"      {shlex.join(train_command(cell, sweep))}")
+    print(f"{counted(len(cells), 'cell')}, {len(done)} done")
 
 
 def check_same_commands(cells: Sequence[Cell], sweep: Path) -> None:
