@@ -100,6 +100,11 @@ def evaluate_command(cell: Cell, sweep: Path, result: str, trained: Mapping[str,
     return [sys.executable, "scripts/evaluate.py", *flags, "--output_dir", str(folder / SCORES.parent)]
 
 
+def log_scores_command(cell: Cell, sweep: Path) -> list[str]:
+    """Return the command that sends the scores of a cell to where its training was logged."""
+    return [sys.executable, "studies/log_scores.py", str(sweep / cell.name)]
+
+
 def read_options_of(folder: Path) -> dict[str, Any]:
     """Return the options with which a cell was trained."""
     return yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))

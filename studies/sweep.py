@@ -38,6 +38,7 @@ from studies.cells import (
     evaluate_command,
     is_done,
     last_line,
+    log_scores_command,
     read_ending,
     read_summary,
     train_command,
@@ -149,6 +150,8 @@ class Worker:
             print(f"{cell.name} ...", flush=True)
             began = time.time()
             code = self._train_and_evaluate(cell, folder, claim)
+            if not code and cell.evaluate is not None:
+                self._call(log_scores_command(cell, self.sweep), folder, claim)  # trackers decide nothing
             line, command = last_line(folder / LOG_NAME), train_command(cell, self.sweep, self.processes)
             write_ending(folder, Ending(code, line, command, began, round(time.time() - began, 1)))
         if code and not self.stopping:
