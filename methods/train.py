@@ -34,6 +34,7 @@ checkpoint-*/, samples/*.png, metrics.jsonl, training.png, README.md (the model 
 
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,24 @@ def main() -> None:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return
-    for place, (kind, table) in enumerate({"METHOD": METHODS, "FAMILY": FAMILIES}.items()):
-        given = words[place] if place < len(words) else "missing"
-        if given not in table:
-            raise UserError(
-                f"{kind} is {given}; choose from {', '.join(table)}: methods/train.py METHOD FAMILY [options]"
-            )
-    method, family = METHODS[words[0]], FAMILIES[words[1]]
+    method, family = chosen(words)
     config = parse_options(config_class(method.options, family.options), __doc__, words[2:])
     with lean_imports():
         from dreambooth.train import train
 
         family, method = family.load(), method.load()
     train(family, method, config)
+
+
+def chosen(words: Sequence[str]) -> tuple[Entry, Entry]:
+    """Return the method and the family that a command line begins with. Raises UserError if it does not."""
+    for place, (kind, table) in enumerate({"METHOD": METHODS, "FAMILY": FAMILIES}.items()):
+        given = words[place] if place < len(words) else "missing"
+        if given not in table:
+            raise UserError(
+                f"{kind} is {given}; choose from {', '.join(table)}: methods/train.py METHOD FAMILY [options]"
+            )
+    return METHODS[words[0]], FAMILIES[words[1]]
 
 
 if __name__ == "__main__":

@@ -32,22 +32,21 @@ drop_needless_warnings()  # before the imports that cause some
 
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTokenizer
 
 from dreambooth.errors import readable_errors
 from dreambooth.family import Family
 from dreambooth.kronecker import KRONECKER
-from dreambooth.method import Method, trained_parameters
+from dreambooth.method import Method
 from dreambooth.options.field import option_names
 from dreambooth.options.training import config_class
 from kron_adapter import KroneckerError, KroneckerLinear, inject_kronecker, remove_kronecker
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
 from methods.train import FAMILIES, METHODS
+from studies.counting import WORD, count_trained, stand_in
 
 DOES_NOT_FIT = "does not fit"
 NOTHING = "-"
-WORD = "a"  # that new words begin as
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
@@ -165,11 +164,8 @@ def attach(contender: Contender, architecture: str, with_text: bool) -> tuple[in
     """
     method = contender.load()
     family, config = configure(method, contender, architecture, with_text)
-    models = family.trained_models(load_architecture(architecture), method.trains_text(config))
-    tokenizers = {name: stand_in() for name in family.text_encoders if name in models}
-    parameters = trained_parameters(method.attach(family, models, tokenizers, config))
-    unet = {id(parameter) for parameter in models[family.denoiser].parameters()}
-    return sum(p.numel() for p in parameters if id(p) in unet), sum(p.numel() for p in parameters)
+    tokenizers = {name: stand_in() for name in family.text_encoders}
+    return count_trained(method, family, load_architecture(architecture), tokenizers, config)
 
 
 def configure(method: Method, contender: Contender, architecture: str, with_text: bool) -> tuple[Family, Any]:
@@ -180,11 +176,6 @@ def configure(method: Method, contender: Contender, architecture: str, with_text
     given = {name: value for name, value in given.items() if name in option_names(options)}
     given = {"pretrained_model_name_or_path": "", "instance_prompt": "", **given, **contender.options}
     return entry.load(), options(**given)
-
-
-def stand_in() -> CLIPTokenizer:
-    """Return a tokenizer that knows one word."""
-    return CLIPTokenizer(vocab={f"{WORD}</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}, merges=[])
 
 
 # ---- the paper ----

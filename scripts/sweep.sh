@@ -8,7 +8,7 @@
 #
 # --jobs N        N cells at a time; default: 1
 # --gpus 0,1,2    a cell on each of these GPUs;  --gpus 0,1:2,3   on two GPUs each
-# --dry_run       print the cells and their commands
+# --dry_run       print the cells, how many parameters each trains, and their commands
 #
 # Ctrl-C or SIGTERM stops all cells after their steps, with a checkpoint (exit code 75). Exit code 1: a cell failed;
 # DIR/CELL/sweep.log says why, and the next start tries it again.

@@ -89,7 +89,7 @@ def evaluate_commands(cell: Cell, sweep: Path, summary: Mapping[str, Any]) -> li
     result, the last of all. Raises UserError if the run has not saved the checkpoints."""
     folder = sweep / cell.name
     if cell.checkpoints:
-        check_steps(cell, read_trained(folder)["checkpointing_steps"], summary["steps"])
+        check_steps(cell, read_options_of(folder)["checkpointing_steps"], summary["steps"])
     lacking = [step for step in _scored(cell, folder, summary) if not (folder / scores_path(step)).exists()]
     return [evaluate_command(cell, sweep, summary["result"], step) for step in lacking]
 
@@ -98,14 +98,19 @@ def _scored(cell: Cell, folder: Path, summary: Mapping[str, Any]) -> list[int | 
     """Return the steps of all checkpoints of a trained cell that are scored, and None for its result."""
     if not cell.checkpoints:
         return [None]
-    return [*scored_steps(cell, read_trained(folder)["checkpointing_steps"], summary["steps"]), None]
+    return [*scored_steps(cell, read_options_of(folder)["checkpointing_steps"], summary["steps"]), None]
 
 
-def evaluate_command(cell: Cell, sweep: Path, result: str, step: int | None = None) -> list[str]:
-    """Return the command that scores the result of a trained cell, or its checkpoint after `step` optimizer steps, with
-    the base model and the photos it had."""
+def evaluate_command(
+    cell: Cell, sweep: Path, result: str, step: int | None = None, trained: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return the command that scores the result of a cell, or its checkpoint after `step` optimizer steps, with the base
+    model and the photos it was trained with.
+
+    `trained` has the options of its training; by default those in its folder.
+    """
     folder = sweep / cell.name
-    trained = read_trained(folder)
+    trained = read_options_of(folder) if trained is None else trained
     same = {
         name: str(trained[name]) for name in (*option_names(BaseModelOptions), "instance_data_dir") if name in trained
     }
@@ -114,7 +119,12 @@ def evaluate_command(cell: Cell, sweep: Path, result: str, step: int | None = No
     return [sys.executable, "scripts/evaluate.py", *flags, "--output_dir", str(folder / scores_path(step).parent)]
 
 
-def read_trained(folder: Path) -> Mapping[str, Any]:
+def log_scores_command(cell: Cell, sweep: Path) -> list[str]:
+    """Return the command that sends the scores of a cell to where its training was logged."""
+    return [sys.executable, "studies/log_scores.py", str(sweep / cell.name)]
+
+
+def read_options_of(folder: Path) -> dict[str, Any]:
     """Return the options with which a cell was trained."""
     return yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
 

@@ -39,6 +39,7 @@ from studies.cells import (
     evaluate_commands,
     is_done,
     last_line,
+    log_scores_command,
     read_ending,
     read_summary,
     run_options,
@@ -47,6 +48,7 @@ from studies.cells import (
 )
 from studies.checkpoints import check_kept
 from studies.grid import Cell, parse_grid
+from studies.plan import check_cells, count_cells
 from studies.rounds import Chosen, Rounds, choose_in, in_words, numbered, read_rounds, write_rounds
 
 DONE, FAILED, ELSEWHERE = "done", "failed", "running elsewhere"
@@ -64,6 +66,7 @@ def main() -> int:
         if (cell := cell_of_number(arguments, first, second)) is None:
             return 1
         cells = [cell]
+    os.chdir(ROOT)  # where commands run, so that a relative path means the same to them and to what checks them
     known = cells if second is None else [*second.cells.values()]
     check_same_commands(known, sweep)
     for cell in known:
@@ -71,6 +74,8 @@ def main() -> int:
     if arguments.dry_run:
         show(cells, sweep, None if arguments.cell is not None else second)
         return 0
+    if BEGAN not in os.environ:  # scripts/sweep.sh has looked at everything
+        check_cells([cell for cell in known if not is_done(cell, sweep)], sweep)
     began = float(os.environ.get(BEGAN) or time.time())
     worker = Worker(sweep, arguments.processes, began)
     for cell in first:  # a report then knows what is still to come
@@ -94,14 +99,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=path_argument, required=True, metavar="DIR", help="folder of the sweep")
     parser.add_argument("--cell", type=int, help="run only this cell, counted from 0")
     parser.add_argument("--processes", type=int, default=1, help="GPUs for each cell; default: 1")
-    parser.add_argument("--dry_run", action="store_true", help="print the cells and their commands")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the cells, how many parameters each trains, and their commands"
+    )
     return parser.parse_args()
 
 
 def show(cells: Sequence[Cell], sweep: Path, second: "SecondRound | None" = None) -> None:
-    """Print every cell: its number, its name, whether it is done, and the command that trains it.
+    """Print every cell: its number and name, how many parameters it trains, whether it is done, and its command.
 
-    Those of the second round are known once the first is done.
+    Those of the second round are known once the first is done. Raises UserError if a training or an evaluation that is
+    still to come will be refused.
     """
     rows, to_come = dict(enumerate(cells)), ""
     if second is not None and second.is_open():
@@ -114,11 +122,15 @@ def show(cells: Sequence[Cell], sweep: Path, second: "SecondRound | None" = None
         chosen = second.choose()
         print(in_words(second.rounds, chosen))
         rows |= {number: second.cells[name] for number, name in numbered(second.rounds, chosen).items()}
+    by_name = {cell.name: cell for cell in rows.values()}
+    done = {name: read_summary(sweep / name) or {} for name, cell in by_name.items() if is_done(cell, sweep)}
+    counts = count_cells([cell for name, cell in by_name.items() if name not in done], sweep)
     for number, cell in rows.items():
-        command = shlex.join(train_command(cell, sweep))
-        print(f"{number:4d}  {cell.name}{'  (done)' if is_done(cell, sweep) else ''}\n      {command}")
-    cells = [*{cell.name: cell for cell in rows.values()}.values()]
-    print(f"{counted(len(cells), 'cell')}, {sum(is_done(cell, sweep) for cell in cells)} done{to_come}")
+        count = counts.get(cell.name) or done[cell.name].get("parameters", "not in its summary")
+        parameters = f"{count:,} parameters" if isinstance(count, int) else f"? parameters ({count})"
+        print(f"{number:4d}  {cell.name}  {parameters}{'  (done)' if cell.name in done else ''}")
+        print(f"      {shlex.join(train_command(cell, sweep))}")
+    print(f"{counted(len(by_name), 'cell')}, {len(done)} done{to_come}")
 
 
 def check_same_commands(cells: Sequence[Cell], sweep: Path) -> None:
@@ -257,6 +269,8 @@ class Worker:
                 code = 2
                 with (folder / LOG_NAME).open("a", encoding="utf-8") as log:
                     print(f"error: {error}", file=log)
+            if not code and cell.evaluate is not None:
+                self._call(log_scores_command(cell, self.sweep), folder, claim)  # trackers decide nothing
             line, command = last_line(folder / LOG_NAME), train_command(cell, self.sweep, self.processes)
             write_ending(folder, Ending(code, line, command, began, round(time.time() - began, 1)))
         if code and not self.stopping:

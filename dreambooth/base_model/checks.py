@@ -19,14 +19,18 @@ def check_family(family: Family, config: BaseModelOptions) -> None:
 
     Denoisers of other families take other conditions, and those of other tasks, such as inpainting, other latents.
     """
-    name, expected = config.pretrained_model_name_or_path, family.pipeline_class.__name__
     source = base_source(config)
-    found = source.pipeline_class
+    check_pipeline(family, source.pipeline_class, config)
+    source.configurations.check_unquantised(family.denoiser)
+
+
+def check_pipeline(family: Family, found: str | None, config: BaseModelOptions) -> None:
+    """Raise UserError if the base model's pipeline, a name of its class, is not that of the family."""
+    name, expected = config.pretrained_model_name_or_path, family.pipeline_class.__name__
     if found != expected:
         raise UserError(
             f"--pretrained_model_name_or_path {name} is a {found}, but this script trains a {expected} ({family.title})"
         )
-    source.configurations.check_unquantised(family.denoiser)
 
 
 def empty_models(config: BaseModelOptions, components: Sequence[str]) -> dict[str, nn.Module]:

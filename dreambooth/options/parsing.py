@@ -33,8 +33,7 @@ def parse_options(config_class: type[C], description: str | None, argv: Sequence
     Options that were set and have no effect are warned of, by the first of several processes.
     """
     try:
-        config = _parse(config_class, description, list(sys.argv[1:] if argv is None else argv))
-        check_options(config)
+        config = read_options(config_class, description, sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {error}\n{HINT}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -46,7 +45,14 @@ def parse_options(config_class: type[C], description: str | None, argv: Sequence
     return config
 
 
-def _parse(config_class: type[C], description: str | None, argv: list[str]) -> C:
+def read_options(config_class: type[C], description: str | None, argv: Sequence[str]) -> C:
+    """Return the same options. Raises UserError if anything is wrong with them; warns of nothing."""
+    config = _parse(config_class, description, argv)
+    check_options(config)
+    return config
+
+
+def _parse(config_class: type[C], description: str | None, argv: Sequence[str]) -> C:
     _refuse_unknown(argv, config_class)
     first_look = _Parser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
 from PIL import Image
+from torch.utils.tensorboard.summary import hparams
 
 from dreambooth.errors import warn_only
 from dreambooth.layout import TRACKERS_NAME
 from dreambooth.options.field import public_options
 from dreambooth.options.training import TrainingConfig
+from dreambooth.report.tracked import IDENTITY, PROJECT, tensorboard_run, wandb_project
 from kron_formats.files import whole_file
-
-PROJECT = "dreambooth-kronecker"
-IDENTITY = {"wandb": "id", "trackio": "name"}  # what a tracker finds a run by: an attribute of its run, and a keyword
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig, first_step: int) -> None:
@@ -34,7 +33,7 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, first_step:
         project, keywords = _arguments(name, accelerator, config, first_step)
         accelerator.trackers.append(LOGGER_TYPE_TO_CLASS[name](project, **keywords | _identity(name, path, first_step)))
     options = _flat(public_options(config))
-    _each_tracker(accelerator, lambda tracker: (tracker.start(), tracker.store_init_configuration(options)))
+    _each_tracker(accelerator, lambda tracker: (tracker.start(), _store_options(tracker, options)))
     _remember(accelerator, path)
 
 
@@ -51,12 +50,14 @@ def _arguments(
             names["dir"] = str(logs)
         # It also records the command line, which may contain the token
         settings = {"settings": {"x_disable_meta": True}} if config.hub_token else {}
-        return project or (None if "WANDB_PROJECT" in os.environ else PROJECT), names | settings
+        return wandb_project(project), names | settings
     if name == "trackio":
         return project or PROJECT, names
-    folder = Path(project or PROJECT, config.tracker_run_name or "")
     # TensorBoard hides what an earlier run in this folder logged for the steps that this run trains
-    return str(folder), {"logging_dir": str(logs), "purge_step": first_step + 1 if first_step else 0}
+    return tensorboard_run(project, config.tracker_run_name), {
+        "logging_dir": str(logs),
+        "purge_step": first_step + 1 if first_step else 0,
+    }
 
 
 def _identity(name: str, path: Path, first_step: int) -> dict[str, str]:
@@ -69,6 +70,15 @@ def _identity(name: str, path: Path, first_step: int) -> dict[str, str]:
     with suppress(OSError, ValueError, KeyError, TypeError):
         return {IDENTITY[name]: str(json.loads(path.read_text(encoding="utf-8"))[name]), "resume": "allow"}
     return {}
+
+
+def _store_options(tracker: GeneralTracker, options: dict[str, int | float | str]) -> None:
+    if not isinstance(tracker, TensorBoardTracker):
+        tracker.store_init_configuration(options)
+        return
+    # accelerate's way makes another run in TensorBoard at each start, and says that there are no scores to show
+    _, session, _ = hparams(options, {})
+    tracker.writer.file_writer.add_summary(session)
 
 
 def _remember(accelerator: Accelerator, path: Path) -> None:

@@ -99,6 +99,13 @@ def test_a_run_sums_itself_up_for_programs(sweep):
     assert summary["versions"]["torch"] and summary["device"].startswith("cpu")
 
 
+def test_scores_are_where_the_training_was_logged(sweep):
+    for seed in (0, 1):
+        (scores,) = (sweep / f"seed={seed}").rglob("events.out.tfevents.*.scores")
+        assert b"scores/dino" in scores.read_bytes()
+        assert len(list(scores.parent.iterdir())) == 2  # the training's, in the same run
+
+
 def test_cells_share_class_images_and_encodings(sweep):
     assert [path.name for path in sorted((sweep.parent / "class-images").glob("*.png"))] == [
         "class-000000.png",

@@ -1,6 +1,7 @@
 """Grids: from YAML to the cells of a sweep and their commands."""
 
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from scripts import evaluate
 from studies.cells import evaluate_command, evaluate_commands, is_done, read_summary, run_options, train_command
 from studies.checkpoints import adapters_at, check_kept, scores_path
 from studies.grid import parse_grid, read_grid
+from studies.plan import check_cells, count_cells
 from studies.rounds import read_rounds
+from studies.sweep import show
 from tests.conftest import ROOT
 from tests.unit.test_recipes import options_of
 
@@ -284,10 +287,121 @@ def test_a_checkpoint_of_a_whole_model_is_drawn_with_the_components_that_trained
     assert adapters_at(tmp_path, 5, "pipeline") == parts
 
 
+# ---- what is refused before anything runs, and what will train ----
+
+TOY = {
+    "pretrained_model_name_or_path": "toyworld/models/sd",
+    "instance_data_dir": "nowhere/dog",
+    "instance_prompt": "a photo of sks dog",
+    "kron_a1": 2,
+    "kron_a2": 32,
+}
+SDXL_ON_THE_HUB = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    """Where commands run, without a network."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize(
+    "entries, named",
+    [
+        ({"axes": {"seed": [0, 1], "kron_a3": [2]}}, "seed=0,kron_a3=2 and 1 other cell: --kron_a3"),
+        ({"axes": {"seed": [0, "x"]}}, "^seed=x: --seed.*'x'"),
+        ({"axes": {"learning_rate": [0.1, -1]}}, "^learning_rate=-1: --learning_rate"),
+        ({"axes": {"score_checkpoints": ["true"]}}, "^score_checkpoints=true: --score_checkpoints .*--holdout"),
+        ({"script": "methods/train.py lara sd"}, "^seed=0 and 1 other cell: METHOD is lara"),
+        ({"script": "methods/train.py lora sd"}, "--kron_a1"),
+        ({"script": "train_dreamboth_kronecker.py"}, "train_dreamboth_kronecker.py does not exist"),
+        ({"evaluate": {"class_noun": "dog", "prompt": ["{}"], "num_imagse": 4}}, "evaluate: --num_imagse"),
+        ({"evaluate": {"class_noun": "dog"}}, "evaluate: .*--prompt"),
+        ({"evaluate": {"class_noun": "dog", "prompt": ["{}"], "num_images": -1}}, "evaluate: --num_images"),
+    ],
+)
+def test_what_a_script_would_refuse_is_refused_with_the_names_of_its_cells(cells_of, tmp_path, at_root, entries, named):
+    with pytest.raises(UserError, match=named):
+        check_cells(cells_of(**{"options": TOY, **entries}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script", ["tests/faults/sweep_stand_in.py", "-m toyworld.study", str(ROOT / "kron_adapter.py")]
+)
+def test_other_scripts_are_left_to_themselves(cells_of, tmp_path, at_root, script):
+    cells = cells_of(script=script, options={"anything": 1}, evaluate={"anything": 1})
+    assert check_cells(cells, tmp_path) == [None, None]
+    assert all("script" in why for why in count_cells(cells, tmp_path).values())
+
+
+def test_the_same_script_under_another_path_is_checked_too(cells_of, tmp_path, at_root):
+    for script in ("./train_dreambooth_kronecker.py", str(ROOT / "methods" / ".." / "train_dreambooth_kronecker.py")):
+        with pytest.raises(UserError, match="--kron_a3"):
+            check_cells(cells_of(script=script, options={**TOY, "kron_a3": 1}), tmp_path)
+
+
+def test_a_plan_says_what_each_cell_trains(cells_of, tmp_path, at_root, capsys):
+    lora = {"script": "methods/train.py lora sd", "kron_a1": None, "kron_a2": None, "rank": 1}
+    xl = {"pretrained_model_name_or_path": SDXL_ON_THE_HUB, "kron_a1": 4, "kron_a2": 64}
+    methods = {
+        "kronecker": {},
+        "targets": {"kron_targets": ["to_q"]},
+        "text": {"train_text_encoder": "true"},
+        "lora": lora,
+        "sdxl": {"script": "train_dreambooth_kronecker_sdxl.py", **xl},
+        "unknown": {"pretrained_model_name_or_path": "someone/else"},
+        "later": {"pretrained_model_name_or_path": "outputs/not/made/yet"},
+    }
+    cells = cells_of(options=TOY, axes={"method": methods, "learning_rate": [0.1, 0.2]})
+    counts = count_cells(cells, tmp_path)
+    assert [*counts.values()][:10:2] == [13_696, 3_328, 16_256, 11_648, 3_874_560]
+    assert all(
+        counts[f"method={name},learning_rate=0.1"] == counts[f"method={name},learning_rate=0.2"] for name in methods
+    )
+    assert "someone/else" in counts["method=unknown,learning_rate=0.1"]
+    assert "outputs/not/made/yet" in counts["method=later,learning_rate=0.1"]
+    show(cells[:1] + cells[-1:], tmp_path)
+    told = capsys.readouterr().out
+    assert "method=kronecker,learning_rate=0.1  13,696 parameters\n" in told
+    assert "method=later,learning_rate=0.2  ? parameters (" in told and told.endswith("2 cells, 0 done\n")
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"kron_a2": 48}, "^seed=0 and 1 other cell: .*48"),
+        ({"kron_targets": ["to_w"]}, "to_w"),
+        ({"pretrained_model_name_or_path": SDXL_ON_THE_HUB}, f"--pretrained_model_name_or_path {SDXL_ON_THE_HUB}"),
+        ({"pretrained_model_name_or_path": "toyworld/photos"}, "--pretrained_model_name_or_path toyworld/photos"),
+        ({"pretrained_model_name_or_path": "toyworld/models/sdxl"}, "--pretrained_model_name_or_path toyworld/models"),
+    ],
+)
+def test_what_does_not_fit_its_base_model_is_refused(cells_of, tmp_path, at_root, options, named):
+    with pytest.raises(UserError, match=named):
+        count_cells(cells_of(options={**TOY, **options}), tmp_path)
+
+
+def test_what_a_method_refuses_is_refused(cells_of, tmp_path, at_root):
+    options = {**TOY, "kron_a1": None, "kron_a2": None, "base_precision": "bf16"}
+    with pytest.raises(UserError, match="^seed=0 and 1 other cell: --base_precision bf16"):
+        count_cells(cells_of(script="methods/train.py dreambooth sd", options=options), tmp_path)
+
+
+def test_trainings_are_checked_without_torch(tmp_path):
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**PLAIN, "options": TOY}))
+    code = (
+        "import sys; from pathlib import Path; from studies import sweep, plan, grid;"
+        f"plan.check_cells(grid.read_grid({str(tmp_path / 'grid.yaml')!r}), Path('x')); print(*sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "studies.training" in result.stdout.split() and "torch" not in result.stdout.split()
+
+
 # ---- the grids that are here ----
 
-SHARED = ("toyworld.yaml", "sdxl.yaml")  # what their runs have in common
-GRIDS = [path for path in sorted((ROOT / "configs" / "sweeps").glob("*.yaml")) if path.name not in SHARED]
+NOT_GRIDS = ("toyworld.yaml", "sdxl.yaml", "wandb.yaml", "search.yaml")  # what runs share, and searches
+GRIDS = [path for path in sorted((ROOT / "configs" / "sweeps").glob("*.yaml")) if path.name not in NOT_GRIDS]
 FULL = {"instance_data_dir": "photos", "pretrained_model_name_or_path": "base"}
 
 
@@ -330,6 +444,12 @@ def test_the_scripts_know_the_options_of_a_grid_s_cells(path, tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(FULL))
         parse_options(evaluate.Config, None, evaluate_command(cell, tmp_path, "result")[2:])
+
+
+@pytest.mark.parametrize("name", ["methods", "methods-sdxl"])
+def test_every_method_of_a_grid_can_be_counted(name, tmp_path, at_root):
+    counts = count_cells(read_grid(str(ROOT / "configs" / "sweeps" / f"{name}.yaml")), tmp_path)
+    assert all(isinstance(count, int) for count in counts.values()) and len({*counts.values()}) >= 4
 
 
 def test_there_is_a_grid_for_each_question_twice():
