@@ -104,10 +104,10 @@ def _scored(cell: Cell, folder: Path, summary: Mapping[str, Any]) -> list[int | 
 def evaluate_command(
     cell: Cell, sweep: Path, result: str, step: int | None = None, trained: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Return the command that scores the result of a cell, or its checkpoint after `step` optimizer steps, with the base
-    model and the photos it was trained with.
+    """Return the command that scores the result of a cell, or its checkpoint after `step` optimizer steps.
 
-    `trained` has the options of its training; by default those in its folder.
+    Base model and photos are those it was trained with: `trained` has the options of its training; by default those in
+    its folder.
     """
     folder = sweep / cell.name
     trained = read_options_of(folder) if trained is None else trained

@@ -139,6 +139,7 @@ def test_cells_that_have_not_begun_have_their_folder(tmp_path, monkeypatch):
     grid, folder = tmp_path / "grid.yaml", tmp_path / "sweep"
     grid.write_text("script: train_dreambooth_kronecker.py\naxes: {seed: [1, 2]}\n")
     monkeypatch.setattr(sys, "argv", ["sweep.py", str(grid), "--output_dir", str(folder), "--cell", "1"])
+    monkeypatch.setenv(sweep.BEGAN, "0")  # as from scripts/sweep.sh, which has checked the cells
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sweep.Worker, "run", lambda *_: sweep.DONE)
     assert sweep.main() == 0
