@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
+from dreambooth.scoring import contact_sheet
 from kron_adapter import save_kronecker
 from scripts import convert, evaluate, generate
 from tests.adapters import adapted_pipeline
@@ -210,8 +211,8 @@ def test_held_out_photos_are_compared_with_and_denoised(
     run_main, options, adapter, photos, tiny_clip, tiny_dino, tmp_path, monkeypatch, capsys
 ):
     sheets = []
-    draw_sheet = evaluate.draw_sheet
-    monkeypatch.setattr(evaluate, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
+    draw_sheet = contact_sheet.draw_sheet
+    monkeypatch.setattr(contact_sheet, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
     run_main(evaluate, **options | {"prompt": PROMPTS[:1]}, adapter=adapter, holdout=1, denoising_pairs=4)
     output, judge, scores = options["output_dir"], Judge(tiny_clip, tiny_dino), report(options)
     held_out = sorted(photos.iterdir())[-1:]
@@ -261,8 +262,8 @@ def test_the_prior_can_be_left_out(run_main, options, adapter):
 
 def test_the_sheet_shows_photos_and_for_each_prompt_the_models_side_by_side(run_main, options, adapter, monkeypatch):
     sheets = []
-    draw_sheet = evaluate.draw_sheet
-    monkeypatch.setattr(evaluate, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
+    draw_sheet = contact_sheet.draw_sheet
+    monkeypatch.setattr(contact_sheet, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
     run_main(evaluate, **options, adapter=adapter)
     ((rows, labels),) = sheets
     prompts = ["a sks robot in the snow", "a red sks robot", "a photo of robot"]

@@ -1,0 +1,37 @@
+"""The sheet of an evaluation: the photos, and what both models drew from the same seeds, side by side."""
+
+from collections.abc import Mapping, Sequence
+
+from PIL import Image, ImageOps
+
+from dreambooth.drawing.sheet import draw_sheet
+from dreambooth.options.evaluation import EvaluationOptions
+from dreambooth.scoring.models import Drawn
+from dreambooth.scoring.prompts import ADAPTED, Prompts
+
+COLUMNS = 8  # images
+THUMBNAIL = (192, 192)  # px
+GAP = (16, 192)  # px, between the models
+
+
+def contact_sheet(
+    photos: Sequence[Image.Image], prompts: Prompts, drawn: Mapping[str, Drawn], config: EvaluationOptions
+) -> Image.Image:
+    """Return a sheet: a row of photos, and for each prompt a row of both models' images of the same seeds."""
+    rows = [photos[:COLUMNS]]
+    labels = ["photos that were not trained on" if config.has_references else "photos"]
+    models = " | ".join(drawn)
+    for number, prompt in enumerate(prompts.drawn[ADAPTED]):
+        rows.append(_side_by_side([images.rows[number] for images in drawn.values()]))
+        labels.append(f"{prompt}: {models}")
+    if all(images.class_images for images in drawn.values()):
+        rows.append(_side_by_side([images.class_images for images in drawn.values()]))
+        labels.append(f"{prompts.of_class}: {models}")
+    return draw_sheet([[ImageOps.contain(image, THUMBNAIL) for image in row] for row in rows], labels)
+
+
+def _side_by_side(groups: Sequence[Sequence[Image.Image]]) -> list[Image.Image]:
+    """Return the first images of each group, as many as fit in COLUMNS, with a gap between the groups."""
+    gap = Image.new("RGB", GAP, "white")
+    row = [cell for group in groups for cell in [*group[: COLUMNS // len(groups)], gap]]
+    return row[:-1]
