@@ -12,6 +12,7 @@ for that: "<dog>" of Textual Inversion, "<new1> dog" of Custom Diffusion; the ba
     CLIP-I, DINO   fidelity to the subject: mean cosine of images and photos in CLIP's and in DINO's embeddings
     CLIP-T         fidelity to the prompt: mean cosine of images and their prompts in CLIP's embeddings
     diversity      mean DINO distance, 1 - cosine, of two images of a prompt; needs --num_images of at least 2
+    LPIPS          with --lpips: the same with LPIPS distances, as in the paper; also of class images
     prior          of class images: mean DINO cosine to the photos (if it rises, "dog" comes to mean this dog) and
                    diversity, without and with the adapter; mean DINO distance of the two images of a seed
 
@@ -23,7 +24,7 @@ then compared with these, and the models denoise them, all with the same noise a
     in masks       the same inside the masks of the photos that have one (photo.mask.png)
     drift          mean squared change of the prediction for class images and their prompt: 0 if the class is intact
 
-These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), whose diversity uses LPIPS distances instead.
+These are the measures of the DreamBooth paper (arXiv 2208.12242, sec. 4), whose diversity is that of --lpips.
 By default DINO is the paper's ViT-S/16, and CLIP is ViT-B/32. The row "photos" compares the photos with each other:
 what a perfect adapter would score. --adapter takes files of every method, which add up as in scripts/generate.py;
 without any, the base model alone is scored.
@@ -66,9 +67,11 @@ def main() -> None:
     from dreambooth.drawing.pipelines import adapted_tokenizers, read_adapters
     from dreambooth.scoring.contact_sheet import contact_sheet
     from dreambooth.scoring.embeddings import load_evaluators
+    from dreambooth.scoring.lpips import load_lpips
     from dreambooth.scoring.models import measure
     from dreambooth.scoring.prompts import name_prompts, warn_of_cut_drawings, warn_of_cut_texts
-    from dreambooth.scoring.results import score, table, write_csv, write_json
+    from dreambooth.scoring.report import table, write_csv, write_json
+    from dreambooth.scoring.results import score
     from methods.readers import READERS
 
     adapters = read_adapters(config, READERS)
@@ -79,9 +82,10 @@ def main() -> None:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
     warn_of_cut_texts(prompts, evaluators)
+    lpips = load_lpips(config.lpips, device) if config.lpips else None
 
     measured = measure(adapters, READERS, prompts, photos, device, config)
-    results = score(measured, photos.subject, prompts, evaluators)
+    results = score(measured, photos.subject, prompts, evaluators, lpips)
 
     output = Path(config.output_dir)
     write_csv(output / "scores.csv", prompts, results)

@@ -1,6 +1,7 @@
 """What scripts/evaluate.py scores, on which prompts, and with which models."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.base_model import AdaptedModelOptions
@@ -54,6 +55,9 @@ class EvaluationOptions(AdaptedModelOptions, DrawingOptions):
         "CLIP to score with: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32", hub=True
     )
     dino_model: str = option("DINO to score with: a name on the Hub, or a folder.", "facebook/dino-vits16", hub=True)
+    lpips: Literal["alex", "vgg", "squeeze"] | None = option(
+        "Network for diversity by LPIPS as well, which needs torchmetrics and torchvision. Default: none.", None
+    )
     output_dir: str = option(
         "Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation", path=True
     )
