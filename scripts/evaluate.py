@@ -16,6 +16,12 @@ for that: "<dog>" of Textual Inversion, "<new1> dog" of Custom Diffusion; the ba
     prior          of class images: mean DINO cosine to the photos (if it rises, "dog" comes to mean this dog) and
                    diversity, without and with the adapter; mean DINO distance of the two images of a seed
 
+Training may also change what has nothing to do with the subject. --other_prompts FILE has prompts that do not name it,
+which both models draw from the same seeds:
+
+    other prompts  mean DINO distance of the two images of a seed, CLIP-T without and with the adapter, and mean DINO
+                   cosine to the photos without and with it: if it rises, the subject leaks into other images
+
 Scores against the photos that were trained on also reward copying them. --reference_dir has other photos of the
 subject; --holdout N takes the last N of --instance_data_dir, if the adapter was trained with --holdout N. Images are
 then compared with these, and the models denoise them, all with the same noise at the same timesteps:
@@ -44,7 +50,7 @@ from dreambooth.options.evaluation import EvaluationOptions
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.paths import check_folder
 from dreambooth.runtime.library_warnings import show_library_warnings
-from dreambooth.scoring.inputs import read_asked, read_photos
+from dreambooth.scoring.inputs import read_asked, read_others, read_photos
 from dreambooth.scoring.subject import warn_of_trained_photos
 from dreambooth.wording import counted
 
@@ -57,7 +63,7 @@ class Config(EvaluationOptions):
 def main() -> None:
     config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
     check_folder(config.output_dir, "--output_dir")
-    asked, photos = read_asked(config), read_photos(config)
+    asked, others, photos = read_asked(config), read_others(config), read_photos(config)
     print(f"Comparing with {counted(len(photos.subject), 'photo')} {config.compared_with}", flush=True)
 
     show_library_warnings()
@@ -77,7 +83,7 @@ def main() -> None:
     adapters = read_adapters(config, READERS)
     files = [adapter.matched.file for adapter in adapters]
     warn_of_trained_photos({file.path.name: file.own_metadata for file in files}, config.holdout)
-    prompts = name_prompts(asked, files, config)
+    prompts = name_prompts(asked, others, files, config)
     warn_of_cut_drawings(prompts, adapted_tokenizers(config, adapters).values(), config)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)

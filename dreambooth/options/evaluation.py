@@ -51,6 +51,13 @@ class EvaluationOptions(AdaptedModelOptions, DrawingOptions):
         path=True,
         needs={"adapter": GIVEN},
     )
+    other_prompts: str | None = option(
+        "File with prompts that do not name the subject, one per line, on which both models should draw the same, for "
+        "example configs/prompts/other.txt. Default: none.",
+        None,
+        path=True,
+        needs={"adapter": GIVEN},
+    )
     clip_model: str = option(
         "CLIP to score with: a name on the Hub, or a folder.", "openai/clip-vit-base-patch32", hub=True
     )

@@ -17,16 +17,24 @@ GAP = (16, 192)  # px, between the models
 def contact_sheet(
     photos: Sequence[Image.Image], prompts: Prompts, drawn: Mapping[str, Drawn], config: EvaluationOptions
 ) -> Image.Image:
-    """Return a sheet: a row of photos, and for each prompt a row of both models' images of the same seeds."""
+    """Return a sheet: a row of photos, and for each prompt a row of both models' images of the same seeds.
+
+    Last come the class, and the prompts that do not name the subject.
+    """
     rows = [photos[:COLUMNS]]
     labels = ["photos that were not trained on" if config.has_references else "photos"]
-    models = " | ".join(drawn)
+
+    def add(prompt: str, images: list[Sequence[Image.Image]]) -> None:
+        rows.append(_side_by_side(images))
+        labels.append(f"{prompt}: {' | '.join(drawn)}")
+
     for number, prompt in enumerate(prompts.drawn[ADAPTED]):
-        rows.append(_side_by_side([images.rows[number] for images in drawn.values()]))
-        labels.append(f"{prompt}: {models}")
-    if all(images.class_images for images in drawn.values()):
-        rows.append(_side_by_side([images.class_images for images in drawn.values()]))
-        labels.append(f"{prompts.of_class}: {models}")
+        add(prompt, [of_model.rows[number] for of_model in drawn.values()])
+    if all(of_model.class_images for of_model in drawn.values()):
+        add(prompts.of_class, [of_model.class_images for of_model in drawn.values()])
+    if all(of_model.others for of_model in drawn.values()):
+        for number, other in enumerate(prompts.others):
+            add(other.text, [of_model.others[number] for of_model in drawn.values()])
     return draw_sheet([[ImageOps.contain(image, THUMBNAIL) for image in row] for row in rows], labels)
 
 

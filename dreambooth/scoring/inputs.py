@@ -13,7 +13,7 @@ from dreambooth.scoring.subject import PLACEHOLDER, prompt_lines, read_subject_p
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt as the user wrote it, with {} for the subject."""
+    """A prompt as the user wrote it, with {} for the subject if it names it."""
 
     source: str  # where it comes from, as messages say it
     text: str
@@ -29,6 +29,20 @@ def read_asked(config: EvaluationOptions) -> list[Asked]:
     if without := [prompt.text for prompt in asked if PLACEHOLDER not in prompt.text]:
         raise UserError(f"the prompt '{without[0]}' has no {PLACEHOLDER}, which stands for the subject")
     return asked
+
+
+def read_others(config: EvaluationOptions) -> list[Asked]:
+    """Return the prompts that do not name the subject, none without --other_prompts. Raises UserError if one has {}."""
+    if config.other_prompts is None:
+        return []
+    lines = prompt_lines(config.other_prompts, "--other_prompts", "a bowl of fruit on a table")
+    others = [Asked(f"--other_prompts {config.other_prompts}, line {line}", text) for line, text in lines.items()]
+    if named := [other for other in others if PLACEHOLDER in other.text]:
+        raise UserError(
+            f"{named[0].source}: '{named[0].text}' has {PLACEHOLDER}, which stands for the subject; these prompts do "
+            "not name it. Prompts that do belong in --prompts"
+        )
+    return others
 
 
 @dataclass(frozen=True)

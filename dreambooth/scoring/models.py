@@ -38,6 +38,7 @@ class Drawn:
 
     rows: list[list[Image.Image]]  # one for each prompt
     class_images: list[Image.Image]
+    others: list[list[Image.Image]]  # one row for each prompt that does not name the subject
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _ready(pipeline: Any, readers: Sequence[Reader], device: torch.device, confi
 
 
 def _draw(pipeline: Any, prompts: Prompts, model: str, config: EvaluationOptions) -> Drawn:
-    """Draw and save a model's images; class images only if there is an adapter, since otherwise nothing drifts."""
+    """Draw and save a model's images; without an adapter only those of the subject, since nothing else drifts."""
     folder = Path(config.output_dir) / "images" / model
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -104,9 +105,16 @@ def _draw(pipeline: Any, prompts: Prompts, model: str, config: EvaluationOptions
             image.save(folder / f"{name}-{seed}.png")
         return images
 
-    progress = tqdm(prompts.drawn[model], desc=f"Images, {model}", unit="prompt")
-    rows = [images_of(prompt, config.num_images, f"{number:02d}") for number, prompt in enumerate(progress)]
-    return Drawn(rows, images_of(prompts.of_class, config.num_class_images if config.adapter else 0, "class"))
+    def rows_of(texts: Sequence[str], kind: str, prefix: str) -> list[list[Image.Image]]:
+        progress = tqdm(texts, desc=f"{kind}, {model}", unit="prompt", disable=not texts)
+        return [images_of(text, config.num_images, f"{prefix}{number:02d}") for number, text in enumerate(progress)]
+
+    others = [other.text for other in prompts.others] if config.adapter else []
+    return Drawn(
+        rows_of(prompts.drawn[model], "Images", ""),
+        images_of(prompts.of_class, config.num_class_images if config.adapter else 0, "class"),
+        rows_of(others, "Other prompts", "other-"),
+    )
 
 
 # ---- denoising ----

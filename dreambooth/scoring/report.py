@@ -9,7 +9,7 @@ from typing import Any
 
 from dreambooth.options.evaluation import EvaluationOptions
 from dreambooth.scoring.lpips import LpipsDiversity
-from dreambooth.scoring.measures import PriorDrift
+from dreambooth.scoring.measures import OtherDrift, PriorDrift
 from dreambooth.scoring.prompts import ADAPTED, BASE, Prompts
 from dreambooth.scoring.results import Results
 from kron_formats.files import whole_file, write_text
@@ -26,7 +26,7 @@ def write_json(path: Path, prompts: Prompts, results: Results, config: Evaluatio
     """Write scores.json, whole or not at all: settings, means, and every prompt."""
     models = {model: _model_report(model, prompts, results) for model in results.models}
     report = {"settings": asdict(config), "photos": asdict(results.photos), "models": models}
-    report |= {"prior": _prior_report(results)}
+    report |= {"prior": _prior_report(results)} | _others_report(prompts, results)
     with whole_file(path) as unfinished:
         write_text(unfinished, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
@@ -52,8 +52,16 @@ def _prior_report(results: Results) -> dict[str, Any] | None:
     return asdict(results.prior) | varied
 
 
+def _others_report(prompts: Prompts, results: Results) -> dict[str, Any]:
+    if results.others is None:
+        return {}
+    means = asdict(results.others)
+    rows = zip(prompts.others, means.pop("by_prompt"))
+    return {"other_prompts": means | {"by_prompt": [{"prompt": other.text} | row for other, row in rows]}}
+
+
 def write_csv(path: Path, prompts: Prompts, results: Results) -> None:
-    """Write scores.csv: a row for each model and prompt."""
+    """Write scores.csv: a row for each model and prompt that names the subject."""
     lpips = [LPIPS] if results.lpips else []
     denoising = [f"denoising_{name}" for name in DENOISING_SCORES] if results.denoising else []
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -83,6 +91,7 @@ def table(results: Results, config: EvaluationOptions) -> str:
             cells += [_number(getattr(losses, score), 4) for score in DENOISING_SCORES]
         lines.append(f"{name:8}" + "".join(f"{cell:>11}" for cell in cells))
     lines += [_prior_line(results.prior, results.lpips)] if results.prior else []
+    lines += [_others_line(results.others)] if results.others else []
     return "\n".join(lines)
 
 
@@ -97,6 +106,14 @@ def _prior_line(prior: PriorDrift, lpips: Mapping[str, LpipsDiversity]) -> str:
     if prior.drift is not None:
         parts.append(f"drift {_number(prior.drift, 4)}")
     return f"prior, base -> adapted: {', '.join(parts)}"
+
+
+def _others_line(others: OtherDrift) -> str:
+    return (
+        f"other prompts, base -> adapted: CLIP-T {_change(others.clip_t_before, others.clip_t_after)}, "
+        f"DINO to the photos {_change(others.similarity_before, others.similarity_after)}, "
+        f"distance at one seed {_number(others.distance)}"
+    )
 
 
 def _change(before: float | None, after: float | None) -> str:

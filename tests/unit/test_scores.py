@@ -36,8 +36,14 @@ from dreambooth.scoring.embeddings import (
     pairwise_cosine,
     pairwise_diversity,
 )
-from dreambooth.scoring.measures import Scores, score_images, score_photos, score_prior
-from dreambooth.scoring.subject import name_subject, read_prompts, read_subject_photos, warn_of_trained_photos
+from dreambooth.scoring.measures import Scores, score_images, score_others, score_photos, score_prior
+from dreambooth.scoring.subject import (
+    name_subject,
+    prompt_lines,
+    read_prompts,
+    read_subject_photos,
+    warn_of_trained_photos,
+)
 from tests.conftest import ROOT
 from tests.safety import add_safety_checker
 
@@ -283,6 +289,23 @@ def test_photos_are_compared_with_each_other_not_with_themselves(evaluators):
     assert score_photos(photos[:1], evaluators).dino is None
 
 
+def test_other_prompts_drift_from_the_base_model_and_leak_the_subject(evaluators):
+    photos, texts = images_of(PHOTOS[:2]), TEXTS[:2]
+    before, after = [images_of(ROBOTS[:2]), images_of(ROBOTS[2:4])], [images_of(ROBOTS[:2]), images_of(PHOTOS[2:4])]
+    drift = score_others(before, after, photos, texts, evaluators)
+    assert abs(drift.by_prompt[0].distance) < 1e-6
+    assert drift.by_prompt[0].clip_t_before == drift.by_prompt[0].clip_t_after
+    dino, old, new = (evaluators.dino_images(images) for images in (photos, before[1], after[1]))
+    clip, words = evaluators.clip_images(after[1]), evaluators.clip_texts(texts[1:])
+    changed = drift.by_prompt[1]
+    assert math.isclose(changed.distance, 1 - cosines(zip(old, new)), abs_tol=1e-6) and changed.distance > 0.01
+    assert math.isclose(changed.clip_t_after, cosines(product(clip, words)), abs_tol=1e-6)
+    assert math.isclose(changed.similarity_before, cosines(product(old, dino)), abs_tol=1e-6)
+    assert math.isclose(changed.similarity_after, cosines(product(new, dino)), abs_tol=1e-6)
+    for name in ("distance", "clip_t_before", "clip_t_after", "similarity_before", "similarity_after"):
+        assert math.isclose(getattr(drift, name), fmean(getattr(row, name) for row in drift.by_prompt))
+
+
 def test_the_prior_drifts_towards_the_photos(evaluators):
     photos, before = images_of(PHOTOS), images_of(ROBOTS)
     still = score_prior(before, before, photos, evaluators)
@@ -321,6 +344,11 @@ def test_the_bundled_prompts_are_the_dreambooth_dataset_s(name):
         parts = original.read_text().split("Live Subject Prompts")
         for prompt in prompts:
             assert f"'{prompt.replace('{}', '{0} {1}')}'.format" in parts[name == "live_subjects"]
+
+
+def test_the_bundled_other_prompts_name_no_subject():
+    prompts = prompt_lines(str(ROOT / "configs" / "prompts" / "other.txt")).values()
+    assert len(set(prompts)) == 8 and not any("{}" in prompt for prompt in prompts)
 
 
 def test_subject_photos_are_read_whole_in_the_order_of_their_names(tmp_path):
