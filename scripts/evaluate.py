@@ -35,6 +35,9 @@ By default DINO is the paper's ViT-S/16, and CLIP is ViT-B/32. The row "photos" 
 what a perfect adapter would score. --adapter takes files of every method, which add up as in scripts/generate.py;
 without any, the base model alone is scored.
 
+The base model's images are the same for every adapter that is scored on the same prompts. --base_images_cache DIR keeps
+them, and takes from DIR what an earlier evaluation drew in exactly the same way.
+
 Writes scores.json (settings, means, every prompt), scores.csv (one row per model and prompt), the images as
 images/MODEL/PROMPT-SEED.png, and sheet.png: the photos, and the models' images of the same seeds side by side.
 """
@@ -63,6 +66,8 @@ class Config(EvaluationOptions):
 def main() -> None:
     config = parse_options(Config, __doc__)  # before the imports, which take seconds: --help and errors come at once
     check_folder(config.output_dir, "--output_dir")
+    if config.base_images_cache is not None:
+        check_folder(config.base_images_cache, "--base_images_cache")
     asked, others, photos = read_asked(config), read_others(config), read_photos(config)
     print(f"Comparing with {counted(len(photos.subject), 'photo')} {config.compared_with}", flush=True)
 

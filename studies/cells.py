@@ -20,7 +20,7 @@ from studies.grid import Cell
 ROOT = Path(__file__).resolve().parents[1]
 LOG_NAME = "sweep.log"  # what the commands printed
 ENDING_NAME = "sweep.json"
-SHARED_NAME = "shared"  # beside the cells: the latents and prompt encodings of all
+SHARED_NAME = "shared"  # beside the cells: the latents, prompt encodings and base model's images of all
 SCORES = Path("evaluation", "scores.json")
 STOPPED = 75  # exit code of a training that was told to stop and has saved a checkpoint
 SHARED_SEED = "0"  # of class images, so that cells of several seeds can share them
@@ -91,7 +91,8 @@ def evaluate_command(cell: Cell, sweep: Path, result: str) -> list[str]:
     same = {
         name: str(trained[name]) for name in (*option_names(BaseModelOptions), "instance_data_dir") if name in trained
     }
-    options = {**same, **(cell.evaluate or {}), "adapter": str(folder / result)}
+    shared = {"base_images_cache": str(sweep / SHARED_NAME)}
+    options = {**same, **shared, **(cell.evaluate or {}), "adapter": str(folder / result)}
     flags = flags_of(options, f"{cell.name}: evaluate")
     return [sys.executable, "scripts/evaluate.py", *flags, "--output_dir", str(folder / SCORES.parent)]
 

@@ -65,6 +65,12 @@ class EvaluationOptions(AdaptedModelOptions, DrawingOptions):
     lpips: Literal["alex", "vgg", "squeeze"] | None = option(
         "Network for diversity by LPIPS as well, which needs torchmetrics and torchvision. Default: none.", None
     )
+    base_images_cache: str | None = option(
+        "Folder that keeps the base model's images for later evaluations, which then do not draw them again. Default: "
+        "none.",
+        None,
+        path=True,
+    )
     output_dir: str = option(
         "Folder for scores.json, scores.csv, images and sheet.png.", "outputs/evaluation", path=True
     )

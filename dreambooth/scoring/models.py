@@ -1,7 +1,7 @@
 """What is measured on both models, the base model and then the adapted one: what they draw, and how they denoise."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dreambooth.base_model.process import noise_process
 from dreambooth.base_model.source import load_scheduler
 from dreambooth.data.references import of_image
 from dreambooth.drawing.draw import draw_images
+from dreambooth.drawing.kept_images import drawing_identity, load_or_draw
 from dreambooth.drawing.pipelines import (
     Adapter,
     Reader,
@@ -67,7 +68,7 @@ def measure(
 ) -> Measured:
     """Return what each model draws, which is saved too, and how it denoises. One pipeline is in memory at a time."""
     pipeline = _ready(load_base_pipeline(config, DTYPES[config.dtype]), readers, device, config)
-    drawn = {BASE: _draw(pipeline, prompts, BASE, config)}
+    drawn = {BASE: _draw(_drawing_base(pipeline, device, config), prompts, BASE, config)}
     denoising = _prepare_denoising(pipeline, photos, drawn[BASE], config)
     denoised = {BASE: _denoise(denoising, pipeline, prompts, BASE, config)} if denoising else {}
     if adapters:
@@ -76,7 +77,8 @@ def measure(
             pipeline = load_pipeline_with(adapters, config, readers)
         else:
             add_adapters(pipeline, adapters, readers)
-        drawn[ADAPTED] = _draw(_ready(pipeline, readers, device, config), prompts, ADAPTED, config)
+        pipeline = _ready(pipeline, readers, device, config)
+        drawn[ADAPTED] = _draw(_drawing(pipeline, config), prompts, ADAPTED, config)
         denoised |= {ADAPTED: _denoise(denoising, pipeline, prompts, ADAPTED, config)} if denoising else {}
     return Measured(drawn, denoised)
 
@@ -93,14 +95,35 @@ def _ready(pipeline: Any, readers: Sequence[Reader], device: torch.device, confi
 # ---- drawing ----
 
 
-def _draw(pipeline: Any, prompts: Prompts, model: str, config: EvaluationOptions) -> Drawn:
+Draw = Callable[[str, Sequence[int]], list[Image.Image]]  # prompt, seeds -> an image for each seed
+
+
+def _drawing(pipeline: Any, config: EvaluationOptions) -> Draw:
+    """Return what draws with the pipeline."""
+
+    def draw(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+        return draw_images(pipeline, seeds, config.batch_size, prompt=prompt, **config.common_arguments())
+
+    return draw
+
+
+def _drawing_base(pipeline: Any, device: torch.device, config: EvaluationOptions) -> Draw:
+    """Return what draws with the base model, and takes images from --base_images_cache that were drawn before."""
+    draw = _drawing(pipeline, config)
+    if config.base_images_cache is None:
+        return draw
+    folder, identity = Path(config.base_images_cache), drawing_identity(config, device)
+    return lambda prompt, seeds: load_or_draw(folder, identity, prompt, seeds, lambda: draw(prompt, seeds))
+
+
+def _draw(draw: Draw, prompts: Prompts, model: str, config: EvaluationOptions) -> Drawn:
     """Draw and save a model's images; without an adapter only those of the subject, since nothing else drifts."""
     folder = Path(config.output_dir) / "images" / model
     folder.mkdir(parents=True, exist_ok=True)
 
     def images_of(prompt: str, count: int, name: str) -> list[Image.Image]:
         seeds = range(config.seed, config.seed + count)
-        images = draw_images(pipeline, seeds, config.batch_size, prompt=prompt, **config.common_arguments())
+        images = draw(prompt, seeds)
         for seed, image in zip(seeds, images):
             image.save(folder / f"{name}-{seed}.png")
         return images

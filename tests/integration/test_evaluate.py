@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
-from dreambooth.scoring import contact_sheet
+from dreambooth.scoring import contact_sheet, models
 from kron_adapter import save_kronecker
 from scripts import convert, evaluate, generate
 from tests.adapters import adapted_pipeline
@@ -315,6 +315,32 @@ def test_other_prompts_do_not_name_the_subject(run_main, options, adapter, tmp_p
     assert [record.getMessage() for record in caplog.records if f"{path}, line 1" in record.getMessage()]
 
 
+def test_the_base_model_s_images_are_drawn_once_for_all_adapters(run_main, options, adapter, tmp_path, monkeypatch):
+    drawn = []
+    draw_images = models.draw_images
+    monkeypatch.setattr(
+        models, "draw_images", lambda *a, prompt, **k: drawn.append(prompt) or draw_images(*a, prompt=prompt, **k)
+    )
+
+    def scores(name, **more):
+        drawn.clear()
+        own = (
+            options | {"output_dir": tmp_path / name, "prompt": PROMPTS[:1], "holdout": 1, "denoising_pairs": 2} | more
+        )
+        run_main(evaluate, **own, adapter=adapter)
+        return {part: value for part, value in report(own).items() if part != "settings"}
+
+    subject, of_class = "a sks robot in the snow", "a photo of robot"
+    alone = scores("alone")
+    assert drawn == [subject, of_class] * 2
+    cache = {"base_images_cache": tmp_path / "cache"}
+    assert scores("first", **cache) == alone and drawn == [subject, of_class] * 2
+    assert scores("second", **cache) == alone and drawn == [subject, of_class]  # the adapted model alone draws
+    for path in (tmp_path / "second" / "images" / "base").iterdir():
+        assert path.read_bytes() == (tmp_path / "alone" / "images" / "base" / path.name).read_bytes()
+    assert scores("guided", **cache, guidance_scale=5) != alone and drawn == [subject, of_class] * 2
+
+
 def test_a_reference_that_was_trained_on_is_refused(run_main, options, photos, monkeypatch):
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("it loaded"))
     with pytest.raises(ValueError, match="--reference_dir: 00.png is the same picture as 00.png in --instance_data"):
@@ -395,6 +421,7 @@ def test_what_is_wrong_is_refused_before_the_base_model_loads(run_main, options,
         ({"denoising_pairs": 8}, "--denoising_pairs needs"),
         ({"class_data_dir": "class"}, "--class_data_dir needs"),
         ({"class_noun": None}, "--class_noun"),
+        ({"lpips": "resnet"}, "--lpips"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_by_name(run_main, options, capsys, change, words):
