@@ -38,7 +38,8 @@ def drawing_identity(config: EvaluationOptions, device: torch.device) -> bytes:
     parts = [part for part in (*COMPONENTS, *TOKENIZERS.values()) if part in source.configurations.classes]
     files = source.weights.state([*parts, "model_index.json"]), vae_source(config).weights.state(["vae"])
     sampler = build_sampler(load_scheduler(config))
-    noise = type(sampler).__name__, sorted(sampler.config.items())
+    settings = [entry for entry in sampler.config.items() if not entry[0].startswith("_")]  # a set, in any order
+    noise = type(sampler).__name__, sorted(settings)
     arguments = config.common_arguments(), config.batch_size, config.dtype
     versions = [version(library) for library in LIBRARIES]
     return key_of(b"base images", repr((WAY, files, noise, arguments, _machine(device), versions)).encode()).encode()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Lpips:
         return self.metric.compute().item()
 
 
-def load_lpips(network: str, device: torch.device) -> Lpips:
+def load_lpips(network: Literal["alex", "vgg", "squeeze"], device: torch.device) -> Lpips:
     """Return LPIPS on alex, vgg or squeeze, whose weights torchvision downloads the first time.
 
     Raises UserError if a package is missing or broken, or the weights cannot be had.

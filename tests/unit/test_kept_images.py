@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dreambooth.drawing import kept_images
 from dreambooth.drawing.kept_images import drawing_identity, load_or_draw
 from dreambooth.options.evaluation import EvaluationOptions
 
@@ -133,3 +134,18 @@ def test_a_vae_of_one_s_own_and_the_number_of_threads_count(base, monkeypatch, t
     assert identity(base, pretrained_vae_model_name_or_path=str(vae)) != before
     monkeypatch.setattr("torch.get_num_threads", lambda: 99)
     assert identity(base) != before
+
+
+def test_what_diffusers_keeps_in_a_set_does_not_count(base, monkeypatch):
+    """The names of a sampler's defaults are in another order in every process."""
+    before, build = identity(base), kept_images.build_sampler
+
+    def reordered(scheduler):
+        sampler = build(scheduler)
+        names = sampler.config["_use_default_values"]
+        assert len(names) > 1
+        sampler.register_to_config(_use_default_values=[*reversed(names)])
+        return sampler
+
+    monkeypatch.setattr(kept_images, "build_sampler", reordered)
+    assert identity(base) == before
