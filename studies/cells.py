@@ -21,7 +21,7 @@ from studies.grid import Cell
 ROOT = Path(__file__).resolve().parents[1]
 LOG_NAME = "sweep.log"  # what the commands printed
 ENDING_NAME = "sweep.json"
-SHARED_NAME = "shared"  # beside the cells: the latents and prompt encodings of all
+SHARED_NAME = "shared"  # beside the cells: the latents, prompt encodings and base model's images of all
 STOPPED = 75  # exit code of a training that was told to stop and has saved a checkpoint
 SHARED_SEED = "0"  # of class images, so that cells of several seeds can share them
 
@@ -114,7 +114,8 @@ def evaluate_command(
     same = {
         name: str(trained[name]) for name in (*option_names(BaseModelOptions), "instance_data_dir") if name in trained
     }
-    options = {**same, **(cell.evaluate or {}), "adapter": adapters_at(folder, step, result)}
+    shared = {"base_images_cache": str(sweep / SHARED_NAME)}
+    options = {**same, **shared, **(cell.evaluate or {}), "adapter": adapters_at(folder, step, result)}
     flags = flags_of(options, f"{cell.name}: evaluate")
     return [sys.executable, "scripts/evaluate.py", *flags, "--output_dir", str(folder / scores_path(step).parent)]
 

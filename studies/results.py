@@ -45,10 +45,14 @@ MEASURES = {
         Measure("clip_i", "CLIP-I, likeness to the photos"),
         Measure("clip_t", "CLIP-T, truth to the prompt"),
         Measure("diversity", "diversity of a prompt's images"),
+        Measure("lpips_diversity", "LPIPS diversity of a prompt's images"),
         Measure("class_diversity", "diversity of class images"),
         Measure("class_drift", "class drift: rise of the class images' DINO to the photos", False),
         Measure("class_distance", "DINO distance of class images to the base model's", False),
         Measure("drift", "squared change of the prediction for class images", False),
+        Measure("other_distance", "DINO distance of other prompts' images to the base model's", False),
+        Measure("other_leakage", "leakage: rise of other prompts' images' DINO to the photos", False),
+        Measure("other_clip_t", "change of CLIP-T on other prompts"),
         Measure("held_out", "denoising loss on held-out photos", False),
         Measure("held_out_masked", "denoising loss on held-out photos, inside their masks", False),
         Measure("loss", "loss, mean of the last tenth of the steps", False),
@@ -266,6 +270,10 @@ def _scores(path: Path) -> dict[str, Any]:
             scores["class_drift"] = prior["similarity_after"] - prior["similarity_before"]
             drifts = {"class_distance": prior["distance"], "drift": prior.get("drift")}
             scores |= _numbers({"class_diversity": prior["diversity_after"], **drifts})
+        if others := report.get("other_prompts"):
+            scores["other_distance"] = others["distance"]
+            scores["other_leakage"] = others["similarity_after"] - others["similarity_before"]
+            scores["other_clip_t"] = others["clip_t_after"] - others["clip_t_before"]
         return {
             "scores": scores,
             "base": _of_model(base),

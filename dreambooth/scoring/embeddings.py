@@ -1,4 +1,15 @@
-"""Embeddings of images and texts by CLIP and DINO, and cosines between them."""
+"""Embeddings of images and texts by CLIP and DINO, and cosines between them.
+
+What counts as DINO's embedding is the class token after the last layer norm, which its authors evaluate with:
+
+    vit                      DINO           its [CLS] token
+    dinov2                   DINOv2         the same, x_norm_clstoken in the authors' code
+    dinov2_with_registers    DINOv2         the same; the registers, which come after it, are left out
+    dinov3_vit               DINOv3         the same; its processor needs torchvision
+
+Images go through the model's own processor. DINO's in transformers squashes them to squares, where its authors crop;
+here they are cropped to their central squares first. The later ones' processors crop by themselves.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
@@ -21,6 +33,7 @@ T = TypeVar("T")
 
 CLIP_TYPES = ("clip",)
 DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # whose first token is [CLS]
+PROBE = (80, 64)  # px, of an image that shows whether an evaluator works
 
 
 # ---- cosines ----
@@ -89,11 +102,9 @@ class Evaluators:
             logger.warning("CLIP-T is computed with the first %d tokens of %s", CHUNK_LENGTH, "; ".join(cut))
 
     def dino_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return DINO's [CLS] tokens of the central squares of images, (images, features).
-
-        DINO's own evaluation crops too; its processor in transformers would squash images that are not square.
-        """
-        return self._embed([_central_square(image) for image in images], self._dino_features)
+        """Return DINO's class tokens of images, (images, features). What is outside their centres does not count."""
+        crops = getattr(self.dino_processor, "do_center_crop", False)
+        return self._embed(images if crops else [_central_square(image) for image in images], self._dino_features)
 
     def _clip_image_features(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = self.clip_processor(images, return_tensors="pt").to(self.clip.device)
@@ -128,32 +139,54 @@ def _central_square(image: Image.Image) -> Image.Image:
 def load_evaluators(clip: str, dino: str, device: torch.device, batch_size: int = 16) -> Evaluators:
     """Return the evaluators of two names on the Hub, or folders. Raises UserError if one is not such a model."""
     with _readable("--clip_model", clip, "CLIP"):
+        _check_type(clip, CLIP_TYPES)
         clip_processor, tokenizer = _load_processor(clip), AutoTokenizer.from_pretrained(clip)
-        clip_model = _load_model(clip, CLIP_TYPES, device)
+        clip_model = _load_model(clip, device)
     with _readable("--dino_model", dino, "DINO"):
-        dino_processor, dino_model = _load_processor(dino), _load_model(dino, DINO_TYPES, device)
-    return Evaluators(clip_model, clip_processor, tokenizer, dino_model, dino_processor, batch_size)
+        _check_type(dino, DINO_TYPES)
+        dino_processor, dino_model = _load_processor(dino), _load_model(dino, device)
+    evaluators = Evaluators(clip_model, clip_processor, tokenizer, dino_model, dino_processor, batch_size)
+    with _readable("--clip_model", clip, "CLIP"):
+        _probe(evaluators.clip_images)
+    with _readable("--dino_model", dino, "DINO"):
+        _probe(evaluators.dino_images)
+    return evaluators
 
 
 @contextmanager
 def _readable(flag: str, name: str, kind: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name} is not a {kind} model: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{flag} {name} is not a {kind} model: {reason}") from error
+
+
+def _check_type(name: str, types: Sequence[str]) -> None:
+    """Raise ValueError unless a model is of one of the types. Reads its config.json alone."""
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in types:
+        raise ValueError(f"its config.json says {config.model_type}, expected {' or '.join(types)}")
+    trained_as = (config.architectures or ["ViTModel"])[0]
+    if config.model_type == "vit" and trained_as != "ViTModel":  # of the same layers, but with another embedding
+        raise ValueError(f"its config.json says {trained_as}, expected ViTModel, which DINO is")
 
 
 def _load_processor(name: str) -> Any:
     return AutoImageProcessor.from_pretrained(name, backend="pil")  # the default one needs torchvision
 
 
-def _load_model(name: str, types: Sequence[str], device: torch.device) -> PreTrainedModel:
-    """Return a model of one of the types. Raises ValueError if weights are missing: it would score at random."""
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type not in types:
-        raise ValueError(f"its config.json says {config.model_type}, expected {' or '.join(types)}")
-    unused = {"add_pooling_layer": False} if config.model_type == "vit" else {}  # DINO has none; ViTModel would add one
+def _load_model(name: str, device: torch.device) -> PreTrainedModel:
+    """Return a model. Raises ValueError if weights are missing: it would score at random."""
+    is_vit = AutoConfig.from_pretrained(name).model_type == "vit"
+    unused = {"add_pooling_layer": False} if is_vit else {}  # DINO has none; ViTModel would add one
     model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **unused)
     if missing := report["missing_keys"]:
         raise ValueError(f"its weights lack {', '.join(sorted(missing)[:3])}")
     return model.eval().to(device)
+
+
+def _probe(embed: Callable[[Sequence[Image.Image]], Tensor]) -> None:
+    """Raise ValueError or RuntimeError if an image cannot be embedded, as when processor and model do not fit."""
+    if not embed([Image.linear_gradient("L").resize(PROBE).convert("RGB")]).isfinite().all():
+        raise ValueError("what it makes of an image is not finite")

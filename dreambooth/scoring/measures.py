@@ -4,7 +4,7 @@ The definitions are those of DreamBooth (Ruiz et al., arXiv 2208.12242, sec. 4),
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 
 from PIL import Image
@@ -55,6 +55,24 @@ class PriorDrift:
     diversity_after: float | None
     distance: float
     drift: float | None = None  # of predictions; see dreambooth/scoring/denoising.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherScores:
+    """How images of the same seeds, for prompts that do not name the subject, differ after training."""
+
+    distance: float
+    clip_t_before: float
+    clip_t_after: float
+    similarity_before: float
+    similarity_after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherDrift(OtherScores):
+    """Means over prompts, and the scores of each prompt; see `score_others`."""
+
+    by_prompt: tuple[OtherScores, ...]
 
 
 def score_images(
@@ -125,3 +143,33 @@ def score_prior(before: Images, after: Images, photos: Images, evaluators: Evalu
         diversity_after=pairwise_diversity(new),
         distance=1 - paired_cosine(old, new).mean().item(),
     )
+
+
+def score_others(
+    before: Sequence[Images], after: Sequence[Images], photos: Images, texts: Sequence[str], evaluators: Evaluators
+) -> OtherDrift:
+    """Return what training did to prompts that do not name the subject: one row of images for each, of both models.
+
+    distance    mean of 1 - cosine of DINO's class tokens over the pairs of the same seed; 0 if no image changed
+    clip_t      CLIP-T, as in `score_images`. If it falls, these prompts are followed less well.
+    similarity  mean cosine of DINO's class tokens over all pairs of an image and a photo. If it rises, the subject
+                leaks into images that should not show it.
+
+    These are the project's own.
+    """
+    photos_dino = evaluators.dino_images(photos)
+
+    def score_prompt(old: Images, new: Images, text: str) -> OtherScores:
+        dino_old, dino_new = evaluators.dino_images(old), evaluators.dino_images(new)
+        clip = evaluators.clip_texts([text])
+        return OtherScores(
+            distance=1 - paired_cosine(dino_old, dino_new).mean().item(),
+            clip_t_before=pairwise_cosine(evaluators.clip_images(old), clip).mean().item(),
+            clip_t_after=pairwise_cosine(evaluators.clip_images(new), clip).mean().item(),
+            similarity_before=pairwise_cosine(dino_old, photos_dino).mean().item(),
+            similarity_after=pairwise_cosine(dino_new, photos_dino).mean().item(),
+        )
+
+    rows = tuple(score_prompt(*row) for row in zip(before, after, texts, strict=True))
+    means = {entry.name: fmean(getattr(row, entry.name) for row in rows) for entry in fields(OtherScores)}
+    return OtherDrift(**means, by_prompt=rows)

@@ -26,18 +26,18 @@ def read_prompts(path: str) -> list[str]:
     return list(prompt_lines(path).values())
 
 
-def prompt_lines(path: str) -> dict[int, str]:
-    """Return the prompts of a file by the numbers of their lines, counted from 1.
+def prompt_lines(path: str, flag: str = "--prompts", example: str = f"a {PLACEHOLDER} in snow") -> dict[int, str]:
+    """Return the prompts of a file by the numbers of their lines, counted from 1. Messages show the example.
 
     Raises UserError if the file cannot be read or has no prompts.
     """
     try:
         lines = dict(enumerate(map(str.strip, read_text(path, LARGEST_FILE).splitlines()), 1))
     except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {path}: {error}") from error
+        raise UserError(f"{flag} {path}: {error}") from error
     prompts = {number: line for number, line in lines.items() if line and not line.startswith("#")}
     if not prompts:
-        raise UserError(f"--prompts {path}: it has no prompts; write one per line, such as 'a {PLACEHOLDER} in snow'")
+        raise UserError(f"{flag} {path}: it has no prompts; write one per line, such as '{example}'")
     return prompts
 
 

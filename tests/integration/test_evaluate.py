@@ -16,9 +16,11 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
+from dreambooth.scoring import contact_sheet, models
 from kron_adapter import save_kronecker
 from scripts import convert, evaluate, generate
 from tests.adapters import adapted_pipeline
+from tests.backbones import distance, stand_in_for_torchvision
 from tests.conftest import ROOT, flags
 from tests.safety import add_safety_checker
 
@@ -210,8 +212,8 @@ def test_held_out_photos_are_compared_with_and_denoised(
     run_main, options, adapter, photos, tiny_clip, tiny_dino, tmp_path, monkeypatch, capsys
 ):
     sheets = []
-    draw_sheet = evaluate.draw_sheet
-    monkeypatch.setattr(evaluate, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
+    draw_sheet = contact_sheet.draw_sheet
+    monkeypatch.setattr(contact_sheet, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
     run_main(evaluate, **options | {"prompt": PROMPTS[:1]}, adapter=adapter, holdout=1, denoising_pairs=4)
     output, judge, scores = options["output_dir"], Judge(tiny_clip, tiny_dino), report(options)
     held_out = sorted(photos.iterdir())[-1:]
@@ -247,6 +249,98 @@ def test_held_out_photos_are_compared_with_and_denoised(
     assert scores["prior"]["drift"] == json.loads((output / "scores.json").read_text())["prior"]["drift"]
 
 
+def test_prompts_without_the_subject_and_lpips(
+    run_main, options, adapter, photos, tiny_clip, tiny_dino, tmp_path, monkeypatch, capsys
+):
+    stand_in_for_torchvision(monkeypatch)
+    sheets = []
+    draw_sheet = contact_sheet.draw_sheet
+    monkeypatch.setattr(contact_sheet, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
+    texts = ["a red car on a beach", "a duck"]
+    (tmp_path / "other.txt").write_text("\n".join(["# not of the robot", *texts]))
+    run_main(
+        evaluate,
+        **options | {"prompt": PROMPTS[:1]},
+        adapter=adapter,
+        other_prompts=tmp_path / "other.txt",
+        lpips="alex",
+    )
+    output, judge, scores = options["output_dir"], Judge(tiny_clip, tiny_dino), report(options)
+    references = sorted(photos.iterdir())
+
+    def images(model, name):
+        return [output / "images" / model / f"{name}-{seed}.png" for seed in range(3)]
+
+    others = scores["other_prompts"]
+    assert [row["prompt"] for row in others["by_prompt"]] == texts
+    for number, row in enumerate(others["by_prompt"]):
+        before, after = (images(model, f"other-{number:02d}") for model in ("base", "adapted"))
+        for when, drawn in (("before", before), ("after", after)):
+            assert close(row[f"clip_t_{when}"], judge.clip_t(drawn, texts[number]))
+            assert close(row[f"similarity_{when}"], judge.likeness(drawn, references))
+        moved = 1 - mean_cosine((judge.dino_of(x), judge.dino_of(y)) for x, y in zip(before, after))
+        assert close(row["distance"], moved) and moved > 1e-3
+    assert close(others["distance"], fmean(row["distance"] for row in others["by_prompt"]))
+
+    def diversity(paths):
+        return fmean(distance(*pair) for pair in combinations(map(Image.open, paths), 2))
+
+    rows = list(csv.DictReader((output / "scores.csv").open()))
+    for model, row in zip(("base", "adapted"), rows, strict=True):
+        entry = scores["models"][model]
+        assert entry["lpips_diversity"] == pytest.approx(diversity(images(model, "00")), rel=1e-4)
+        assert float(row["lpips_diversity"]) == entry["lpips_diversity"] == entry["by_prompt"][0]["lpips_diversity"]
+    assert scores["prior"]["lpips_diversity_after"] == pytest.approx(diversity(images("adapted", "class")), rel=1e-4)
+
+    assert sheets[0][1][-2:] == [f"{text}: base | adapted" for text in texts]
+    printed = capsys.readouterr().out
+    assert f"distance at one seed {others['distance']:.3f}" in printed and "other prompts" in printed
+    assert f"{scores['models']['adapted']['lpips_diversity']:.3f}" in printed
+
+
+def test_other_prompts_do_not_name_the_subject(run_main, options, adapter, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("it loaded"))
+    path = tmp_path / "other.txt"
+    for text, words in {
+        "a {} here": r"has \{\}",
+        "Sks, in the snow": "names the subject, sks",
+        "#": "it has no prompts",
+    }.items():
+        path.write_text(f"a car\n{text}\n" if text != "#" else text)
+        with pytest.raises(ValueError, match=f"--other_prompts {path}(, line 2)?: .*{words}"):
+            run_main(evaluate, **options, adapter=adapter, other_prompts=path)
+    path.write_text("a robot\n")
+    with pytest.raises(BaseException, match="it loaded"):
+        run_main(evaluate, **options, adapter=adapter, other_prompts=path)
+    assert [record.getMessage() for record in caplog.records if f"{path}, line 1" in record.getMessage()]
+
+
+def test_the_base_model_s_images_are_drawn_once_for_all_adapters(run_main, options, adapter, tmp_path, monkeypatch):
+    drawn = []
+    draw_images = models.draw_images
+    monkeypatch.setattr(
+        models, "draw_images", lambda *a, prompt, **k: drawn.append(prompt) or draw_images(*a, prompt=prompt, **k)
+    )
+
+    def scores(name, **more):
+        drawn.clear()
+        own = (
+            options | {"output_dir": tmp_path / name, "prompt": PROMPTS[:1], "holdout": 1, "denoising_pairs": 2} | more
+        )
+        run_main(evaluate, **own, adapter=adapter)
+        return {part: value for part, value in report(own).items() if part != "settings"}
+
+    subject, of_class = "a sks robot in the snow", "a photo of robot"
+    alone = scores("alone")
+    assert drawn == [subject, of_class] * 2
+    cache = {"base_images_cache": tmp_path / "cache"}
+    assert scores("first", **cache) == alone and drawn == [subject, of_class] * 2
+    assert scores("second", **cache) == alone and drawn == [subject, of_class]  # the adapted model alone draws
+    for path in (tmp_path / "second" / "images" / "base").iterdir():
+        assert path.read_bytes() == (tmp_path / "alone" / "images" / "base" / path.name).read_bytes()
+    assert scores("guided", **cache, guidance_scale=5) != alone and drawn == [subject, of_class] * 2
+
+
 def test_a_reference_that_was_trained_on_is_refused(run_main, options, photos, monkeypatch):
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("it loaded"))
     with pytest.raises(ValueError, match="--reference_dir: 00.png is the same picture as 00.png in --instance_data"):
@@ -261,8 +355,8 @@ def test_the_prior_can_be_left_out(run_main, options, adapter):
 
 def test_the_sheet_shows_photos_and_for_each_prompt_the_models_side_by_side(run_main, options, adapter, monkeypatch):
     sheets = []
-    draw_sheet = evaluate.draw_sheet
-    monkeypatch.setattr(evaluate, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
+    draw_sheet = contact_sheet.draw_sheet
+    monkeypatch.setattr(contact_sheet, "draw_sheet", lambda *sheet: sheets.append(sheet) or draw_sheet(*sheet))
     run_main(evaluate, **options, adapter=adapter)
     ((rows, labels),) = sheets
     prompts = ["a sks robot in the snow", "a red sks robot", "a photo of robot"]
@@ -294,6 +388,7 @@ def test_the_sheet_shows_photos_and_for_each_prompt_the_models_side_by_side(run_
         ({"reference_dir": "nowhere"}, "--reference_dir nowhere: there is no such folder"),
         ({"holdout": 3}, "--holdout 3: --instance_data_dir .* has 3 photos"),
         ({"holdout": 1, "class_data_dir": "empty"}, "--class_data_dir empty: there is no readable image"),
+        ({"other_prompts": "nowhere.txt"}, "--other_prompts nowhere.txt: .*No such file"),
         ({"adapter": "none.txt"}, "none.txt"),
         ({"pretrained_model_name_or_path": "nowhere"}, "nowhere is not a base model"),
     ],
@@ -326,6 +421,7 @@ def test_what_is_wrong_is_refused_before_the_base_model_loads(run_main, options,
         ({"denoising_pairs": 8}, "--denoising_pairs needs"),
         ({"class_data_dir": "class"}, "--class_data_dir needs"),
         ({"class_noun": None}, "--class_noun"),
+        ({"lpips": "resnet"}, "--lpips"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_by_name(run_main, options, capsys, change, words):

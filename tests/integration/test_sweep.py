@@ -115,3 +115,6 @@ def test_cells_share_class_images_and_encodings(sweep):
     assert "Drawing" in (sweep / FIRST[0] / "sweep.log").read_text()
     assert "Drawing" not in (sweep / FIRST[1] / "sweep.log").read_text()
     assert list((sweep / "shared").glob("*.safetensors"))
+    (image,) = (sweep / "shared").glob("*.png")  # of the base model, which both are compared with
+    base = [Image.open(sweep / f"seed={seed}" / "evaluation" / "images" / "base" / "00-0.png") for seed in (0, 1)]
+    assert Image.open(image).tobytes() == base[0].tobytes() == base[1].tobytes()

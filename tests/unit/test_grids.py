@@ -164,6 +164,7 @@ def test_an_evaluation_has_the_base_model_and_the_photos_of_its_training(cells_o
         "--pretrained_model_name_or_path=base --variant=fp16 --instance_data_dir=photos",
         f"--adapter {tmp_path}/seed=0/result.safetensors",
         "--prompt '{} here' '{} there'",
+        f"--base_images_cache={tmp_path}/shared",
         f"--output_dir {tmp_path}/seed=0/evaluation",
     ):
         assert flags in text

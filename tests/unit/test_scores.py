@@ -10,7 +10,22 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Config, Dinov2Model, ViTModel, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipConfig,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTModel,
+    pipeline,
+)
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from dreambooth.drawing.draw import draw_images
 from dreambooth.errors import UserError
@@ -21,8 +36,14 @@ from dreambooth.scoring.embeddings import (
     pairwise_cosine,
     pairwise_diversity,
 )
-from dreambooth.scoring.measures import Scores, score_images, score_photos, score_prior
-from dreambooth.scoring.subject import name_subject, read_prompts, read_subject_photos, warn_of_trained_photos
+from dreambooth.scoring.measures import Scores, score_images, score_others, score_photos, score_prior
+from dreambooth.scoring.subject import (
+    name_subject,
+    prompt_lines,
+    read_prompts,
+    read_subject_photos,
+    warn_of_trained_photos,
+)
 from tests.conftest import ROOT
 from tests.safety import add_safety_checker
 
@@ -126,16 +147,27 @@ def test_embeddings_do_not_depend_on_the_batch(evaluators, tiny_clip, tiny_dino)
     torch.testing.assert_close(evaluators.clip_texts(TEXTS), whole.clip_texts(TEXTS))
 
 
-def test_dino_v2_will_do(tiny_clip, tiny_dino, tmp_path):
-    config = Dinov2Config(image_size=64, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = Dinov2Model(config).eval()
-    model.save_pretrained(tmp_path)
-    processor = AutoImageProcessor.from_pretrained(tiny_dino)
+DINO_V2 = {"image_size": 56, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+DINO_V2_MODELS = [
+    Dinov2Model(Dinov2Config(**DINO_V2)),
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO_V2, num_register_tokens=4)),
+]
+
+
+@pytest.mark.parametrize("model", DINO_V2_MODELS, ids=lambda model: model.config.model_type)
+def test_dino_v2_s_embeddings_are_its_class_token_after_its_own_crop(model, tiny_clip, tmp_path):
+    """As facebook/dinov2-small is, it has position embeddings for another size than its processor makes."""
+    model.eval().save_pretrained(tmp_path)
+    processor = BitImageProcessorPil(size={"shortest_edge": 48}, crop_size=40, image_mean=[0.4] * 3)
     processor.save_pretrained(tmp_path)
-    image = images_of(PHOTOS[:1])
-    with torch.no_grad():
-        theirs = model(**processor(image, return_tensors="pt")).last_hidden_state[:, 0]
-    assert_directions(load_evaluators(str(tiny_clip), str(tmp_path), CPU).dino_images(image), theirs)
+    images = images_of(PHOTOS[:2])
+    images[1] = images[1].crop((0, 0, 128, 90))
+    evaluators = load_evaluators(str(tiny_clip), str(tmp_path), CPU)
+    for image, ours in zip(images, evaluators.dino_images(images)):
+        with torch.no_grad():
+            theirs = model(**processor(image, return_tensors="pt"))
+        assert_directions(ours[None], theirs.pooler_output)
+    assert evaluators.dino_images(images)[0] @ evaluators.dino_images(images)[1] < 1 - 1e-6
 
 
 def test_processors_as_the_hub_has_them_will_do(tiny_clip, tiny_dino, tmp_path):
@@ -178,6 +210,26 @@ def test_what_is_not_an_evaluator_is_refused_by_name(tiny_clip, tiny_dino, tiny_
     for name in ("preprocessor_config.json", "model.safetensors", "config.json"):
         damaged = copy_without(tiny_dino, name, tmp_path / f"dino-{name}")
         assert refusal(tiny_clip, damaged).startswith(f"--dino_model {damaged} is not a DINO model: ")
+
+
+def test_a_model_of_another_kind_is_refused_by_its_name(tiny_clip, tiny_dino, tmp_path):
+    def refused(flag, config, word):
+        folder = tmp_path / word
+        config.save_pretrained(folder)  # nothing else: the kind is known before anything is loaded
+        with pytest.raises(UserError, match=f"{flag} {folder} is not .*: .* says {word}, "):
+            load_evaluators(*(str(folder if flag == name else other) for name, other in evaluators.items()), CPU)
+
+    evaluators = {"--clip_model": tiny_clip, "--dino_model": tiny_dino}
+    refused("--clip_model", SiglipConfig(), "siglip")
+    refused("--dino_model", ViTMAEConfig(), "vit_mae")
+    refused("--dino_model", ViTConfig(architectures=["ViTForImageClassification"]), "ViTForImageClassification")
+
+
+def test_a_processor_that_does_not_fit_its_model_is_refused(tiny_clip, tiny_dino, tmp_path):
+    misfit = copy_without(tiny_dino, "preprocessor_config.json", tmp_path / "dino")
+    ViTImageProcessorPil(size=32).save_pretrained(misfit)
+    with pytest.raises(UserError, match=f"--dino_model {misfit} is not a DINO model: .*32"):
+        load_evaluators(str(tiny_clip), str(misfit), CPU)
 
 
 def test_an_evaluator_that_lacks_weights_is_refused(tiny_clip, tiny_dino, tmp_path):
@@ -237,6 +289,23 @@ def test_photos_are_compared_with_each_other_not_with_themselves(evaluators):
     assert score_photos(photos[:1], evaluators).dino is None
 
 
+def test_other_prompts_drift_from_the_base_model_and_leak_the_subject(evaluators):
+    photos, texts = images_of(PHOTOS[:2]), TEXTS[:2]
+    before, after = [images_of(ROBOTS[:2]), images_of(ROBOTS[2:4])], [images_of(ROBOTS[:2]), images_of(PHOTOS[2:4])]
+    drift = score_others(before, after, photos, texts, evaluators)
+    assert abs(drift.by_prompt[0].distance) < 1e-6
+    assert drift.by_prompt[0].clip_t_before == drift.by_prompt[0].clip_t_after
+    dino, old, new = (evaluators.dino_images(images) for images in (photos, before[1], after[1]))
+    clip, words = evaluators.clip_images(after[1]), evaluators.clip_texts(texts[1:])
+    changed = drift.by_prompt[1]
+    assert math.isclose(changed.distance, 1 - cosines(zip(old, new)), abs_tol=1e-6) and changed.distance > 0.01
+    assert math.isclose(changed.clip_t_after, cosines(product(clip, words)), abs_tol=1e-6)
+    assert math.isclose(changed.similarity_before, cosines(product(old, dino)), abs_tol=1e-6)
+    assert math.isclose(changed.similarity_after, cosines(product(new, dino)), abs_tol=1e-6)
+    for name in ("distance", "clip_t_before", "clip_t_after", "similarity_before", "similarity_after"):
+        assert math.isclose(getattr(drift, name), fmean(getattr(row, name) for row in drift.by_prompt))
+
+
 def test_the_prior_drifts_towards_the_photos(evaluators):
     photos, before = images_of(PHOTOS), images_of(ROBOTS)
     still = score_prior(before, before, photos, evaluators)
@@ -275,6 +344,11 @@ def test_the_bundled_prompts_are_the_dreambooth_dataset_s(name):
         parts = original.read_text().split("Live Subject Prompts")
         for prompt in prompts:
             assert f"'{prompt.replace('{}', '{0} {1}')}'.format" in parts[name == "live_subjects"]
+
+
+def test_the_bundled_other_prompts_name_no_subject():
+    prompts = prompt_lines(str(ROOT / "configs" / "prompts" / "other.txt")).values()
+    assert len(set(prompts)) == 8 and not any("{}" in prompt for prompt in prompts)
 
 
 def test_subject_photos_are_read_whole_in_the_order_of_their_names(tmp_path):

@@ -115,7 +115,7 @@ def test_no_module_is_a_drawer_for_leftovers():
 
 
 def test_a_script_is_its_man_page_its_options_and_the_call():
-    for name in ("train_dreambooth_kronecker", "train_dreambooth_kronecker_sdxl"):
+    for name in ("train_dreambooth_kronecker", "train_dreambooth_kronecker_sdxl", "scripts/evaluate"):
         body = ast.parse((ROOT / f"{name}.py").read_text()).body
         defined = [node.name for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
         assert defined == ["Config", "main"]

@@ -16,6 +16,7 @@ from studies.grid import read_grid
 from studies.results import (
     DONE,
     FAILED,
+    MEASURES,
     UNFINISHED,
     axes_of,
     axis_numbers,
@@ -52,6 +53,20 @@ def test_a_finished_cell_has_all_that_its_folder_says(tmp_path):
     )  # fmt: skip
     assert record.base == pytest.approx({"clip_i": 0.16, "dino": -0.03, "clip_t": 0.66, "diversity": 0.94})
     assert (record.photos["dino"], record.options["seed"], len(record.prompts)) == (0.944, 3, 3)
+
+
+def test_scores_that_are_only_made_on_request_are_read(tmp_path):
+    path = write_cell(tmp_path, {"a": 1}, 0.5, 0.01) / "evaluation" / "scores.json"
+    report = json.loads(path.read_text())
+    report["models"]["adapted"]["lpips_diversity"] = 0.7
+    report["other_prompts"] = {
+        "distance": 0.2, "clip_t_before": 0.6, "clip_t_after": 0.5, "similarity_before": 0.1, "similarity_after": 0.4,
+    }  # fmt: skip
+    path.write_text(json.dumps(report))
+    (record,) = read_sweep(tmp_path)
+    expected = {"lpips_diversity": 0.7, "other_distance": 0.2, "other_clip_t": -0.1, "other_leakage": 0.3}
+    assert {name: record.scores[name] for name in expected} == pytest.approx(expected)
+    assert expected.keys() <= MEASURES.keys()
 
 
 def test_every_cell_is_a_row_with_its_state_and_reason(tmp_path):

@@ -31,6 +31,7 @@ from toyworld.subjects import (
 from toyworld.world import (
     COLOURS,
     PATTERNS,
+    PLACES,
     RESERVED,
     STYLES,
     Look,
@@ -340,3 +341,14 @@ def test_held_out_photos_have_the_mask_of_their_character(tmp_path):
 def test_the_prompt_files_ask_a_subject_s_questions(name):
     asked = [prompt.replace(f"sks {SUBJECTS[name].kind}", "{}") for prompt in prompts(name)]
     assert list(prompt_lines(ROOT / "configs" / "prompts" / f"toyworld_{name}.txt").values()) == asked
+
+
+def test_other_prompts_say_what_captions_say_and_name_none_of_these_subjects():
+    others = prompt_lines(ROOT / "configs" / "prompts" / "toyworld_other.txt").values()
+    media, places = (sum(phrases.values(), ()) for phrases in (STYLES, PLACES))
+    for prompt in others:
+        words = prompt.split()
+        (kind,) = set(CLASSES) & set(words)
+        assert kind not in ("dog", "robot", "teapot", "cat") and set(COLOURS) & set(words)
+        assert prompt.startswith(media) and prompt.endswith(places)
+    assert len(others) == 8
