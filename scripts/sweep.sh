@@ -5,13 +5,14 @@
 # GRID is a YAML file (configs/sweeps/, explained in studies/grid.py). Each of its cells is an ordinary run folder in DIR.
 # Cells that are done are not run again, and those that were cut off continue: after a crash, or to add cells, start the
 # same command again. It may be started several times for one DIR, on several machines too: no cell is run twice at once.
+# A grid may have a second round, which follows from the first (studies/rounds.py): the same command runs both.
 #
 # --jobs N        N cells at a time; default: 1
 # --gpus 0,1,2    a cell on each of these GPUs;  --gpus 0,1:2,3   on two GPUs each
 # --dry_run       print the cells, how many parameters each trains, and their commands
 #
 # Ctrl-C or SIGTERM stops all cells after their steps, with a checkpoint (exit code 75). Exit code 1: a cell failed;
-# DIR/CELL/sweep.log says why, and the next start tries it again.
+# DIR/CELL/sweep.log says why, and the next start tries it again; or a setting had no second round, as the output says.
 set -euo pipefail
 
 arguments=() jobs=1 gpus=

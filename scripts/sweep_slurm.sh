@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Run a grid on a Slurm cluster, one cell a task of an array; --dry_run of scripts/sweep.sh says how many cells there are:
 #     sbatch --array=0-63%8 scripts/sweep_slurm.sh GRID --output_dir DIR
+# The cells of a second round follow those of the first in number, and are known once that has ended:
+#     sbatch --dependency=afterany:JOB --array=64-99%8 scripts/sweep_slurm.sh GRID --output_dir DIR
 #
 #SBATCH --job-name=sweep
 #SBATCH --gpus=1

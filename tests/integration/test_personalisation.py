@@ -10,22 +10,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_dreambooth_kronecker
 import train_dreambooth_kronecker_sdxl
+from dreambooth.drawing.draw import draw_images
+from dreambooth.drawing.pipelines import load_adapted_pipeline, prepare_drawing
+from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.scoring.embeddings import load_evaluators
 from dreambooth.scoring.measures import PriorDrift, PromptScores, score_images, score_prior
 from dreambooth.scoring.subject import read_subject_photos
+from methods.readers import READERS
 from tests.conftest import ROOT, WEIGHTS
-from toyworld.study import Drawn, draw_all, load
 from toyworld.subjects import prompts
 
 MODELS = ROOT / "toyworld" / "models"
 PHOTOS = ROOT / "toyworld" / "photos" / "robot"
 SCRIPTS = {"sd": train_dreambooth_kronecker, "sdxl": train_dreambooth_kronecker_sdxl}
 PRIOR = {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of robot"}
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": ""}
 RISE_OF_DINO, RISE_OF_CLIP_I, FALL_OF_CLIP_T = 0.15, 0.05, 0.05
+
+
+@dataclass(frozen=True)
+class Drawn:
+    rows: list[list[Image.Image]]  # for each prompt
+    class_images: list[Image.Image]
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,14 @@ def examine(evaluators, photos, once):
 
     def draw(kind: str, adapter: Path | None) -> Drawn:
         def make() -> Drawn:
-            return draw_all(load(str(MODELS / kind), [adapter] if adapter else []), "robot", images=2, class_images=8)
+            config = AdaptedModelOptions(
+                pretrained_model_name_or_path=str(MODELS / kind), adapter=[str(adapter)] if adapter else []
+            )
+            pipeline = load_adapted_pipeline(config, READERS)
+            prepare_drawing(pipeline, READERS, config)
+            pipeline.set_progress_bar_config(disable=True)
+            rows = [draw_images(pipeline, range(2), 2, prompt=prompt, **DRAWING) for prompt in prompts("robot")]
+            return Drawn(rows, draw_images(pipeline, range(8), 8, prompt="a photo of a robot", **DRAWING))
 
         return once(f"drawn {kind} {adapter}", make)
 
