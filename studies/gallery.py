@@ -62,8 +62,9 @@ def make_gallery(
         grids.append(grid)
     sliders = {PROMPT: [_text(records, prompt) for prompt in shown], **others}
     first = [len(entries) - 1 if axis == STEP else 0 for axis, entries in sliders.items()]
-    of_axes = (entries_of(records, axis) for axis in (rows, columns))
-    return Gallery(rows, columns, *of_axes, sliders, first, grids, len(prompts) - len(shown))
+    left_out = len(prompts) - len(shown)
+    names = entries_of(records, rows), entries_of(records, columns)
+    return Gallery(rows, columns, names[0], names[1], sliders, first, grids, left_out)
 
 
 def _grid(

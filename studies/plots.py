@@ -254,7 +254,7 @@ def colours(count: int, ordered: bool = False) -> list[Any]:
         return [*COLOURS[:count]]
     from matplotlib import colormaps
 
-    return [colormaps["viridis"](place) for place in np.linspace(0, 0.92, count)]
+    return [colormaps["viridis"](place) for place in np.linspace(0, 0.85, count)]
 
 
 def legend(figure: "Figure", axes: Any, title: str) -> None:

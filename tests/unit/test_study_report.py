@@ -128,6 +128,7 @@ def test_sliders_reach_every_grid_and_a_grid_has_every_cell(page):
     assert sliders == [["a photo of sks dog on a beach", "the class prompt"], ["0", "1", "2"]]
     keys = {"-".join(map(str, key)) for key in itertools.product(*(range(len(entries)) for entries in sliders))}
     grids = [entries for entries in page.all("div") if "data-key" in entries]
+    assert [grid["data-prompt"] for grid in grids] == [prompt for prompt in sliders[0] for _ in sliders[1]]
     assert {grid["data-key"] for grid in grids} == keys and len(grids) == len(keys)
     assert ["hidden" in grid for grid in grids] == [False] + [True] * (len(grids) - 1)
     pictures = [image for image in page.all("img") if image["src"].startswith("data:image/jpeg")]
