@@ -114,6 +114,8 @@ def _contract(X: Tensor, A: Tensor, B: Tensor, scale: float, a_first: bool) -> t
 
 
 def _times_left(A: Tensor, X: Tensor, scale: float = 1.0) -> Tensor:
+    if X.shape[2] == 1:  # one product of matrices, where bmm would multiply N vectors
+        return _times_right(X.transpose(1, 2), A, scale).transpose(1, 2)
     # bmm takes the stride-0 batch as it is, where matmul would copy A once per row of the batch. The scale goes into
     # the product itself; with beta = 0 the first argument is not read.
     return torch.baddbmm(X.new_empty(()), A.expand(X.shape[0], -1, -1), X, beta=0, alpha=scale)
@@ -122,6 +124,13 @@ def _times_left(A: Tensor, X: Tensor, scale: float = 1.0) -> Tensor:
 def _times_right(X: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     rows = X.reshape(-1, B.shape[1])
     return torch.addmm(X.new_empty(()), rows, B.t(), beta=0, alpha=scale).view(X.shape[0], X.shape[1], B.shape[0])
+
+
+def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ_n left_n right_nᵀ (p, q) of left (N, p, k) and right (N, q, k)."""
+    if left.shape[2] == 1:  # one product of matrices; the N terms of the sum are each as large as A
+        return left.squeeze(2).t() @ right.squeeze(2)
+    return torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.promote_types(left.dtype, torch.float32))
 
 
 def contrast_rows(instance: Tensor, class_: Tensor, rows: int = 1, ridge: float = 0.01) -> Tensor:
@@ -196,8 +205,7 @@ class _FrozenLinearPlusKronecker(torch.autograd.Function):
         else:
             between = _times_right(G, B.t(), ctx.scale) if ctx.a_first else _times_left(A.t(), G, ctx.scale)
         if needs_dA:
-            left, right = (between, X) if ctx.a_first else (G, inner)
-            dA = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.promote_types(X.dtype, torch.float32))
+            dA = _sum_of_products(*((between, X) if ctx.a_first else (G, inner)))
         if needs_dB:
             left, right = (G, inner) if ctx.a_first else (between, X)
             dB = left.reshape(-1, B.shape[0]).t() @ right.reshape(-1, B.shape[1])

@@ -19,6 +19,7 @@ from dreambooth.options.base_model import BaseModelOptions
 from kron_formats.architectures import load_architecture, match_published
 from kron_formats.changes import LowRank
 from kron_formats.custom_diffusion import custom_diffusion_snippet, write_diffusers_custom_diffusion
+from kron_formats.errors import naming
 from kron_formats.export import (
     dense_bytes,
     diffusers_snippet,
@@ -40,6 +41,7 @@ from kron_formats.names import Layer, find_parameters
 from kron_formats.nearest import nearest_loras
 from kron_formats.paths import shared_name
 from kron_formats.reading import AdapterFile, not_kronecker_error
+from kron_formats.sizes import size_in_layer
 from kron_formats.words import WORD_KEY
 from kron_formats.writing import carried_metadata, is_bare, write_native
 
@@ -127,7 +129,9 @@ def as_kronecker(adapter: MatchedAdapter, arguments: argparse.Namespace) -> Matc
 def factor_shape(layer: Layer, file: AdapterFile, arguments: argparse.Namespace) -> tuple[int, int]:
     """Return (a1, a2) from the command line, or from the metadata of a LoRA that was converted from factors."""
     if arguments.kron_a1:
-        return arguments.kron_a1, arguments.kron_a2
+        d_out, d_in = layer.size
+        with naming(f"{layer.dotted} maps {d_in} to {d_out} features"):
+            return size_in_layer("a1", arguments.kron_a1, d_out), size_in_layer("a2", arguments.kron_a2, d_in)
     if shape := file.layout.shape_of(layer.native) or file.layout.shape_of(layer.kohya):
         return shape
     raise UserError(f"{file.path} is a LoRA: give the shape (a1, a2) of the factors with --kron_a1 and --kron_a2")

@@ -32,10 +32,16 @@ def fixed_size(factor: str, size: FactorSize) -> tuple[str, int]:
     fraction = re.fullmatch(rf"{side}(?: */ *([1-9][0-9]{{0,8}}))?", size.strip())
     if not fraction:
         raise KroneckerError(
-            f"{factor} = {size} is not a size of A: {factor} divides {side}, so write a number, {side}, or a fraction "
-            f"such as {side}/8"
+            f"{size} is not a size for {factor}, which divides {side}: write a number, {side}, or a fraction such as "
+            f"{side}/8"
         )
     return rest, int(fraction[1] or 1)
+
+
+def check_size(factor: str, size: FactorSize) -> None:
+    """Raise KroneckerError, with what to write, unless `size` is a number of 1 or more, or a fraction of the side."""
+    if fixed_size(factor, size)[1] < 1:
+        raise KroneckerError(f"{size} is not 1 or more")
 
 
 def size_in_layer(factor: str, size: FactorSize, features: int) -> int:

@@ -32,6 +32,7 @@ drop_needless_warnings()  # before the imports that cause some
 from dreambooth.base_model.loading import DTYPES
 from dreambooth.conversion import DEFAULT_PRECISION, FORMATS, convert
 from dreambooth.errors import readable_errors
+from dreambooth.options.kronecker import size_argument
 from dreambooth.options.paths import path_argument, path_or_name
 from kron_formats.inspection import inspect
 from kron_formats.reading import read_adapter
@@ -93,8 +94,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave out what tools do not need: prompts, options, the base model's name, thumbnail",
     )
-    add("--kron_a1", type=positive, help="native: rows of A, for a LoRA that this project did not make")
-    add("--kron_a2", type=positive, help="native: columns of A, for a LoRA that this project did not make")
+    for_loras = "for a LoRA that this project did not make"
+    add("--kron_a1", type=size_argument("a1"), help=f"native: rows of A, or d_out, d_out/8, {for_loras}")
+    add("--kron_a2", type=size_argument("a2"), help=f"native: columns of A, or d_in, d_in/8, {for_loras}")
     arguments = parser.parse_args(argv)
     if problem := inconsistency(arguments):
         parser.error(problem)

@@ -1,7 +1,8 @@
 """Count what each method trains in SD 1.5, SD 2.1 and SDXL, and compare with what DiffuseKronA's paper prints.
 
-    python scripts/count_parameters.py                                  # all methods; four Kronecker pairs (a1, a2)
-    python scripts/count_parameters.py --kron_a1 4 --kron_a2 64         # one pair
+    python scripts/count_parameters.py                                  # all methods; six Kronecker adapters
+    python scripts/count_parameters.py --kron_a1 4 --kron_a2 64         # A (4, 64) in every layer
+    python scripts/count_parameters.py --kron_a1 1 --kron_a2 d_in       # as a LoRA of rank 1
     python scripts/count_parameters.py --kron_a1 4 8 --kron_a2 64 32    # the pairs (4, 64) and (8, 32)
     python scripts/count_parameters.py --lora_rank 8
 
@@ -38,10 +39,12 @@ from dreambooth.family import Family
 from dreambooth.kronecker import KRONECKER
 from dreambooth.method import Method
 from dreambooth.options.field import option_names
+from dreambooth.options.kronecker import size_argument
 from dreambooth.options.training import config_class
 from kron_adapter import KroneckerError, KroneckerLinear, inject_kronecker, remove_kronecker
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
+from kron_formats.sizes import FactorSize
 from methods.train import FAMILIES, METHODS
 from studies.counting import WORD, count_trained, stand_in
 
@@ -72,8 +75,8 @@ class Contender:
 class Kronecker(Contender):
     """W + A ⊗ B with A (a1, a2)."""
 
-    a1: int = 1
-    a2: int = 1
+    a1: FactorSize = 1
+    a2: FactorSize = 1
 
     def rank(self, d_in: int, d_out: int) -> int:
         """Return the largest rank of ΔW (d_out, d_in):  rank(A ⊗ B) = rank(A) · rank(B).
@@ -95,8 +98,22 @@ class Lora(Contender):
         return min(self.r, d_in, d_out)
 
 
-def kronecker(a1: int, a2: int) -> Kronecker:
+def kronecker(a1: FactorSize, a2: FactorSize) -> Kronecker:
     return Kronecker(f"Kronecker ({a1}, {a2})", "kronecker", {"kron_a1": a1, "kron_a2": a2}, a1, a2)
+
+
+PAIRS = ((4, 64), (16, 16), (8, 64), (64, 8))
+KEYS_AND_VALUES = ("attn2.to_k", "attn2.to_v")  # of the cross-attention
+KV_APART = Contender(
+    "Kronecker (4, 64), cross-attention's K and V (1, d_in)",
+    "kronecker",
+    {"kron_factors": [f"{name}=1,d_in" for name in KEYS_AND_VALUES]},
+)
+KV_ALONE = Contender(
+    "Kronecker (1, d_in), cross-attention's K and V alone",
+    "kronecker",
+    {"kron_targets": [*KEYS_AND_VALUES], "kron_a1": 1, "kron_a2": "d_in"},
+)
 
 
 def lora(r: int) -> Lora:
@@ -223,8 +240,10 @@ PRINTED = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    adapters = [*map(kronecker, arguments.kron_a1, arguments.kron_a2), lora(arguments.lora_rank)]
-    contenders = [*adapters, *others()]
+    given = list(zip(arguments.kron_a1, arguments.kron_a2))
+    of_one_shape = [kronecker(a1, a2) for a1, a2 in given or PAIRS]
+    adapters = [*of_one_shape, lora(arguments.lora_rank)]
+    contenders = [*of_one_shape, *([] if given else [KV_APART, KV_ALONE]), lora(arguments.lora_rank), *others()]
     tables = [
         count_table("trained parameters", "{:,}".format, contenders),
         count_table("in fp32", size, contenders),
@@ -241,17 +260,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--kron_a1",
-        type=positive,
+        type=size_argument("a1"),
         nargs="+",
-        default=[4, 16, 8, 64],
-        help="rows of A; divide a layer's output features. Several pair up with --kron_a2. Default: 4 16 8 64",
+        default=[],
+        help="rows of A: a number that divides a layer's output features, or a fraction of these: d_out, d_out/8. "
+        "Several pair up with --kron_a2. Default: 4 16 8 64, and shapes that differ between layers",
     )
     parser.add_argument(
         "--kron_a2",
-        type=positive,
+        type=size_argument("a2"),
         nargs="+",
-        default=[64, 16, 64, 8],
-        help="columns of A; divide a layer's input features. Several pair up with --kron_a1. Default: 64 16 64 8",
+        default=[],
+        help="columns of A: a number that divides a layer's input features, or a fraction of these: d_in, d_in/8. "
+        "Several pair up with --kron_a1. Default: 64 16 64 8",
     )
     parser.add_argument("--lora_rank", type=positive, default=4, help="rank of the LoRA to compare with. Default: 4")
     arguments = parser.parse_args(argv)

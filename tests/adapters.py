@@ -1,5 +1,7 @@
 """Pipelines with trained-looking adapters, and the dense weights that every other way has to give too."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -9,16 +11,29 @@ from torch import Tensor, nn
 from kron_adapter import inject_kronecker, kronecker_layers
 from kron_formats.families import TEXT_ENCODER_TARGETS
 from kron_formats.names import components, find_layers, linear_modules
+from kron_formats.sizes import FactorSize
 from toyworld.tiny_pipeline import build_pipeline
 
+KEYS_AND_VALUES = {"attn2.to_k": (1, "d_in"), "attn2.to_v": (1, "d_in")}  # of the cross-attention, as LoRA of rank 1
 
-def adapted_pipeline(kind: str, a1: int, a2: int, text: bool = False, strength: float = 0.05) -> DiffusionPipeline:
-    """Return a small pipeline ("sd" or "sdxl") with adapters whose deltas have entries of about `strength`."""
+
+def adapted_pipeline(
+    kind: str,
+    a1: FactorSize,
+    a2: FactorSize,
+    text: bool = False,
+    strength: float = 0.05,
+    factors: Mapping[str, tuple[FactorSize, FactorSize]] | None = None,
+) -> DiffusionPipeline:
+    """Return a small pipeline ("sd" or "sdxl") with adapters whose deltas have entries of about `strength`.
+
+    `factors` are those of single layers of the UNet.
+    """
     pipeline = build_pipeline(kind)
     pipeline.set_progress_bar_config(disable=True)
     for name, model in components(pipeline).items():
         if name == "unet":
-            perturb(inject_kronecker(model, a1, a2), strength)
+            perturb(inject_kronecker(model, a1, a2, factors=factors), strength)
         elif text:
             perturb(inject_kronecker(model, a1, a2, TEXT_ENCODER_TARGETS), strength)
     return pipeline

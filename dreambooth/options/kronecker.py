@@ -1,5 +1,7 @@
 """The Kronecker adapter:  W + scale · (A ⊗ B)  with A (a1, a2) and B (b1, b2)."""
 
+import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +10,7 @@ from dreambooth.options.field import option
 from dreambooth.options.prompts import ClassPromptOptions
 from dreambooth.options.steps import TextEncoderOptions
 from kron_formats.errors import KroneckerError
-from kron_formats.sizes import FactorSize, as_size, fixed_size
+from kron_formats.sizes import FactorSize, as_size, check_size
 
 DEFAULT_SHAPE = (4, 64)  # (a1, a2)
 FORM = "write NAME=A1,A2, for example to_k=8,64 or attn2.to_k=1,d_in"
@@ -147,8 +149,19 @@ class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
 
 def _check_size(where: str, factor: str, size: FactorSize, form: str = "") -> None:
     try:
-        _, number = fixed_size(factor, size)
+        check_size(factor, size)
     except KroneckerError as error:
         raise UserError(f"{where}: {error}{form}") from error
-    if number < 1:
-        raise UserError(f"{where}: {factor} is {size}; it must be at least 1{form}")
+
+
+def size_argument(factor: str) -> Callable[[str], FactorSize]:
+    """Return the `type` of an argument for the size "a1" or "a2" of A, in programs that have no options."""
+
+    def read(text: str) -> FactorSize:
+        try:
+            check_size(factor, text)
+        except KroneckerError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return as_size(text)
+
+    return read

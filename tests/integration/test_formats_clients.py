@@ -12,9 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dreambooth.options.base_model import AdaptedModelOptions
 from kron_adapter import KroneckerError, attach_to_diffusers, load_kronecker, save_kronecker
-from kron_formats.names import components
+from kron_formats.names import components, find_layers
 from scripts import convert
 from tests.adapters import (
+    KEYS_AND_VALUES,
     adapted_pipeline,
     dense_weights,
     draw,
@@ -29,9 +30,9 @@ FUSED = 4e-8  # the same after one addition in fp32, where weights up to 0.5 are
 KINDS = ("sd", "sdxl")
 
 
-def make(kind, a1, a2, tmp_path, text=True):
+def make(kind, a1, a2, tmp_path, text=True, factors=None):
     """Return a trained pipeline, its file, and the exact weights. Deltas are small, so that fp32 rounds below EXACT."""
-    pipeline = adapted_pipeline(kind, a1, a2, text=text, strength=0.002)
+    pipeline = adapted_pipeline(kind, a1, a2, text=text, strength=0.002, factors=factors)
     save_kronecker(pipeline, tmp_path / "native.safetensors", {"instance_prompt": "a photo of sks dog"})
     return pipeline, tmp_path / "native.safetensors", dense_weights(pipeline)
 
@@ -93,6 +94,21 @@ def test_diffusers_loads_the_lora_of_any_factors(kind, names, a1, a2, tmp_path, 
     pipe = plain_pipeline(kind)
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     assert_loaded(pipe, trained, exact)
+
+
+def test_diffusers_loads_the_lora_of_factors_that_differ_between_layers_and_have_rank_one(tmp_path, request):
+    trained, path, exact = make("sdxl", 4, 64, tmp_path, factors=KEYS_AND_VALUES)
+    run_convert(
+        path, "--to", "lora", "--output", tmp_path / "lora.safetensors",
+        "--pretrained_model_name_or_path", base_of("sdxl", request),
+    )  # fmt: skip
+    for load in (
+        lambda pipe: pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors"),
+        lambda pipe: attach_to_diffusers(pipe, path, "dog"),
+    ):
+        pipe = plain_pipeline("sdxl")
+        load(pipe)
+        assert_loaded(pipe, trained, exact)
 
 
 @pytest.mark.parametrize("kind, a1, a2", [("sd", 4, 64), ("sdxl", 64, 8), ("sd", 16, 16)])
@@ -226,6 +242,30 @@ def test_lycoris_loads_the_native_file_of_square_factors(text, lycoris, tmp_path
     network, _ = lycoris.create_network_from_weights(1.0, str(path), None, encoder, pipe.unet)
     assert len(network.unet_loras) == 32 and len(network.text_encoder_loras) == (8 if text else 0)
     for module in (*network.unet_loras, *network.text_encoder_loras):
+        module.merge_to(1.0)
+    assert worst_error(plain_weights(pipe), exact) < FUSED
+
+
+def test_lycoris_arithmetic_and_its_loader_of_loras_give_the_deltas_of_rank_one(lycoris, tmp_path, request):
+    """LyCORIS makes LoKr layers from one number, so that of a file with (1, d_in) it loads the LoRA, which is exact."""
+    from safetensors.torch import load_file
+
+    lokr = pytest.importorskip("lycoris.functional.lokr")
+    trained, path, exact = make("sd", 4, 64, tmp_path, text=False, factors=KEYS_AND_VALUES)
+    tensors, plain = load_file(path), plain_weights(plain_pipeline("sd"))
+    for layer in find_layers({"unet": plain_pipeline("sd").unet}):
+        if layer.dotted in exact:
+            w1, w2 = (tensors[f"{layer.kohya}.{part}"] for part in ("lokr_w1", "lokr_w2"))
+            delta = lokr.diff_weight(w1, None, None, w2, None, None, None)
+            torch.testing.assert_close(delta.double(), exact[layer.dotted] - plain[layer.dotted], rtol=1e-4, atol=1e-9)
+    run_convert(
+        path, "--to", "lora", "--output", tmp_path / "lora.safetensors",
+        "--pretrained_model_name_or_path", base_of("sd", request),
+    )  # fmt: skip
+    pipe = plain_pipeline("sd")
+    network, _ = lycoris.create_network_from_weights(1.0, str(tmp_path / "lora.safetensors"), None, None, pipe.unet)
+    assert len(network.unet_loras) == 32
+    for module in network.unet_loras:
         module.merge_to(1.0)
     assert worst_error(plain_weights(pipe), exact) < FUSED
 

@@ -1,5 +1,6 @@
 """A training run as users start it, on a small Stable Diffusion pipeline of the real classes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,16 @@ def test_a_config_file_gives_the_same_run(options, run_main, tmp_path):
 
 
 def test_metadata_says_what_the_file_is(options, run_main, tiny_sd):
-    run_main(sd, **options, kron_factors=["to_k=8,16"])
+    run_main(sd, **options, kron_factors=["to_k=8,16", "attn2.to_v=1,d_in"])
     with safe_open(options["output_dir"] / WEIGHTS, "pt") as file:
         metadata = file.metadata()
     assert metadata["kronecker.format_version"] == "1"
     assert metadata["kronecker.base_model"] == tiny_sd.name
     assert metadata["kronecker.instance_prompt"] == "a photo of sks dog"
     assert metadata["kronecker.step"] == "4"
-    assert '"to_k"' in metadata["kronecker.targets"] and "[8, 16]" in metadata["kronecker.factors"]
+    shapes = {tuple(shape) for shape in json.loads(metadata["kronecker.factors"]).values()}
+    assert {"to_k", "attn2.to_v"} < set(json.loads(metadata["kronecker.targets"])) and {(8, 16), (1, 64)} < shapes
+    assert "attn2.to_v=1,d_in" in (options["output_dir"] / "config.yaml").read_text()
     assert '"learning_rate": 0.0005' in metadata["kronecker.config"]
 
 
@@ -223,6 +226,11 @@ def test_nothing_that_holds_a_result_is_overwritten_by_mistake(options, run_main
     [
         ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere: there is no such folder"),
         ({"kron_a2": 48}, r"to_q maps 64 to 64 features: a2 = 48 does not divide d_in = 64 \(nearest .* 32 and 64\)"),
+        (
+            {"kron_b2": 48},
+            r"to_q maps 64 to 64 features: b2 = 48 .* does not divide d_in = 64 \(nearest .* 32 and 64\)",
+        ),
+        ({"kron_factors": ["attn3.to_k=1,d_in"]}, "factors are given for attn3.to_k, but the targets are to_q"),
         ({"kron_targets": ["to_q", "to_w"]}, "no linear layer of UNet2DConditionModel ends in to_w; there are: .*to_v"),
         (
             {"pretrained_model_name_or_path": "./nowhere"},

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as LoraLayer
 from torch import nn
 
 from kron_adapter import (
@@ -24,8 +26,8 @@ from kron_adapter import (
     unmerge_kronecker,
 )
 
-# (a1, a2, b1, b2): A first is cheaper, B first is cheaper, square, and the two degenerate shapes
-SHAPES = [(2, 8, 6, 3), (8, 2, 3, 6), (4, 4, 5, 5), (1, 6, 8, 4), (12, 1, 2, 16)]
+# (a1, a2, b1, b2): A first is cheaper, B first is cheaper, square, the two degenerate shapes, and LoRA of rank 1 twice
+SHAPES = [(2, 8, 6, 3), (8, 2, 3, 6), (4, 4, 5, 5), (1, 6, 8, 4), (12, 1, 2, 16), (1, 12, 8, 1), (8, 1, 1, 12)]
 
 
 def trained_layer(a1, a2, b1, b2, bias=True, dtype=torch.float32, seed=0):
@@ -259,6 +261,27 @@ def test_a_base_that_trains_gets_its_gradient():
     assert layer.base.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("r", [1, 3])
+def test_a_lora_of_rank_r_is_the_sum_of_r_products_of_a_column_and_a_row(r):
+    torch.manual_seed(0)
+    base, x = nn.Linear(12, 20), torch.randn(4, 12)
+    lora = LoraLayer(base, "default", LoraConfig(r=r, lora_alpha=r, init_lora_weights="gaussian"), r=r, lora_alpha=r)
+    nn.init.normal_(lora.lora_B["default"].weight)
+    up, down = lora.lora_B["default"].weight.detach(), lora.lora_A["default"].weight.detach()
+    terms = []
+    for column, row in zip(up.T, down):
+        terms.append(KroneckerLinear(terms[-1] if terms else base, 1, "d_in"))
+        terms[-1].A.data.copy_(row[None] / terms[-1].gain)
+        terms[-1].B.data.copy_(column[:, None])
+    torch.testing.assert_close(terms[-1](x), lora(x), rtol=1e-5, atol=1e-5)
+    total = sum(term.delta_weight for term in terms)
+    torch.testing.assert_close(total, lora.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
+    swapped = KroneckerLinear(base, "d_out", 1)  # the same product with the factors exchanged
+    swapped.A.data.copy_(up[:, :1] / swapped.gain)
+    swapped.B.data.copy_(down[:1])
+    torch.testing.assert_close(swapped.delta_weight, terms[0].delta_weight, rtol=1e-5, atol=1e-6)
+
+
 # ---- a model's adapters ----
 
 
@@ -418,9 +441,12 @@ def test_a_target_is_whole_words_of_a_path(model):
             {"a1": 4, "a2": 8, "factors": {"attn2.to_v": (1, "d_in/9")}},
             r"attn2.to_v .* b2 = 9 \(a2 = d_in/9\) .* 8 and",
         ),
-        ({"a1": "d_in", "a2": 8}, "attn1.to_q .* a1 = d_in .* d_out/8"),
-        ({"a1": 4, "a2": "d_out/2"}, "attn1.to_q .* a2 = d_out/2 .* d_in/8"),
-        *(({"a1": size, "a2": 8}, f"a1 = {size} .* d_out/8") for size in ("d_out/0", "d_out/-2", "d_out/2.0", "half")),
+        ({"a1": "d_in", "a2": 8}, "attn1.to_q .* d_in is not a size for a1.* d_out/8"),
+        ({"a1": 4, "a2": "d_out/2"}, "attn1.to_q .* d_out/2 is not a size for a2.* d_in/8"),
+        *(
+            ({"a1": size, "a2": 8}, f"{size} is not a size for a1.* d_out/8")
+            for size in ("d_out/0", "d_out/-2", "d_out/2.0", "half")
+        ),
     ],
 )
 def test_a_request_that_does_not_fit_leaves_the_model_untouched(model, arguments, words):

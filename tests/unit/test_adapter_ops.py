@@ -93,6 +93,19 @@ def test_no_operation_of_the_frozen_weight_s_size_without_a_gradient_to_the_inpu
     assert shapes and list(layer.weight.shape) not in shapes and list(layer.weight.t().shape) not in shapes
 
 
+@pytest.mark.parametrize("shape", [(1, "d_in"), ("d_out", 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_rank_one_multiplies_no_vectors_one_by_one(shape, dtype):
+    """As a LoRA of rank 1, it needs products of matrices alone; batches of vectors are several times slower."""
+    layer = KroneckerLinear(nn.Linear(512, 256, dtype=dtype), *shape)
+    x, dy = torch.randn(32, 512, dtype=dtype, requires_grad=True), torch.randn(32, 256, dtype=dtype)
+    forward, backward = operations_of_a_step(layer, x, dy)
+    assert not [name for name in forward + backward if "bmm" in name]
+    assert "aten::sum" not in forward + backward
+    layer(x).backward(dy)
+    assert layer.A.grad.dtype == layer.B.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_autocast_is_entered_only_where_it_is_on(autocast, monkeypatch):
     """Entering it costs host time, 1,120 times in each step of SDXL."""

@@ -62,7 +62,7 @@ def config(tmp_path) -> Config:
 def adapter(tmp_path, tiny_sd, config):
     """An adapter file for UNet and text encoder, how many parameters and layers it has, and the adapter itself."""
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
-    sizes = {"kron_a1": 4, "kron_a2": 32, "kron_factors": ["to_k=8,8"]}
+    sizes = {"kron_a1": 4, "kron_a2": 32, "kron_factors": ["to_k=8,8", "attn2.to_k=1,d_in"]}
     text_sizes = {"train_text_encoder": True, "text_encoder_kron_a1": 2, "text_encoder_kron_a2": 16}
     models = SD.trained_models(pipeline.components, with_text=True)
     attached = KRONECKER.attach(SD, models, {}, dataclasses.replace(config, **sizes, **text_sizes))
@@ -117,7 +117,8 @@ def test_the_card_says_what_the_adapter_is(config, adapter, results):
 def test_factors_are_those_of_the_file(config, adapter):
     rows = [line for line in written(config, adapter)[1].splitlines() if line.startswith("|")]
     assert "| UNet | `to_q` | 64 → 64 | (4, 32) | (16, 2) | 6 |" in rows
-    assert "| UNet | `to_k` | 64 → 128 | (8, 8) | (16, 8) | 1 |" in rows
+    assert "| UNet | `to_k` | 64 → 64 | (8, 8) | (8, 8) | 3 |" in rows
+    assert "| UNet | `attn2.to_k` | 64 → 128 | (1, 64) | (128, 1) | 1 |" in rows
     assert "| text encoder | `q_proj` | 64 → 64 | (2, 16) | (32, 4) | 2 |" in rows
     assert sum(int(row.split("|")[-2]) for row in rows[2:]) == adapter[2]
     with safe_open(adapter[0], framework="pt") as file:

@@ -267,7 +267,7 @@ def test_a_wrong_flag_is_refused_by_name(capsys, flags, words):
         ("mixed_precision: off", "--mixed_precision.*'off'"),
         ("kron_factors: {to_k: 64}", "--kron_factors to_k=64: "),
         ("kron_factors: {to_k: [8]}", "--kron_factors to_k=8: "),
-        ("kron_factors: {to_k: [d_in, 8]}", "--kron_factors to_k=d_in,8: a1 = d_in .*d_out/8"),
+        ("kron_factors: {to_k: [d_in, 8]}", "--kron_factors to_k=d_in,8: d_in .*d_out/8"),
         ("kron_a1: 4\nkron_b1: 8", "--kron_b1 8 and --kron_a1 4"),
         ("kron_b1: d_out", "--kron_b1.*'d_out'"),
         ("validation_prompt:\n- a dog: on the beach", "validation_prompt"),  # a mapping, since it is not quoted

@@ -14,6 +14,8 @@ from scripts.count_parameters import (
     CROSSATTN,
     CUSTOM_DIFFUSION,
     DREAMBOOTH,
+    KV_ALONE,
+    KV_APART,
     ROOT,
     SVDIFF,
     TEXTUAL_INVERSION,
@@ -81,6 +83,9 @@ def test_every_attention_projection_is_adapted(name, layers):
         (kronecker(16, 16), 398_048, 423_008, 3_874_560),
         (kronecker(8, 64), 248_176, 260_656, 2_152_320),
         (kronecker(64, 8), 248_176, 260_656, 2_152_320),
+        (kronecker(1, "d_in"), 199_296, 207_488, 1_451_520),
+        (KV_APART, 364_512, 372_704, 2_960_640),
+        (KV_ALONE, 49_536, 57_728, 453_120),
         (lora(4), 797_184, 829_952, 5_806_080),
     ],
     ids=str,
@@ -128,7 +133,7 @@ def test_sizes_have_the_unit_that_fits_them():
     assert [size(number) for number in (768, 397_352, 982_581_444)] == ["3.00 KiB", "1.52 MiB", "3.66 GiB"]
 
 
-@pytest.mark.parametrize("a1, a2", [(4, 64), (16, 16), (8, 64), (64, 8)])
+@pytest.mark.parametrize("a1, a2", [(4, 64), (16, 16), (8, 64), (64, 8), (1, "d_in"), ("d_out/8", "d_in/4")])
 @pytest.mark.parametrize("d_in, d_out", [(320, 320), (768, 320)])
 def test_largest_rank_is_the_rank_of_a_random_delta(a1, a2, d_in, d_out):
     torch.manual_seed(0)
@@ -157,7 +162,10 @@ def test_a_pair_that_fits_the_unet_alone_is_counted_there():
     "arguments, words",
     [
         (["--kron_a1", "4", "8", "--kron_a2", "64"], "--kron_a1 and --kron_a2 pair up, but have 2 and 1 values"),
+        (["--kron_a1", "4"], "--kron_a1 and --kron_a2 pair up, but have 1 and 0 values"),
         (["--kron_a1", "0", "--kron_a2", "4"], "argument --kron_a1: 0 is not 1 or more"),
+        (["--kron_a1", "d_in", "--kron_a2", "4"], "argument --kron_a1: d_in is not a size for a1"),
+        (["--kron_a1", "4", "--kron_a2", "d_in/x"], "argument --kron_a2: d_in/x is not a size for a2"),
         (["--lora_rank", "0"], "argument --lora_rank: 0 is not 1 or more"),
     ],
 )
@@ -172,6 +180,7 @@ def test_the_program_prints_its_tables(capsys):
     counts, sizes, ranks, models, paper = map(cells, capsys.readouterr().out.strip().split("\n\n"))
     assert models["SDXL UNet", "attention projections"] == "560"
     assert counts["Kronecker (4, 64)", SDXL] == "3,874,560" and sizes["Kronecker (4, 64)", SDXL] == "14.78 MiB"
+    assert counts[str(KV_APART), SDXL] == "2,960,640" and sizes[str(KV_ALONE), SDXL] == "1.73 MiB"
     assert counts["LoRA r=4", SDXL] == "5,806,080" and sizes["LoRA r=4", SDXL] == "22.15 MiB"
     assert counts["Kronecker (16, 16)", SD15] == "520,928" and sizes["Kronecker (16, 16)", SD15] == "1.99 MiB"
     assert ranks["1280 -> 1280", "Kronecker (4, 64)"] == "80" and ranks["1280 -> 1280", "LoRA r=4"] == "4"

@@ -23,6 +23,7 @@ from kron_formats.names import components, find_layers, match_target
 from kron_formats.reading import read_adapter
 from scripts import convert
 from tests.adapters import (
+    KEYS_AND_VALUES,
     adapted_pipeline,
     dense_weights,
     plain_pipeline,
@@ -50,16 +51,17 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(a1, a2) -> a trained SD pipeline and its file."""
+    """(a1, a2) -> a trained SD pipeline and its file; mixed: the cross-attention's keys and values have (1, d_in)."""
     made = {}
 
-    def get(a1, a2, kind="sd", text=True):
-        if (a1, a2, kind, text) not in made:
-            pipeline = adapted_pipeline(kind, a1, a2, text=text, strength=0.002)
+    def get(a1, a2, kind="sd", text=True, mixed=False):
+        if (a1, a2, kind, text, mixed) not in made:
+            factors = KEYS_AND_VALUES if mixed else None
+            pipeline = adapted_pipeline(kind, a1, a2, text=text, strength=0.002, factors=factors)
             path = tmp_path_factory.mktemp("trained") / "native.safetensors"
             save_kronecker(pipeline, path, {"instance_prompt": "a photo of sks dog", "step": "7"})
-            made[a1, a2, kind, text] = pipeline, path
-        return made[a1, a2, kind, text]
+            made[a1, a2, kind, text, mixed] = pipeline, path
+        return made[a1, a2, kind, text, mixed]
 
     return get
 
@@ -75,7 +77,9 @@ def merged_weights(kind, path):
 # ---- the algebra ----
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 8, 2), (16, 4, 2, 8), (6, 6, 5, 5), (1, 3, 7, 2), (8, 1, 2, 9)])
+@pytest.mark.parametrize(
+    "shape", [(4, 16, 8, 2), (16, 4, 2, 8), (6, 6, 5, 5), (1, 3, 7, 2), (8, 1, 2, 9), (1, 24, 40, 1), (40, 1, 1, 24)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_exact_lora_is_the_product_and_has_its_rank(shape, transposed):
     entry = factors(*shape, transposed)
@@ -104,7 +108,7 @@ def test_a_lora_of_lower_rank_is_the_best_one_and_its_error_is_true(rank):
     assert error == pytest.approx(((lora.dense() - exact).norm() / exact.norm()).item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 8, 2), (16, 4, 2, 8), (6, 6, 5, 5)])
+@pytest.mark.parametrize("shape", [(4, 16, 8, 2), (16, 4, 2, 8), (6, 6, 5, 5), (1, 24, 40, 1)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_lora_that_is_a_kronecker_product_comes_back(shape, transposed):
     entry = factors(*shape, transposed)
@@ -150,6 +154,72 @@ def test_any_factors_come_back_from_their_lora(kind, a1, a2, trained, tiny_sd, t
     assert worst_error(merged_weights(kind, tmp_path / "back.safetensors"), dense_weights(pipeline)) < 2 * EXACT
     own = read_adapter(tmp_path / "back.safetensors").own_metadata
     assert (own["a1"], own["a2"], own["step"]) == (str(a1), str(a2), "7")
+
+
+def test_a_mixed_file_loads_bit_for_bit_and_other_tools_arithmetic_gives_its_deltas(trained):
+    """ComfyUI and A1111 take torch.kron(w1, w2), in the shape of the weight, times 1 for whole factors."""
+    pipeline, path = trained(4, 64, mixed=True)
+    loaded = plain_pipeline("sd")
+    load_kronecker(loaded, path)
+    theirs, ours = kronecker_layers(loaded.unet), kronecker_layers(pipeline.unet)
+    assert all(torch.equal(theirs[name].factors.A, layer.factors.A) for name, layer in ours.items())
+    assert all(torch.equal(theirs[name].factors.B, layer.factors.B) for name, layer in ours.items())
+    assert {name: layer.target for name, layer in theirs.items()} == {n: layer.target for n, layer in ours.items()}
+    tensors, narrow = load_file(path), 0
+    for layer in find_layers({"unet": plain_pipeline("sd").unet}):
+        if layer.name in ours:
+            w1, w2 = (tensors[f"{layer.kohya}.{part}"] for part in ("lokr_w1", "lokr_w2"))
+            delta = torch.kron(w1, w2).reshape(layer.size)
+            torch.testing.assert_close(delta, ours[layer.name].delta_weight, rtol=1e-6, atol=0)
+            if "attn2.to_k" in layer.name or "attn2.to_v" in layer.name:
+                assert w1.shape == (1, layer.size[1]) and w2.shape == (layer.size[0], 1)
+                narrow += 1
+    assert narrow == 8 and len(ours) == 32
+
+
+def test_layers_of_rank_one_become_loras_of_rank_one_and_come_back(trained, tiny_sd, tmp_path, capsys):
+    pipeline, path = trained(4, 64, mixed=True)
+    base = ("--pretrained_model_name_or_path", tiny_sd)
+    run(path, "--to", "lora", "--output", tmp_path / "lora.safetensors", *base)
+    assert "Relative error of all layers together: 0.00e+00" in capsys.readouterr().out
+    lora, exact = load_file(tmp_path / "lora.safetensors"), dense_weights(pipeline)
+    plain = plain_weights(plain_pipeline("sd"))
+    ranks = {}
+    for layer in find_layers(components(plain_pipeline("sd"))):
+        if layer.dotted in exact:
+            up, down = (lora[f"{layer.kohya}.lora_{side}.weight"].double() for side in ("up", "down"))
+            delta = exact[layer.dotted] - plain[layer.dotted]
+            assert (up @ down / len(down) - delta).norm() < 1e-6 * delta.norm()  # alpha is 1
+            ranks[layer.dotted] = len(down)
+    assert {name for name, rank in ranks.items() if rank == 1} == {
+        name for name in exact if name.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+    run(tmp_path / "lora.safetensors", "--to", "native", "--output", tmp_path / "back.safetensors", *base)
+    assert worst_error(merged_weights("sd", tmp_path / "back.safetensors"), exact) < 2 * EXACT
+    first, second = load_file(path), load_file(tmp_path / "back.safetensors")
+    assert {name: tensor.shape for name, tensor in first.items()} == {n: tensor.shape for n, tensor in second.items()}
+    run("--inspect", path)
+    words = capsys.readouterr().out
+    assert "(4, 64) in 32 layers" in words and "(1, 64) in 8 layers" in words and "rank(A) · rank(B): 1 to" in words
+    assert "convert.py --to lora (as LoKr they take only a square A" in words and "LyCORIS, sd-scripts" not in words
+
+
+def test_any_lora_of_rank_one_is_kronecker_factors_of_one_row_and_one_column(tiny_sd, tmp_path, capsys):
+    torch.manual_seed(0)
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    (layer,) = (layer for layer in find_layers({"unet": plain_pipeline("sd").unet}) if layer.kohya == key)
+    up, down = torch.randn(layer.size[0], 1), torch.randn(1, layer.size[1])
+    save_file(
+        {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)},
+        tmp_path / "lora.safetensors",
+    )
+    command = (tmp_path / "lora.safetensors", "--to", "native", "--pretrained_model_name_or_path", tiny_sd)
+    run(*command, "--output", tmp_path / "n.safetensors", "--kron_a1", "1", "--kron_a2", "d_in")
+    factors = read_adapter(tmp_path / "n.safetensors").layers[key].multiplied()
+    assert factors.A.shape == (1, layer.size[1]) and factors.B.shape == (layer.size[0], 1)
+    torch.testing.assert_close(factors.dense().float(), up @ down, rtol=1e-5, atol=1e-5)
+    with pytest.raises(KroneckerError, match=r"attn2.to_k .* b2 = 7 \(a2 = d_in/7\) does not divide"):
+        run(*command, "--output", tmp_path / "m.safetensors", "--kron_a1", "1", "--kron_a2", "d_in/7")
 
 
 def test_a_lora_has_one_alpha_and_the_metadata_of_a_lora(trained, tiny_sd, tmp_path):
@@ -372,6 +442,7 @@ def test_wrong_input_is_called_by_its_name(trained, tiny_sd, tiny_sdxl, tmp_path
         (["a", "--to", "lora", "--output", "b", "--rank", "0"], "argument --rank: 0 is not 1 or more"),
         (["a", "--to", "lora", "--output", "b", "--rank", "x"], "argument --rank: invalid"),
         (["a", "--to", "native", "--output", "b", "--kron_a1", "-4", "--kron_a2", "4"], "argument --kron_a1: -4 is"),
+        (["a", "--to", "native", "--output", "b", "--kron_a1", "d_in", "--kron_a2", "4"], "--kron_a1: d_in is not"),
         (["a", "--to", "lora", "--output", "b", "--kron_a1", "4", "--kron_a2", "4"], "--kron_a1 is for --to native"),
         (["a", "--to", "peft", "--output", "b", "--sdxl_names", "sgm"], "--sdxl_names is for --to native"),
         (["a", "--to", "native", "--output", "."], "--output . exists already"),
