@@ -24,7 +24,7 @@ class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
     kron_init: Literal["invariant", "reference", "contrast"] = option(
         "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper; "
         "contrast: invariant, but A of attn2.to_k and attn2.to_v, if it has a column for each input feature, begins as "
-        "what tells the instance prompts from --class_prompt.",
+        "what tells the instance prompts from class_prompt.",
         "invariant",
     )
     text_encoder_kron_a1: int | None = option("kron_a1 of the text encoders. Default: kron_a1.", None, at_least=1)

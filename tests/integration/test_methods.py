@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.drawing.draw import draw_images
 from dreambooth.drawing.pipelines import load_adapted_pipeline
 from dreambooth.families.sd import SD
@@ -18,6 +19,7 @@ from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.train import train
 from kron_formats.architectures import load_architecture
+from kron_formats.families import ATTENTION_TARGETS
 from methods.custom_diffusion import CUSTOM_DIFFUSION
 from methods.dreambooth import DREAMBOOTH, AttachedDreamBooth
 from methods.lora import LORA
@@ -54,6 +56,12 @@ WITHOUT_CHANCE = (
     TEXTUAL_INVERSION,
 )  # whose beginning does not depend on the seed
 BEGIN_AT_0 = ("w2", "lora_up.weight", "delta")  # tensors of those methods whose beginning is 0
+STARTS_FROM_PROMPTS = {  # of SDXL's Kronecker adapter beside: keys and values of cross-attention, 2 x 64 wide
+    "kron_init": "contrast",
+    "class_prompt": "a photo of dog",
+    "kron_targets": ["to_q", "to_k", "to_v", "to_out.0", "attn2.to_k", "attn2.to_v"],
+    "kron_factors": ["attn2.to_k=1,128", "attn2.to_v=2,128"],
+}
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS_TESTED, ids=lambda method: method.name)
 BASE_PRIOR = {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of dog"}
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -73,14 +81,23 @@ def pipeline(base):
 
 
 def configure(method, name, base, **options):
-    defaults = {"pretrained_model_name_or_path": str(base), "instance_prompt": PROMPT, **OPTIONS[method.name]}
+    defaults = {"pretrained_model_name_or_path": str(base), "instance_prompt": PROMPT, **options_of(method, name)}
     return config_class(method.options, FAMILIES[name][1])(**{**defaults, **options})
+
+
+def options_of(method, name):
+    return OPTIONS[method.name] | (STARTS_FROM_PROMPTS if (method, name) == (KRONECKER, "sdxl") else {})
 
 
 def attach(method, name, pipeline, base, **options):
     family, config = FAMILIES[name][0], configure(method, name, base, **options)
     models = family.trained_models(pipeline.components, method.trains_text(config))
-    return models, method.attach(family, models, family.present_tokenizers(pipeline.components), config)
+    prompts = [PROMPT, "a photo of dog"]
+    states = PromptStates(
+        lambda rows: family.encode_captions(pipeline, [prompts[row] for row in rows], 75),
+        *(prompts, prompts[:1], prompts[1:], family, torch.device("cpu")),
+    )
+    return models, method.attach(family, models, family.present_tokenizers(pipeline.components), config, states)
 
 
 def read_result(path):
@@ -299,6 +316,8 @@ def test_the_parameters_are_those_that_the_papers_print(case):
     (method,) = (method for method in METHODS_TESTED if method.name == case[0])
     name = "sdxl" if case[1] == "sdxl" else "sd"
     options = dict(option.split("=") for option in case[2:])
+    if method is KRONECKER:
+        options |= {"kron_init": "invariant", "kron_targets": list(ATTENTION_TARGETS), "kron_factors": []}
     for with_text, expected in enumerate(COUNTS[case]):
         if expected is None:
             continue
@@ -353,7 +372,7 @@ def test_two_processes_train_what_one_does(method, name, base, dog_photos, tmp_p
         options |= {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of dog"}
     one, two = tmp_path / "one", tmp_path / "two"
     train(FAMILIES[name][0], method, configure(method, name, base, **options, train_batch_size=2, output_dir=str(one)))
-    options |= {"pretrained_model_name_or_path": base, "instance_prompt": PROMPT, **OPTIONS[method.name]}
+    options |= {"pretrained_model_name_or_path": base, "instance_prompt": PROMPT, **options_of(method, name)}
     processes = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
     result = launch(*processes, *script(method, name), **options, output_dir=two)
     assert result.returncode == 0, result.stderr
