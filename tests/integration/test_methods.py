@@ -1,6 +1,7 @@
 """The contract of the seam Method, over all methods and families. What each call means is in dreambooth/method.py."""
 
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from dreambooth.kronecker import KRONECKER
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.train import train
+from kron_adapter import contrast_rows
 from kron_formats.architectures import load_architecture
 from kron_formats.families import ATTENTION_TARGETS
 from methods.custom_diffusion import CUSTOM_DIFFUSION
@@ -384,6 +386,32 @@ def test_two_processes_train_what_one_does(method, name, base, dog_photos, tmp_p
     begun = read_result(base)  # which has the weights of a method that trains them all
     if moved := [key for key in trained if key in begun or key.endswith(BEGIN_AT_0)]:
         assert max((trained[key] - begun.get(key, 0)).abs().max() for key in moved) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sd"])
+@pytest.mark.parametrize("text_trains", [False, True], ids=["", "text"])
+def test_a_run_starts_from_the_contrast_of_its_own_captions(
+    text_trains, name, base, pipeline, dog_photos, tmp_path, fresh_accelerator
+):
+    """Those of the photos, each once, whatever is dropped in training; a prior is not needed."""
+    photos, captions = tmp_path / "photos", ["sks dog", "a sks dog outside", "sks dog"]
+    photos.mkdir()
+    for number, text in enumerate(captions):
+        shutil.copy(dog_photos / f"0{number}.jpg", photos)
+        (photos / f"0{number}.txt").write_text(text)
+    options = {"kron_targets": ["attn2.to_v"], "kron_a1": 1, "kron_a2": 64, "kron_init": "contrast"}
+    options |= {"train_text_encoder": text_trains, "class_prompt": "a photo of dog", "caption_dropout_probability": 0.5}
+    options |= {"instance_data_dir": str(photos), "resolution": 64, "max_train_steps": 1, "report_to": ["none"]}
+    options |= {"output_dir": str(tmp_path / "out"), "learning_rate": 0.0}
+    train(SD, KRONECKER, configure(KRONECKER, name, base, **options))
+    with torch.no_grad():
+        states = SD.encode_prompts(pipeline, [*captions, "a photo of dog"])["prompt_embeds"]
+    expected = contrast_rows(states[:3].flatten(0, 1), states[3]).float()
+    result = load_file(tmp_path / "out" / KRONECKER.weights_name)
+    starts = [A for key, A in result.items() if key.endswith("attn2_to_v.lokr_w1")]
+    assert starts
+    for A in starts:
+        torch.testing.assert_close(A, expected)
 
 
 @pytest.mark.parametrize(
