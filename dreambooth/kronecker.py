@@ -193,8 +193,9 @@ def _check_contrast(denoiser: Any, tokenizers: Collection[Any], photos: Sequence
 
     if photos and read(photo.prompt for photo in photos) <= read(class_prompts_of(photos, [], config)):
         raise UserError(
-            f"--kron_init contrast: --class_prompt {printable(config.class_prompt)} reads like the prompts of all "
-            "photos; leave the subject's rare word out of it"
+            f"--kron_init contrast: every photo's prompt, for example '{printable(photos[0].prompt)}', reads like one "
+            f"of the class's (--class_prompt {printable(config.class_prompt)}); give the subject a rare word that the "
+            "class lacks"
         )
 
 

@@ -61,7 +61,8 @@ def begin_alike(parameters: Sequence[Tensor], accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         return
     for batch in _batches(parameters):
-        values = broadcast(torch.cat([parameter.detach().flatten() for parameter in batch]))
+        values = broadcast(torch.cat([parameter.flatten() for parameter in batch]))
+        assert isinstance(values, Tensor)  # accelerate broadcasts containers of tensors too
         for parameter, value in zip(batch, values.split([parameter.numel() for parameter in batch])):
             parameter.copy_(value.view_as(parameter))
 

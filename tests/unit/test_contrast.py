@@ -1,5 +1,6 @@
 """Starting from the contrast of prompts: the directions, the layers that take them, the prompts, the refusals."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
 from dreambooth.kronecker import KRONECKER
 from dreambooth.options.checking import check_options
+from dreambooth.options.kronecker import KroneckerOptions
+from dreambooth.options.training import TrainingConfig, config_class
 from dreambooth.tokens import tokens_read
 from kron_adapter import KroneckerError, KroneckerLinear, contrast_rows, inject_kronecker, start_from_contrast
 from toyworld.tiny_pipeline import HIDDEN_SIZE, build_pipeline, build_tokenizer
@@ -279,7 +282,7 @@ def test_prompts_that_read_like_the_class_s_are_refused_unless_a_photo_has_anoth
     base = {**PRIOR, "prior_source": "base_model"}
     check([photo(CLASS, "an animal")], **base)
     with pytest.raises(UserError, match="--class_prompt"):
-        check([photo("an animal", "an animal")], **base)
+        check([photo("an animal", "an animal"), photo("an animal")], **base)
 
 
 def test_tokens_read_are_those_of_all_tokenizers():
@@ -311,6 +314,21 @@ def test_options_that_do_not_go_together_are_refused(options, message):
 @pytest.mark.parametrize("options", [{}, {**PRIOR, "prior_source": "base_model"}, {**PRIOR, "class_data_dir": "class"}])
 def test_contrast_needs_no_prior_and_takes_any(options):
     check_options(configure(**options))
+
+
+def test_the_order_of_the_groups_changes_no_rule():
+    """Whichever group asks first, also those behind it are asked."""
+    for groups in ((KroneckerOptions, TrainingConfig), (TrainingConfig, KroneckerOptions)):
+        combined = functools.partial(
+            config_class(*groups), pretrained_model_name_or_path="base", instance_prompt=SUBJECT
+        )
+        combined = functools.partial(combined, instance_data_dir="photos")
+        for options in ({"kron_init": "contrast"}, {**PRIOR, "prior_source": "base_model"}):
+            check_options(combined(**options, class_prompt=CLASS))
+            with pytest.raises(UserError, match="needs --class_prompt"):
+                check_options(combined(**options))
+        with pytest.raises(UserError, match="^--class_prompt needs"):
+            check_options(combined(class_prompt=CLASS))
 
 
 def test_the_library_needs_no_training_suite():
