@@ -1,5 +1,6 @@
 """This project's own method: Kronecker factors on the attention projections (DiffuseKronA, arXiv 2402.17412)."""
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.dataset import class_prompts_of
@@ -39,6 +40,8 @@ from kron_formats.errors import naming
 from kron_formats.files import printable
 from kron_formats.names import components
 from kron_formats.reading import AdapterFile
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,7 @@ class Kronecker:
         if config.kron_init == "contrast":
             if states is None:
                 raise ValueError("--kron_init contrast needs the states of the prompts")
-            with naming("--kron_init contrast, of the photos' prompts with the class's"):
-                start_from_contrast(_text_projections(models[family.denoiser]), states.of_instance(), states.of_class())
+            _set_contrast(_text_projections(models[family.denoiser]), states.of_instance(), states.of_class())
         parameters = {name: kronecker_parameters(model) for name, model in models.items()}
         return AttachedKronecker(family, models, layers, adapter_groups(family, parameters, config))
 
@@ -175,6 +177,18 @@ def _text_projections(denoiser: nn.Module) -> list[KroneckerLinear]:
     attentions = [module for module in denoiser.modules() if getattr(module, "is_cross_attention", False)]
     projections = [projection for attention in attentions for projection in (attention.to_k, attention.to_v)]
     return [layer for layer in projections if isinstance(layer, KroneckerLinear) and layer.B.shape[1] == 1]
+
+
+def _set_contrast(layers: Sequence[KroneckerLinear], instance: Tensor, of_class: Tensor) -> None:
+    """Set A by the states of prompts, and say how clearly the subject stands out in them."""
+    with naming("--kron_init contrast, of the photos' prompts with the class's"):
+        start_from_contrast(layers, instance, of_class)
+    first = layers[0].A.detach()[0].cpu()
+    of_subject, of_others = ((states @ first).square().mean().sqrt() for states in (instance, of_class))
+    logger.info(
+        "%d layers start with an A that answers %.1f times as strongly to the photos' prompts as to the class's",
+        *(len(layers), of_subject / of_others),
+    )
 
 
 def _check_contrast(denoiser: Any, tokenizers: Collection[Any], photos: Sequence[Photo], config: Any) -> None:

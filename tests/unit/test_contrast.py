@@ -202,7 +202,7 @@ def test_the_class_is_what_its_rows_are_trained_with(options, class_photos, expe
 
 
 @pytest.mark.parametrize("family, kind", [(SD, "sd"), (SDXL, "sdxl")], ids=["sd", "sdxl"])
-def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not(family, kind):
+def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not(family, kind, caplog):
     pipeline, width = build_pipeline(kind), HIDDEN_SIZE * len(family.text_encoders)
     with torch.no_grad():
         embeddings = family.encode_prompts(pipeline, [SUBJECT, CLASS])
@@ -220,6 +220,7 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
         "kron_a2": 8,
     }
     starts = {}
+    caplog.set_level("INFO")
     for init in ("invariant", "contrast"):
         models = family.trained_models(build_pipeline(kind).components, with_text=True)
         attached = KRONECKER.attach(family, models, {}, configure(**options, kron_init=init), states)
@@ -230,6 +231,9 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
         }
     rows = contrast_rows(states.of_instance(), states.of_class(), 2).float()
     assert rows.shape == (2, width)
+    ratio = (states.of_instance() @ rows[0]).norm() / (states.of_class() @ rows[0]).norm()
+    layers = sum(path.endswith(("attn2.to_k", "attn2.to_v")) for _, path in starts["contrast"])
+    assert f"{layers} layers start with an A that answers {ratio:.1f} times" in caplog.text
     for (part, path), A in starts["contrast"].items():
         if path.endswith(("attn2.to_k", "attn2.to_v")):
             torch.testing.assert_close(A, len(A) ** 0.5 * rows[: len(A)])
