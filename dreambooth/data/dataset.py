@@ -201,7 +201,7 @@ def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: T
 
 
 def class_prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
-    """Return the prompts that stand for the class: those of the prior's rows; without a prior --class_prompt, if used."""
+    """Return the prompts that stand for the class: those of the prior's rows, else --class_prompt if used."""
     if config.uses_base_model_prior:
         return [photo.class_prompt for photo in photos if photo.class_prompt is not None]
     if class_photos:
