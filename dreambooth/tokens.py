@@ -53,6 +53,12 @@ def split_prompt(prompt: str, tokenizer: Any, max_token_length: int) -> SplitPro
     return SplitPrompt(chunks, len(ids), "")
 
 
+def tokens_read(prompt: str, tokenizers: Collection[Any], max_token_length: int) -> tuple:
+    """Return what text encoders get of a prompt: equal if two prompts are the same to all of them."""
+    splits = (split_prompt(prompt, tokenizer, max_token_length) for tokenizer in tokenizers)
+    return tuple(tuple(map(tuple, split.chunks)) for split in splits)
+
+
 def _with_all_tokens(
     ids: Sequence[int], offsets: Sequence[tuple[int, int]], tokenizer: Any
 ) -> tuple[list[int], list[tuple[int, int]]]:

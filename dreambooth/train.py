@@ -20,7 +20,7 @@ from dreambooth.family import Family
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup
 from dreambooth.loop.state import TrainingState
 from dreambooth.loop.steps import Denoiser, count_steps, train_steps
-from dreambooth.method import Method
+from dreambooth.method import Method, trained_parameters
 from dreambooth.options.training import TrainingConfig
 from dreambooth.output.checkpoint import check_room, load_checkpoint, save_checkpoint, save_result
 from dreambooth.output.folder import check_start, find_start, hold_folder, prepare_output
@@ -34,7 +34,7 @@ from dreambooth.report.scores import Scores, prepare_scores, read_scored
 from dreambooth.report.summary import save_summary
 from dreambooth.runtime.accelerator import start_accelerator
 from dreambooth.runtime.memory import explain_out_of_memory
-from dreambooth.runtime.ranks import explain_lost_process
+from dreambooth.runtime.ranks import begin_alike, explain_lost_process
 from dreambooth.runtime.stopping import Stop, ignore_signals
 from dreambooth.tokens import subject_words, warn_of_cut_prompts
 
@@ -91,6 +91,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         # What trains
         models = family.trained_models(pipeline.components, text_trains)
         attached = method.attach(family, models, family.present_tokenizers(pipeline.components), config, states)
+        begin_alike(trained_parameters(attached), accelerator)
         base.prepare_training(models)
         optimizer = build_optimizer(attached.groups, config, accelerator.num_processes)
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)

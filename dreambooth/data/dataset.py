@@ -201,9 +201,9 @@ def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: T
 
 
 def class_prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
-    """Return the prompts that stand for the class: those of the prior's rows, or --class_prompt without a prior."""
+    """Return the prompts that stand for the class: those of the prior's rows, else --class_prompt if used."""
     if config.uses_base_model_prior:
         return [photo.class_prompt for photo in photos if photo.class_prompt is not None]
     if class_photos:
         return [photo.prompt for photo in class_photos]
-    return [] if config.class_prompt is None else [config.class_prompt]
+    return [config.class_prompt] if config.class_prompt and config.needs_class_prompt else []

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed import DistError
 from torch.distributed.device_mesh import init_device_mesh
@@ -50,6 +50,21 @@ def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     if failure or outcome[1]:
         raise failure or outcome[1]
     return outcome[0]
+
+
+@torch.no_grad()
+def begin_alike(parameters: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Give all processes the main one's values, in as many exchanges as LARGEST_EXCHANGE asks for.
+
+    What was computed from the base model differs in its last bits between kinds of devices.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for batch in _batches(parameters):
+        values = broadcast(torch.cat([parameter.flatten() for parameter in batch]))
+        assert isinstance(values, Tensor)  # accelerate broadcasts containers of tensors too
+        for parameter, value in zip(batch, values.split([parameter.numel() for parameter in batch])):
+            parameter.copy_(value.view_as(parameter))
 
 
 def average_gradients(parameters: Sequence[Tensor], accelerator: Accelerator) -> None:

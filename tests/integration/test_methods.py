@@ -1,6 +1,7 @@
 """The contract of the seam Method, over all methods and families. What each call means is in dreambooth/method.py."""
 
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from dreambooth.base_model.prompts import PromptStates
 from dreambooth.drawing.draw import draw_images
 from dreambooth.drawing.pipelines import load_adapted_pipeline
 from dreambooth.families.sd import SD
@@ -17,7 +19,9 @@ from dreambooth.kronecker import KRONECKER
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.train import train
+from kron_adapter import contrast_rows
 from kron_formats.architectures import load_architecture
+from kron_formats.families import ATTENTION_TARGETS
 from methods.custom_diffusion import CUSTOM_DIFFUSION
 from methods.dreambooth import DREAMBOOTH, AttachedDreamBooth
 from methods.lora import LORA
@@ -54,6 +58,12 @@ WITHOUT_CHANCE = (
     TEXTUAL_INVERSION,
 )  # whose beginning does not depend on the seed
 BEGIN_AT_0 = ("w2", "lora_up.weight", "delta")  # tensors of those methods whose beginning is 0
+STARTS_FROM_PROMPTS = {  # of SDXL's Kronecker adapter beside: keys and values of cross-attention, 2 x 64 wide
+    "kron_init": "contrast",
+    "class_prompt": "a photo of dog",
+    "kron_targets": ["to_q", "to_k", "to_v", "to_out.0", "attn2.to_k", "attn2.to_v"],
+    "kron_factors": ["attn2.to_k=1,128", "attn2.to_v=2,128"],
+}
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS_TESTED, ids=lambda method: method.name)
 BASE_PRIOR = {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of dog"}
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -73,14 +83,23 @@ def pipeline(base):
 
 
 def configure(method, name, base, **options):
-    defaults = {"pretrained_model_name_or_path": str(base), "instance_prompt": PROMPT, **OPTIONS[method.name]}
+    defaults = {"pretrained_model_name_or_path": str(base), "instance_prompt": PROMPT, **options_of(method, name)}
     return config_class(method.options, FAMILIES[name][1])(**{**defaults, **options})
+
+
+def options_of(method, name):
+    return OPTIONS[method.name] | (STARTS_FROM_PROMPTS if (method, name) == (KRONECKER, "sdxl") else {})
 
 
 def attach(method, name, pipeline, base, **options):
     family, config = FAMILIES[name][0], configure(method, name, base, **options)
     models = family.trained_models(pipeline.components, method.trains_text(config))
-    return models, method.attach(family, models, family.present_tokenizers(pipeline.components), config)
+    prompts = [PROMPT, "a photo of dog"]
+    states = PromptStates(
+        lambda rows: family.encode_captions(pipeline, [prompts[row] for row in rows], 75),
+        *(prompts, prompts[:1], prompts[1:], family, torch.device("cpu")),
+    )
+    return models, method.attach(family, models, family.present_tokenizers(pipeline.components), config, states)
 
 
 def read_result(path):
@@ -299,6 +318,8 @@ def test_the_parameters_are_those_that_the_papers_print(case):
     (method,) = (method for method in METHODS_TESTED if method.name == case[0])
     name = "sdxl" if case[1] == "sdxl" else "sd"
     options = dict(option.split("=") for option in case[2:])
+    if method is KRONECKER:
+        options |= {"kron_init": "invariant", "kron_targets": list(ATTENTION_TARGETS), "kron_factors": []}
     for with_text, expected in enumerate(COUNTS[case]):
         if expected is None:
             continue
@@ -353,7 +374,7 @@ def test_two_processes_train_what_one_does(method, name, base, dog_photos, tmp_p
         options |= {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of dog"}
     one, two = tmp_path / "one", tmp_path / "two"
     train(FAMILIES[name][0], method, configure(method, name, base, **options, train_batch_size=2, output_dir=str(one)))
-    options |= {"pretrained_model_name_or_path": base, "instance_prompt": PROMPT, **OPTIONS[method.name]}
+    options |= {"pretrained_model_name_or_path": base, "instance_prompt": PROMPT, **options_of(method, name)}
     processes = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
     result = launch(*processes, *script(method, name), **options, output_dir=two)
     assert result.returncode == 0, result.stderr
@@ -365,6 +386,32 @@ def test_two_processes_train_what_one_does(method, name, base, dog_photos, tmp_p
     begun = read_result(base)  # which has the weights of a method that trains them all
     if moved := [key for key in trained if key in begun or key.endswith(BEGIN_AT_0)]:
         assert max((trained[key] - begun.get(key, 0)).abs().max() for key in moved) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sd"])
+@pytest.mark.parametrize("text_trains", [False, True], ids=["", "text"])
+def test_a_run_starts_from_the_contrast_of_its_own_captions(
+    text_trains, name, base, pipeline, dog_photos, tmp_path, fresh_accelerator
+):
+    """Those of the photos, each once, whatever is dropped in training; a prior is not needed."""
+    photos, captions = tmp_path / "photos", ["sks dog", "a sks dog outside", "sks dog"]
+    photos.mkdir()
+    for number, text in enumerate(captions):
+        shutil.copy(dog_photos / f"0{number}.jpg", photos)
+        (photos / f"0{number}.txt").write_text(text)
+    options = {"kron_targets": ["attn2.to_v"], "kron_a1": 1, "kron_a2": 64, "kron_init": "contrast"}
+    options |= {"train_text_encoder": text_trains, "class_prompt": "a photo of dog", "caption_dropout_probability": 0.5}
+    options |= {"instance_data_dir": str(photos), "resolution": 64, "max_train_steps": 1, "report_to": ["none"]}
+    options |= {"output_dir": str(tmp_path / "out"), "learning_rate": 0.0}
+    train(SD, KRONECKER, configure(KRONECKER, name, base, **options))
+    with torch.no_grad():
+        states = SD.encode_prompts(pipeline, [*captions, "a photo of dog"])["prompt_embeds"]
+    expected = contrast_rows(states[:3].flatten(0, 1), states[3]).float()
+    result = load_file(tmp_path / "out" / KRONECKER.weights_name)
+    starts = [A for key, A in result.items() if key.endswith("attn2_to_v.lokr_w1")]
+    assert starts
+    for A in starts:
+        torch.testing.assert_close(A, expected)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from torch.distributed import DistNetworkError
 
 from dreambooth.errors import UserError
 from dreambooth.runtime.accelerator import start_accelerator
-from dreambooth.runtime.ranks import LostProcessError, average_gradients, check_sharding, explain_lost_process
+from dreambooth.runtime.ranks import (
+    LostProcessError,
+    average_gradients,
+    begin_alike,
+    check_sharding,
+    explain_lost_process,
+)
 from tests.faults.checkpoints import make_config
 
 
@@ -59,6 +65,24 @@ def test_the_end_of_a_connection_is_a_lost_process(error):
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="mat1 and mat2"), explain_lost_process():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_all_processes_begin_with_the_main_one_s_values(monkeypatch):
+    sizes, shapes = [], [(3,), (2, 2), (2,), (9, 1)]
+    parameters = [torch.nn.Parameter(torch.full(shape, float(number))) for number, shape in enumerate(shapes)]
+    before = [*parameters]
+
+    def broadcast(tensor):
+        sizes.append(len(tensor))
+        return tensor + 0.5
+
+    monkeypatch.setattr("dreambooth.runtime.ranks.broadcast", broadcast)
+    monkeypatch.setattr("dreambooth.runtime.ranks.LARGEST_EXCHANGE", 7)
+    begin_alike(parameters, SimpleNamespace(num_processes=1))
+    assert sizes == [] and all((p == number).all() for number, p in enumerate(parameters))
+    begin_alike(parameters, SimpleNamespace(num_processes=2))
+    assert sizes == [7, 2, 9] and all(parameter is same for parameter, same in zip(parameters, before))
+    assert all((p == number + 0.5).all() and p.requires_grad for number, p in enumerate(parameters))
 
 
 def test_gradients_are_averaged_in_parts_of_a_limited_size_and_none_is_missed(monkeypatch):
