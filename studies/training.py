@@ -14,6 +14,7 @@ from dreambooth.options.field import public_options
 from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.options.parsing import read_options
 from dreambooth.options.training import config_class
+from dreambooth.scoring.inputs import read_asked, read_others
 from methods.train import FAMILIES, Entry, chosen
 from studies.cells import evaluate_command, train_command
 from studies.grid import Cell
@@ -52,11 +53,13 @@ def read_training(script: str, cell: Cell, sweep: Path) -> Training:
 
 
 def _check_evaluation(cell: Cell, sweep: Path, trained: Mapping[str, Any]) -> None:
-    """Raise UserError if scripts/evaluate.py would refuse its options once the cell is trained."""
+    """Raise UserError if scripts/evaluate.py would refuse its options or prompts once the cell is trained."""
     given = {name: value for name, value in trained.items() if value is not None}
     _, script, *flags = evaluate_command(cell, sweep, RESULT, trained=given)
     try:
-        read_options(_options_of(script), None, flags)
+        config = read_options(_options_of(script), None, flags)
+        read_asked(config)
+        read_others(config)
     except UserError as error:
         raise UserError(f"evaluate: {error}") from error
 

@@ -320,6 +320,8 @@ def at_root(monkeypatch):
         ({"evaluate": {"class_noun": "dog", "prompt": ["{}"], "num_imagse": 4}}, "evaluate: --num_imagse"),
         ({"evaluate": {"class_noun": "dog"}}, "evaluate: .*--prompt"),
         ({"evaluate": {"class_noun": "dog", "prompt": ["{}"], "num_images": -1}}, "evaluate: --num_images"),
+        ({"evaluate": {"class_noun": "dog", "prompts": "configs/prompts/dgo.txt"}}, "evaluate: --prompts .*dgo.txt"),
+        ({"evaluate": {"class_noun": "dog", "prompt": ["a dog"]}}, "evaluate: .*a dog"),
     ],
 )
 def test_what_a_script_would_refuse_is_refused_with_the_names_of_its_cells(cells_of, tmp_path, at_root, entries, named):
@@ -328,7 +330,7 @@ def test_what_a_script_would_refuse_is_refused_with_the_names_of_its_cells(cells
 
 
 @pytest.mark.parametrize(
-    "script", ["tests/faults/sweep_stand_in.py", "-m toyworld.study", str(ROOT / "kron_adapter.py")]
+    "script", ["tests/faults/sweep_stand_in.py", "-m toyworld.subjects", str(ROOT / "kron_adapter.py")]
 )
 def test_other_scripts_are_left_to_themselves(cells_of, tmp_path, at_root, script):
     cells = cells_of(script=script, options={"anything": 1}, evaluate={"anything": 1})
@@ -445,6 +447,11 @@ def test_the_scripts_know_the_options_of_a_grid_s_cells(path, tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(FULL))
         parse_options(evaluate.Config, None, evaluate_command(cell, tmp_path, "result")[2:])
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_cells_of_a_grid_are_accepted(path, tmp_path, at_root):
+    check_cells(read_grid(str(path)), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["methods", "methods-sdxl"])

@@ -337,7 +337,7 @@ def test_held_out_photos_have_the_mask_of_their_character(tmp_path):
         assert np.abs(photo - other)[inside == 0].mean() < 2 < np.abs(photo - other)[inside == 1].mean()
 
 
-@pytest.mark.parametrize("name", ["dog", "robot", "teapot", "cat"])
+@pytest.mark.parametrize("name", ["dog", "robot", "teapot", "cat", "duck", "mug"])
 def test_the_prompt_files_ask_a_subject_s_questions(name):
     asked = [prompt.replace(f"sks {SUBJECTS[name].kind}", "{}") for prompt in prompts(name)]
     assert list(prompt_lines(ROOT / "configs" / "prompts" / f"toyworld_{name}.txt").values()) == asked
