@@ -144,9 +144,7 @@ class Kronecker:
         states: PromptStates | None = None,
     ) -> AttachedKronecker:
         layers = self._inject_all(family, models, config)
-        if config.kron_init == "contrast":
-            if states is None:
-                raise ValueError("--kron_init contrast needs the states of the prompts")
+        if config.kron_init == "contrast" and states is not None:
             _set_contrast(_text_projections(models[family.denoiser]), states.of_instance(), states.of_class())
         parameters = {name: kronecker_parameters(model) for name, model in models.items()}
         return AttachedKronecker(family, models, layers, adapter_groups(family, parameters, config))

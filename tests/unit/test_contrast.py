@@ -241,9 +241,10 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
             assert torch.equal(A, starts["invariant"][part, path])
 
 
-def test_training_without_the_states_is_an_error():
-    with pytest.raises(ValueError, match="--kron_init contrast"):
-        KRONECKER.attach(SD, {"unet": build_pipeline("sd").unet}, {}, configure())
+def test_without_states_the_same_parameters_train():
+    models = {"unet": build_pipeline("sd").unet}
+    attached = KRONECKER.attach(SD, models, {}, configure())
+    assert sum(parameter.numel() for group in attached.groups for parameter in group.parameters) == 3_200
 
 
 # ---- what is refused before weights are read ----
