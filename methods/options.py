@@ -22,7 +22,7 @@ class LoraOptions(TextEncoderOptions):
         ("network_dim lora_rank lora_r r", "use --rank"),
         ("network_alpha alpha", "use --lora_alpha"),
         ("network_module lora_type algo", "this method is LoRA, whose size is --rank"),
-        ("kron_a1 kron_a2 kron_factors", "a LoRA's size is --rank"),
+        ("kron_a1 kron_a2 kron_b1 kron_b2 kron_factors", "a LoRA's size is --rank"),
     )
 
     @property
@@ -48,7 +48,7 @@ class DreamBoothOptions(TextEncoderOptions):
             "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha network_module",
             "DreamBooth has no rank: all weights train",
         ),
-        ("kron_a1 kron_a2 kron_factors", "DreamBooth has no factors: all weights train"),
+        ("kron_a1 kron_a2 kron_b1 kron_b2 kron_factors", "DreamBooth has no factors: all weights train"),
         (
             "save_model_as use_safetensors no_safe_serialization output_kohya_format save_as_full_pipeline",
             "OUTPUT_DIR/pipeline is a diffusers pipeline in safetensors; --single_file also writes one file",
@@ -86,7 +86,7 @@ class SvdiffOptions(TextEncoderOptions):
             "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha",
             "SVDiff has no rank: every singular value trains",
         ),
-        ("kron_a1 kron_a2 kron_factors", "SVDiff has no factors: every singular value trains"),
+        ("kron_a1 kron_a2 kron_b1 kron_b2 kron_factors", "SVDiff has no factors: every singular value trains"),
     )
 
     def check(self) -> None:
@@ -122,7 +122,8 @@ class TextualInversionOptions(SeedOptions, OptimizerOptions):
         ("num_vectors_per_token num_new_tokens_per_abstraction", "use --num_vectors"),
         ("save_as_full_pipeline", "only the vectors train; --placeholder_token is in the file that is written"),
         (
-            "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha kron_a1 kron_a2 kron_factors",
+            "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha "
+            "kron_a1 kron_a2 kron_b1 kron_b2 kron_factors",
             "nothing but vectors train; their number is --num_vectors",
         ),
     )
@@ -155,7 +156,8 @@ class CustomDiffusionOptions(SeedOptions, OptimizerOptions):
         ("concepts_list", "one subject is trained at a time; its word is --modifier_token"),
         ("hflip", "use --random_flip"),
         (
-            "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha kron_a1 kron_a2 kron_factors",
+            "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha "
+            "kron_a1 kron_a2 kron_b1 kron_b2 kron_factors",
             "whole weights train; which ones is --freeze_model",
         ),
     )
