@@ -60,7 +60,11 @@ def read_grid(path: str) -> list[Cell]:
 
     Raises UserError if the file is not a grid, sets what the sweep sets itself, or names two cells alike.
     """
-    entries = read_mapping(path, "grid")
+    return cells_of(read_mapping(path, "grid"), path)
+
+
+def cells_of(entries: Mapping[str, Any], path: str) -> list[Cell]:
+    """Return the cells of a grid by what is in its file. Raises UserError as `read_grid`."""
     if unknown := [key for key in entries if key not in KEYS]:
         raise UserError(f"grid {path}: unknown keys: {', '.join(map(excerpt, unknown))}; known: {', '.join(KEYS)}")
     axes = _mapping(entries.get("axes"), f"grid {path}: axes")
@@ -68,15 +72,15 @@ def read_grid(path: str) -> list[Cell]:
         raise UserError(f"grid {path}: axes: {excerpt(str(odd[0]))}: a name has letters, digits and _.+- alone")
     common = _mapping(entries.get("options") or {}, f"grid {path}: options")
     common |= {key: entries[key] for key in OWN if key in entries}
-    choices = [_entries(axis, values, f"grid {path}: axes: {axis}") for axis, values in axes.items()]
+    choices = [entries_of(axis, values, f"grid {path}: axes: {axis}") for axis, values in axes.items()]
     cells = [_cell(dict(zip(axes, chosen)), common, path) for chosen in itertools.product(*choices)]
     if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
         raise UserError(f"grid {path}: two cells would be called {twice[0]}; give the entries of an axis names")
     return cells
 
 
-def _entries(axis: str, values: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return (label, options) for each entry of an axis."""
+def entries_of(axis: str, values: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (label, options) for each entry of an axis. Raises UserError, beginning with `where`, if it has none."""
     if isinstance(values, Mapping):
         found = [(name, _mapping(entry, f"{where}: {name}")) for name, entry in values.items()]
     elif isinstance(values, Sequence) and not isinstance(values, str):

@@ -31,4 +31,6 @@ if options.get("fails") == "always" or options.get("fails") == "once" and len(ru
     print("error: --fails was given\nUse --help", file=sys.stderr)
     sys.exit(2)
 note("ends")
+if "loss" in options:
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": abs(float(options["loss"]))}) + "\n")
 (folder / "summary.json").write_text(json.dumps({"result": "result.safetensors"}))
