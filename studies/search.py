@@ -120,8 +120,11 @@ class Search:
 
     def _range(self, values: Mapping[str, Any], where: str) -> Any:
         """Return optuna's distribution of {low, high, log}. Raises UserError if it is not one."""
-        ends, log = [values.get("low"), values.get("high")], values.get("log", "false")
-        if not values.keys() <= RANGE or not all(isinstance(end, str) for end in ends) or log not in ("true", "false"):
+        ends, log = (
+            [values[end] for end in ("low", "high") if isinstance(values.get(end), str)],
+            values.get("log", "false"),
+        )
+        if not values.keys() <= RANGE or len(ends) < 2 or log not in ("true", "false"):
             raise UserError(f"{where}: expected {{low: NUMBER, high: NUMBER}}, and log: true for a logarithmic scale")
         kinds = self.optuna.distributions
         whole = all(re.fullmatch(r"[+-]?\d+", end) for end in ends)
