@@ -111,7 +111,11 @@ def read_grid(path: str) -> list[Cell]:
 
 def parse_grid(path: str) -> Grid:
     """Return what the file of a grid says. Raises UserError if it is not a grid."""
-    entries = read_mapping(path, "grid")
+    return grid_of(read_mapping(path, "grid"), path)
+
+
+def grid_of(entries: Mapping[str, Any], path: str) -> Grid:
+    """Return a grid by what is in its file. Raises UserError as `parse_grid`."""
     if unknown := [key for key in entries if key not in KEYS]:
         raise UserError(f"grid {path}: unknown keys: {', '.join(map(excerpt, unknown))}; known: {', '.join(KEYS)}")
     common = mapping(entries.get("options") or {}, f"grid {path}: options")
@@ -131,11 +135,11 @@ def read_axes(axes: Any, where: str) -> Axes:
         raise UserError(f"{where}: {excerpt(str(odd[0]))}: a name has letters, digits and _.+- alone")
     if not axes:
         raise UserError(f"{where}: expected at least one axis")
-    return {axis: _entries(axis, values, f"{where}: {axis}") for axis, values in axes.items()}
+    return {axis: entries_of(axis, values, f"{where}: {axis}") for axis, values in axes.items()}
 
 
-def _entries(axis: str, values: Any, where: str) -> list[Entry]:
-    """Return (label, options) for each entry of an axis."""
+def entries_of(axis: str, values: Any, where: str) -> list[Entry]:
+    """Return (label, options) for each entry of an axis. Raises UserError, beginning with `where`, if it has none."""
     if isinstance(values, Mapping):
         found = [(name, mapping(entry, f"{where}: {name}")) for name, entry in values.items()]
     elif isinstance(values, Sequence) and not isinstance(values, str):

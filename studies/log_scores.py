@@ -45,8 +45,9 @@ def main() -> None:
 
 
 def send_to_tensorboard(folder: Path, record: Record, scores: Mapping[str, float]) -> None:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    # pyright cannot see the names that are made from protocol buffers
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     run = tensorboard_run(record.options.get("tracker_project_name"), record.options.get("tracker_run_name"))

@@ -78,7 +78,7 @@ def _store_options(tracker: GeneralTracker, options: dict[str, int | float | str
         return
     # accelerate's way makes another run in TensorBoard at each start, and says that there are no scores to show
     _, session, _ = hparams(options, {})
-    tracker.writer.file_writer.add_summary(session)
+    tracker.writer._get_file_writer().add_summary(session)
 
 
 def _remember(accelerator: Accelerator, path: Path) -> None:

@@ -35,5 +35,7 @@ if (
     print("error: --fails was given\nUse --help", file=sys.stderr)
     sys.exit(2)
 note("ends")
+if "loss" in options:
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": abs(float(options["loss"]))}) + "\n")
 summary = {"result": "result.safetensors", "seconds": abs(float(options.get("rate", 0)) - 2)}  # the best rate is 2
 (folder / "summary.json").write_text(json.dumps(summary))
