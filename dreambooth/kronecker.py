@@ -1,8 +1,7 @@
 """This project's own method: Kronecker factors on the attention projections (DiffuseKronA, arXiv 2402.17412)."""
 
-import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +9,17 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from dreambooth.base_model.prompts import PromptStates
-from dreambooth.data.dataset import class_prompts_of
+from dreambooth.contrast import check_contrast, set_contrast, text_projections
 from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
-from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, adapter_groups, check_state
 from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.seeds import Stream, seed_of, torch_seed
-from dreambooth.tokens import tokens_read
 from kron_adapter import (
     KroneckerLinear,
     add_kronecker,
@@ -34,14 +31,9 @@ from kron_adapter import (
     load_kronecker_state_dict,
     remove_kronecker,
     save_kronecker,
-    start_from_contrast,
 )
-from kron_formats.errors import naming
-from kron_formats.files import printable
 from kron_formats.names import components
 from kron_formats.reading import AdapterFile
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,7 @@ class Kronecker:
         """
         self._inject_all(family, models, config)
         if config.kron_init == "contrast":
-            _check_contrast(models[family.denoiser], tokenizers.values(), photos, config)
+            check_contrast(models[family.denoiser], tokenizers.values(), photos, config)
 
     def attach(
         self,
@@ -145,7 +137,7 @@ class Kronecker:
     ) -> AttachedKronecker:
         layers = self._inject_all(family, models, config)
         if config.kron_init == "contrast" and states is not None:
-            _set_contrast(_text_projections(models[family.denoiser]), states.of_instance(), states.of_class())
+            set_contrast(text_projections(models[family.denoiser]), states.of_instance(), states.of_class())
         parameters = {name: kronecker_parameters(model) for name, model in models.items()}
         return AttachedKronecker(family, models, layers, adapter_groups(family, parameters, config))
 
@@ -167,45 +159,6 @@ class Kronecker:
             factors = config.factors_by_target()
             return inject_kronecker(model, *config.shape(), config.kron_targets, factors, init)
         return inject_kronecker(model, *config.text_encoder_shape(), family.targets[name], init=init)
-
-
-def _text_projections(denoiser: nn.Module) -> list[KroneckerLinear]:
-    """Return the adapted keys and values of cross-attention whose A sees whole token states: a2 = d_in."""
-    attentions = [module for module in denoiser.modules() if getattr(module, "is_cross_attention", False)]
-    projections = [projection for attention in attentions for projection in (attention.to_k, attention.to_v)]
-    return [layer for layer in projections if isinstance(layer, KroneckerLinear) and layer.B.shape[1] == 1]
-
-
-def _set_contrast(layers: Sequence[KroneckerLinear], instance: Tensor, of_class: Tensor) -> None:
-    """Set A by the states of prompts, and say how clearly the subject stands out in them."""
-    with naming("--kron_init contrast, of the photos' prompts with the class's"):
-        start_from_contrast(layers, instance, of_class)
-    first = layers[0].A.detach()[0].cpu()
-    of_subject, of_others = ((states @ first).square().mean().sqrt() for states in (instance, of_class))
-    logger.info(
-        "%d layers start with an A that answers %.1f times as strongly to the photos' prompts as to the class's",
-        *(len(layers), of_subject / of_others),
-    )
-
-
-def _check_contrast(denoiser: Any, tokenizers: Collection[Any], photos: Sequence[Photo], config: Any) -> None:
-    """Raise UserError if no layer can start from the contrast of prompts, or all photos have prompts of the class."""
-    if not _text_projections(denoiser):
-        raise UserError(
-            "--kron_init contrast is for keys and values of cross-attention whose A has a column for each of their "
-            "input features, and no layer is one. For these alone: --kron_targets attn2.to_k attn2.to_v --kron_a1 1 "
-            "--kron_a2 d_in. Beside others: --kron_factors attn2.to_k=1,d_in attn2.to_v=1,d_in"
-        )
-
-    def read(prompts: Iterable[str]) -> set[tuple]:
-        return {tokens_read(prompt, tokenizers, config.max_token_length) for prompt in set(prompts)}
-
-    if photos and read(photo.prompt for photo in photos) <= read(class_prompts_of(photos, [], config)):
-        raise UserError(
-            f"--kron_init contrast: every photo's prompt, for example '{printable(photos[0].prompt)}', reads like one "
-            f"of the class's (--class_prompt {printable(config.class_prompt)}); give the subject a rare word that the "
-            "class lacks"
-        )
 
 
 KRONECKER = Kronecker()

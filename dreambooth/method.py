@@ -141,8 +141,8 @@ class Method(Protocol):
         """Freeze the models, component -> model with the denoiser first, and add what trains.
 
         `tokenizers`, text encoder -> tokenizer, learn the words that are added to the text encoders. `states` are of
-        the run's prompts; they are None where only the parameters' number counts, not their values. All randomness comes
-        from config.seed, so the same start can be had again; several processes all begin with the main one's.
+        the run's prompts; they are None where only the parameters' number counts, not their values. All randomness
+        comes from config.seed, so the same start can be had again; several processes all begin with the main one's.
         """
         ...
 

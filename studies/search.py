@@ -38,7 +38,8 @@ from studies.cells import ROOT, STOPPED
 from studies.grid import Cell, entries_of, grid_of
 from studies.plan import check_cells
 from studies.results import DONE, MEASURES, read_cell
-from studies.sweep import ELSEWHERE, Worker, check_same_commands
+from studies.sweep import check_same_commands
+from studies.worker import ELSEWHERE, Worker
 
 GOALS = {"minimise": "minimize", "maximise": "maximize"}  # key -> optuna's direction
 RANGE = {"low", "high", "log"}

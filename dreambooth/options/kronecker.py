@@ -43,7 +43,7 @@ class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
         at_least=1,
     )
     kron_factors: list[str] = option(
-        "Rows and columns of A for single layers of the UNet, by the end of their path; the longest counts: to_k=8,64 "
+        "Rows and columns of A for single layers of the UNet, by the end of their name; the longest counts: to_k=8,64 "
         "attn2.to_k=1,d_in; in YAML {to_k: [8, 64]}. Default: none.",
         [],
     )

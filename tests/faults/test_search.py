@@ -17,7 +17,7 @@ from studies.cells import train_command
 from studies.plan import check_cells
 from studies.results import read_sweep
 from studies.search import Search
-from studies.sweep import Worker, claimed
+from studies.worker import Worker, claimed
 from tests.conftest import ROOT
 
 STAND_IN = "tests/faults/sweep_stand_in.py"

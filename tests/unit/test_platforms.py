@@ -35,7 +35,7 @@ UNIX_NAMES = {
 ALLOWED = {
     "dreambooth.runtime.memory": {"resource"},  # where it can be imported
     "benchmarks.training_run": {"wait4"},  # measures the children of children, which only Unix counts
-    "studies.sweep": {"SIGUSR1", "fcntl"},  # started by a shell script
+    "studies.worker": {"SIGUSR1", "fcntl"},  # started by a shell script
 }
 
 

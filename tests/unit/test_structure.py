@@ -27,6 +27,7 @@ ROOMS = (
     "dreambooth.conversion",
     "dreambooth.drawing",
     "dreambooth.method",
+    "dreambooth.contrast",
     "dreambooth.kronecker",
     "dreambooth.loop",
     "dreambooth.scoring",

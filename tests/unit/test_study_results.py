@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreambooth.errors import UserError
-from studies import sweep
+from studies import sweep, worker
 from studies.analysis import explained_variance, frontier, spread, stable_interval
 from studies.grid import read_grid
 from studies.results import (
@@ -155,8 +155,8 @@ def test_cells_that_have_not_begun_have_their_folder(tmp_path, monkeypatch):
     grid.write_text("script: train_dreambooth_kronecker.py\naxes: {seed: [1, 2]}\n")
     monkeypatch.setattr(sys, "argv", ["sweep.py", str(grid), "--output_dir", str(folder), "--cell", "1"])
     monkeypatch.setenv(sweep.BEGAN, "0")  # as from scripts/sweep.sh, which has checked the cells
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sweep.Worker, "run", lambda *_: sweep.DONE)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker.Worker, "run", lambda *_: worker.DONE)
     assert sweep.main() == 0
     assert [(record.cell, record.reason) for record in read_sweep(folder)] == [
         ("seed=1", "not begun"), ("seed=2", "not begun"),
