@@ -21,8 +21,8 @@ folder = sys.argv.pop(1)
 attach, attached = Kronecker.attach, []
 
 
-def remember(method, family, models, tokenizers, config):
-    attached.append(attach(method, family, models, tokenizers, config))
+def remember(*arguments):
+    attached.append(attach(*arguments))
     return attached[-1]
 
 

@@ -100,8 +100,8 @@ def test_a_run_sums_itself_up_for_programs(sweep):
 
 
 def test_scores_are_where_the_training_was_logged(sweep):
-    for seed in (0, 1):
-        (scores,) = (sweep / f"seed={seed}").rglob("events.out.tfevents.*.scores")
+    for cell in FIRST:
+        (scores,) = (sweep / cell).rglob("events.out.tfevents.*.scores")
         assert b"scores/dino" in scores.read_bytes()
         assert len(list(scores.parent.iterdir())) == 2  # the training's, in the same run
 
@@ -116,5 +116,5 @@ def test_cells_share_class_images_and_encodings(sweep):
     assert "Drawing" not in (sweep / FIRST[1] / "sweep.log").read_text()
     assert list((sweep / "shared").glob("*.safetensors"))
     (image,) = (sweep / "shared").glob("*.png")  # of the base model, which both are compared with
-    base = [Image.open(sweep / f"seed={seed}" / "evaluation" / "images" / "base" / "00-0.png") for seed in (0, 1)]
+    base = [Image.open(sweep / cell / "evaluation" / "images" / "base" / "00-0.png") for cell in FIRST]
     assert Image.open(image).tobytes() == base[0].tobytes() == base[1].tobytes()
