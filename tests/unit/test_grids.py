@@ -461,5 +461,6 @@ def test_every_method_of_a_grid_can_be_counted(name, tmp_path, at_root):
 
 
 def test_there_is_a_grid_for_each_question_twice():
-    questions = {"factors", "steps", "learning_rate", "modules", "photos", "methods", "methods_original", "one_shot"}
+    questions = {"factors", "steps", "learning_rate", "modules", "photos", "one_shot", "adapters"}
+    questions |= {"methods", "methods_original"}
     assert {path.stem for path in GRIDS} == questions | {f"{question}-sdxl" for question in questions}
