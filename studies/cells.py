@@ -15,7 +15,7 @@ from dreambooth.options.base_model import BaseModelOptions
 from dreambooth.options.field import option_names
 from dreambooth.options.yaml_file import flags_of, read_mapping
 from kron_formats.files import write_text
-from studies.checkpoints import adapters_at, check_steps, scored_steps, scores_path
+from studies.checkpoints import SCORES, adapters_at, check_steps, scored_steps, scores_path
 from studies.grid import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,15 +90,15 @@ def evaluate_commands(cell: Cell, sweep: Path, summary: Mapping[str, Any]) -> li
     folder = sweep / cell.name
     if cell.checkpoints:
         check_steps(cell, read_options_of(folder)["checkpointing_steps"], summary["steps"])
-    lacking = [step for step in _scored(cell, folder, summary) if not (folder / scores_path(step)).exists()]
-    return [evaluate_command(cell, sweep, summary["result"], step) for step in lacking]
+    return [evaluate_command(cell, sweep, summary["result"], step) for step in _lacking(cell, folder, summary)]
 
 
-def _scored(cell: Cell, folder: Path, summary: Mapping[str, Any]) -> list[int | None]:
-    """Return the steps of all checkpoints of a trained cell that are scored, and None for its result."""
-    if not cell.checkpoints:
-        return [None]
-    return [*scored_steps(cell, read_options_of(folder)["checkpointing_steps"], summary["steps"]), None]
+def _lacking(cell: Cell, folder: Path, summary: Mapping[str, Any]) -> list[int | None]:
+    """Return the steps of the checkpoints whose scores a trained cell lacks, and None if it lacks its result's."""
+    steps: list[int | None] = [None]
+    if cell.checkpoints:
+        steps = [*scored_steps(cell, read_options_of(folder)["checkpointing_steps"], summary["steps"]), None]
+    return [step for step in steps if not (folder / scores_path(step)).exists()]
 
 
 def evaluate_command(
@@ -142,9 +142,10 @@ def is_done(cell: Cell, sweep: Path) -> bool:
     """Whether a cell has all that it is to have."""
     folder = sweep / cell.name
     if cell.evaluate is not None:
-        summary = read_summary(folder) or {}
-        scored = _scored(cell, folder, summary) if summary or not cell.checkpoints else [None]
-        return all((folder / scores_path(step)).exists() for step in scored)
+        if not (folder / SCORES).exists():  # those of the result, which come last
+            return False
+        summary = read_summary(folder)
+        return not cell.checkpoints or summary is None or not _lacking(cell, folder, summary)
     return (ending := read_ending(folder)) is not None and ending.exit_code == 0
 
 

@@ -60,11 +60,14 @@ def main() -> int:
     check_same_commands(known, sweep)
     for cell in known:
         check_kept(cell, run_options(cell))
+    to_come = [cell for cell in known if not is_done(cell, sweep)]
     if arguments.dry_run:
+        listed = {cell.name for cell in cells}  # which are checked as they are counted
+        check_cells([cell for cell in to_come if cell.name not in listed], sweep)
         show(cells, sweep, None if arguments.cell is not None else second)
         return 0
     if BEGAN not in os.environ:  # scripts/sweep.sh has looked at everything
-        check_cells([cell for cell in known if not is_done(cell, sweep)], sweep)
+        check_cells(to_come, sweep)
     began = float(os.environ.get(BEGAN) or time.time())
     worker = Worker(sweep, arguments.processes, began)
     for cell in first:  # a report then knows what is still to come

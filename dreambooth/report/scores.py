@@ -20,6 +20,7 @@ from dreambooth.layout import METRICS_NAME
 from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.steps import Denoiser
 from dreambooth.method import Attached
+from dreambooth.options.evaluation import EvaluationOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.output.best import LOSS, keep_best
 from dreambooth.report.metrics import read_metrics
@@ -30,7 +31,7 @@ from dreambooth.wording import counted
 
 logger = logging.getLogger(__name__)
 
-PAIRS = 64  # of noise and timestep, as scripts/evaluate.py has by default
+PAIRS = EvaluationOptions.denoising_pairs  # of noise and timestep
 CLASS_PICTURES = 16  # at most
 DRIFT = "drift"  # in metrics.jsonl and trackers, beside LOSS
 

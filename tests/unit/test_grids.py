@@ -17,7 +17,7 @@ from studies.checkpoints import adapters_at, check_kept, scores_path
 from studies.grid import parse_grid, read_grid
 from studies.plan import check_cells, count_cells
 from studies.rounds import read_rounds
-from studies.sweep import show
+from studies.sweep import main, show
 from tests.conftest import ROOT
 from tests.unit.test_recipes import options_of
 
@@ -327,6 +327,21 @@ def at_root(monkeypatch):
 def test_what_a_script_would_refuse_is_refused_with_the_names_of_its_cells(cells_of, tmp_path, at_root, entries, named):
     with pytest.raises(UserError, match=named):
         check_cells(cells_of(**{"options": TOY, **entries}), tmp_path)
+
+
+def test_cells_that_only_the_second_round_may_have_are_checked_before_the_first(tmp_path, monkeypatch, at_root):
+    grid = {
+        "script": "train_dreambooth_kronecker.py",
+        "options": TOY,
+        "evaluate": {"class_noun": "dog", "prompt": ["a photo of {}"]},
+        "axes": {"learning_rate": [0.01], "seed": [0]},
+        "best": {"axis": "learning_rate", "score": "dino", "axes": {"seed": {"1": {"seed": 1, "kron_a1": -1}}}},
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", str(path), "--output_dir", str(tmp_path / "out"), "--dry_run"])
+    with pytest.raises(UserError, match="^learning_rate=0.01,seed=1: --kron_a1"):
+        main()
 
 
 @pytest.mark.parametrize(
