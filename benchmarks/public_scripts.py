@@ -42,7 +42,7 @@ from benchmarks.training_run import RunFailed, measure
 from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.paths import path_argument
 
-Flags = Mapping[str, Any]  # name -> value; None: the flag alone
+Flags = Mapping[str, Any]  # name -> value or tuple of values; None: the flag alone
 
 PROMPT = {"instance_prompt": "a photo of sks dog"}
 WITH_TEXT = {**PROMPT, "train_text_encoder": None}
@@ -196,11 +196,12 @@ def shared_flags(pair: Pair, base_model: Path, arguments: argparse.Namespace) ->
     }
 
 
-def launch(script: list[str], given: Flags) -> list[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "no"]
-    command += script
+def launch(script: list[str], given: Flags, mixed_precision: str = "no") -> list[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += ["--mixed_precision", mixed_precision, *script]
     for name, value in given.items():
-        command += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+        values = [] if value is None else value if isinstance(value, tuple) else [value]
+        command += [f"--{name}", *map(str, values)]
     return command
 
 

@@ -1,13 +1,15 @@
 """The base models of the toy world, untrained: stock classes in the layouts of Stable Diffusion and SDXL.
 
 Attention projections have 64 or 128 features in the UNets and 128 in the text encoders, so that (4, 64), (8, 64),
-(64, 8) and square factors up to 64 fit. Latents are 16 x 16 with 8 channels for pictures of 64 x 64 px.
+(64, 8) and square factors up to 64 fit; in "sd-wide" all of the UNet's have 320, the least that real models have.
+Latents are 16 x 16 with 8 channels for pictures of 64 x 64 px.
 """
 
 import copy
 import json
 import random
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,19 +36,23 @@ TIME_IDS_SIZE = 32  # features of each of SDXL's six sizes
 
 
 def build_base(kind: str, vae: AutoencoderKL, clip: Path) -> DiffusionPipeline:
-    """Return a pipeline of a kind ("sd" or "sdxl") with a trained autoencoder and the text encoder of a CLIPModel.
+    """Return a pipeline of a kind (sd, sd-wide, sdxl) with a trained autoencoder and the text encoder of a CLIPModel.
 
     The UNet is untrained, but gets meaningful text features from the first step, as it did in the original models.
     """
-    return {"sd": _build_sd, "sdxl": _build_sdxl}[kind](vae, clip)
+    if kind == "sdxl":
+        return _build_sdxl(vae, clip)
+    return _build_sd(vae, clip, {"sd": _build_unet, "sd-wide": _build_wide_unet}[kind])
 
 
-def _build_sd(vae: AutoencoderKL, clip: Path) -> StableDiffusionPipeline:
+def _build_sd(
+    vae: AutoencoderKL, clip: Path, build_unet: Callable[..., UNet2DConditionModel]
+) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel.from_pretrained(clip, dtype=torch.float32),
         tokenizer=build_tokenizer(),
-        unet=_build_unet(cross_attention_dim=HIDDEN_SIZE),
+        unet=build_unet(cross_attention_dim=HIDDEN_SIZE),
         scheduler=build_scheduler("v_prediction"),
         **WITHOUT_CHECKER,
     )
@@ -75,19 +81,28 @@ def _build_sdxl(vae: AutoencoderKL, clip: Path) -> StableDiffusionXLPipeline:
     )
 
 
-def _build_unet(**options) -> UNet2DConditionModel:
+def _build_unet(
+    widths: Sequence[int] = (64, 128, 128), attention: Sequence[bool] = (True, True, False), **options
+) -> UNet2DConditionModel:
+    """widths: features at 16 x 16, 8 x 8 and 4 x 4 latents    attention: whether they have it; the middle block has"""
+    down = tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention)
+    up = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention))
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=8,
         out_channels=8,
-        block_out_channels=(64, 128, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=tuple(widths),
+        down_block_types=down,
+        up_block_types=up,
         layers_per_block=1,
         attention_head_dim=2,
         norm_num_groups=16,
         **options,
     )
+
+
+def _build_wide_unet(**options) -> UNet2DConditionModel:
+    return _build_unet(widths=(64, 128, 320), attention=(False, False, True), **options)
 
 
 TextEncoder = TypeVar("TextEncoder", CLIPTextModel, CLIPTextModelWithProjection)

@@ -2,6 +2,7 @@
 
     python -m toyworld.train_base sd --output_dir outputs/toyworld/sd
     python -m toyworld.train_base sdxl --output_dir outputs/toyworld/sdxl
+    python -m toyworld.train_base sd-wide --output_dir outputs/toyworld/sd-wide
 
 Writes OUTPUT_DIR/pipeline, which DiffusionPipeline.from_pretrained loads, and sheets: described.png, 32 prompts that
 describe a character; named.png, characters as rendered above what their names alone draw. Pictures are encoded once,
@@ -37,7 +38,7 @@ from toyworld.train_vae import encode
 from toyworld.world import Look, Scene, caption, named_characters
 
 MODELS = Path(__file__).resolve().parent / "models"
-FAMILIES = {family.name: family for family in (SD, SDXL)}
+FAMILIES = {"sd": SD, "sd-wide": SD, "sdxl": SDXL}
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance works
 SNR_GAMMA = 5.0  # of the min-SNR weights
 GUIDANCE, SAMPLER_STEPS = 4.0, 20  # of the sheets
@@ -77,7 +78,7 @@ def _picture(kind: str, pair: tuple[Look, Scene], rng: random.Random) -> tuple[T
 
     Half of SDXL's are crops of pictures of other sizes, blurred if the original was small.
     """
-    if kind == "sd" or rng.random() < 0.5:
+    if kind != "sdxl" or rng.random() < 0.5:
         return render_batch([pair], PIXELS).pixels, [PIXELS, PIXELS, 0, 0, PIXELS, PIXELS]
     original, enlarged = rng.choice((24, 32, 48, 96, 128)), rng.choice((64, 64, 72, 80))
     top, left = rng.randint(0, enlarged - PIXELS), rng.randint(0, enlarged - PIXELS)
@@ -100,7 +101,7 @@ class Models(nn.Module):
 
     def __init__(self, pipeline: DiffusionPipeline, kind: str):
         super().__init__()
-        names = {"sd": ("unet", "text_encoder"), "sdxl": ("unet",)}[kind]
+        names = ("unet",) if kind == "sdxl" else ("unet", "text_encoder")
         self.parts = nn.ModuleDict({name: pipeline.components[name] for name in names})
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):

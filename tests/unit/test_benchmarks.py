@@ -9,13 +9,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import methods_step, public_scripts, unet_step
+from benchmarks import methods_step, prior, public_scripts, unet_step
 from benchmarks.layer import Layer
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
 from benchmarks.timing import interleave, ratios, spread
 from benchmarks.training_run import RunFailed
 from dreambooth.errors import UserError
+from dreambooth.options.parsing import parse_options
 from scripts.count_parameters import kronecker, lora, others
+from tests.conftest import ROOT
+from tests.unit.test_recipes import options_of
 from toyworld.tiny_pipeline import build_pipeline, build_tokenizer
 
 NO_LYCORIS = not importlib.util.find_spec("lycoris")
@@ -170,3 +173,15 @@ def test_both_copies_of_the_base_model_are_fp32_and_one_has_the_old_layout(tiny_
         assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert json.loads((old / "tokenizer" / "vocab.json").read_text()) == build_tokenizer().get_vocab()
     assert (old / "tokenizer" / "merges.txt").read_text() == "#version: 0.2\n"
+
+
+@pytest.mark.parametrize("adapter, source", prior.WAYS)
+def test_each_prior_is_an_ordinary_training(adapter, source, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prior.py", "--mixed_precision", "bf16"])
+    words = prior.command(adapter, source, tmp_path, prior.parse()).words
+    at = words.index("bf16") + 1
+    options, flags = options_of(words[at].removeprefix(f"{ROOT}/"), words[at + 1 :])
+    config = parse_options(options, "", [*flags, "--output_dir", str(tmp_path / "result")])
+    assert config.with_prior_preservation is (source != "nothing")
+    assert config.uses_class_images is (source == "class images")
+    assert (getattr(config, "kron_init", None) == "contrast") is adapter.startswith("contrast")

@@ -66,6 +66,14 @@ def test_factors_of_many_shapes_fit_the_base_models(kind, vae):
         remove_kronecker(unet)
 
 
+def test_the_wide_model_has_the_features_of_real_ones_wherever_it_has_attention(vae):
+    unet = build_base("sd-wide", vae, MODELS / "clip").unet
+    layers = inject_kronecker(unet, 4, 64)
+    assert {layer.out_features for layer in layers.values()} == {320}
+    assert {layer.in_features for layer in layers.values()} == {320, 128}  # and the text states
+    assert any("down_blocks" in name for name in layers) and any("up_blocks" in name for name in layers)
+
+
 def test_reserved_words_lie_among_the_names_and_differ_from_all(vae, tokenizer):
     embedding = build_base("sd", vae, MODELS / "clip").text_encoder.get_input_embeddings()
     place_reserved_words(tokenizer, embedding)
