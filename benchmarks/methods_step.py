@@ -42,7 +42,7 @@ from dreambooth.base_model.loading import DTYPES
 from dreambooth.errors import readable_errors
 from dreambooth.family import Family
 from dreambooth.loop.optimizers import build_optimizer
-from dreambooth.method import trained_parameters
+from dreambooth.method import Host, trained_parameters
 from dreambooth.options.prompts import CHUNK_LENGTH
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 from methods.train import METHODS
@@ -148,7 +148,8 @@ def method_step(contender: Contender, base: dict[str, Any], arguments: argparse.
             getattr(pipeline, name).float()
     text_trains = method.trains_text(config)
     models = family.trained_models(pipeline.components, text_trains)
-    attached = method.attach(family, models, family.present_tokenizers(pipeline.components), config)
+    host = Host(family, models, family.present_tokenizers(pipeline.components))
+    attached = method.attach(host, config)
     optimizer = build_optimizer(attached.groups, config, num_ranks=1)
     count = sum(parameter.numel() for parameter in trained_parameters(attached))
     in_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -17,7 +17,7 @@ from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
-from dreambooth.method import Description, Group, adapter_groups, check_state
+from dreambooth.method import Description, Group, Host, adapter_groups, check_state
 from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_adapter import (
@@ -40,25 +40,24 @@ from kron_formats.reading import AdapterFile
 class AttachedKronecker:
     """Kronecker factors in a base model. See dreambooth/method.py."""
 
-    family: Family
-    models: Mapping[str, nn.Module]
+    host: Host
     layers: Mapping[str, Mapping[str, KroneckerLinear]]  # component -> name -> layer
     groups: Sequence[Group]
 
     def without(self) -> AbstractContextManager[None]:
-        return disable_kronecker(self.models)
+        return disable_kronecker(self.host.models)
 
     def state(self) -> dict[str, Any]:
         """Return the factors of every model as trained, the gain not folded in: component -> name -> tensor."""
-        return {name: kronecker_state_dict(model) for name, model in self.models.items()}
+        return {name: kronecker_state_dict(model) for name, model in self.host.models.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         check_state(self.state(), state)
-        for name, model in self.models.items():
+        for name, model in self.host.models.items():
             load_kronecker_state_dict(model, state[name])
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-        save_kronecker(self.models, path, metadata, dtype)
+        save_kronecker(self.host.models, path, metadata, dtype)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         kinds = Counter(self._kinds())
@@ -71,7 +70,7 @@ class AttachedKronecker:
         return Description(
             noun="Kronecker adapter",
             summary="`W + A ⊗ B` on the attention projections ([DiffuseKronA](https://arxiv.org/abs/2402.17412))",
-            usage=_usage(path.name, loading_lines(base_model, self.family.pipeline_class.__name__), prompt),
+            usage=_usage(path.name, loading_lines(base_model, self.host.family.pipeline_class.__name__), prompt),
             contents=(size_in_words(path, sum(kinds.values()), parameters), table),
             tags=("kronecker", "lokr"),
         )
@@ -81,7 +80,7 @@ class AttachedKronecker:
         for component, layers in self.layers.items():
             for layer in layers.values():
                 (a1, a2), (b1, b2) = layer.A.shape, layer.B.shape
-                yield self.family.component_titles[component], layer.target, a1, a2, b1, b2
+                yield self.host.family.component_titles[component], layer.target, a1, a2, b1, b2
 
 
 def _usage(file: str, loading: tuple[str, str], prompt: str) -> str:
@@ -111,44 +110,28 @@ class Kronecker:
     def trains_text(self, config: KroneckerOptions) -> bool:
         return config.train_text_encoder
 
-    def check(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        photos: Sequence[Photo],
-        config: KroneckerOptions,
-    ) -> None:
+    def check(self, host: Host, photos: Sequence[Photo], config: KroneckerOptions) -> None:
         """Raise KroneckerError if a target or factors match no layer, or factors do not divide a layer's sizes.
 
         Raise UserError if --kron_init contrast concerns no layer, or there is no contrast.
         """
-        self._inject_all(family, models, config)
+        self._inject_all(host, config)
         if config.kron_init == "contrast":
-            check_contrast(models[family.denoiser], tokenizers.values(), photos, config)
+            check_contrast(host.denoiser, host.tokenizers.values(), photos, config)
 
-    def attach(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        config: KroneckerOptions,
-        states: PromptStates | None = None,
-    ) -> AttachedKronecker:
-        layers = self._inject_all(family, models, config)
+    def attach(self, host: Host, config: KroneckerOptions, states: PromptStates | None = None) -> AttachedKronecker:
+        layers = self._inject_all(host, config)
         if config.kron_init == "contrast" and states is not None:
-            set_contrast(text_projections(models[family.denoiser]), states.of_instance(), states.of_class())
-        parameters = {name: kronecker_parameters(model) for name, model in models.items()}
-        return AttachedKronecker(family, models, layers, adapter_groups(family, parameters, config))
+            set_contrast(text_projections(host.denoiser), states.of_instance(), states.of_class())
+        parameters = {name: kronecker_parameters(model) for name, model in host.models.items()}
+        return AttachedKronecker(host, layers, adapter_groups(host.family, parameters, config))
 
-    def _inject_all(
-        self, family: Family, models: Mapping[str, nn.Module], config: KroneckerOptions
-    ) -> dict[str, dict[str, KroneckerLinear]]:
+    def _inject_all(self, host: Host, config: KroneckerOptions) -> dict[str, dict[str, KroneckerLinear]]:
         """Return component -> name -> layer, with A as it is drawn."""
         layers = {}
-        for number, (name, model) in enumerate(models.items()):
+        for number, (name, model) in enumerate(host.models.items()):
             with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):
-                layers[name] = self._inject(family, name, model, config)
+                layers[name] = self._inject(host.family, name, model, config)
         return layers
 
     def _inject(

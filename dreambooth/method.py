@@ -20,6 +20,19 @@ from dreambooth.options.kronecker import TextEncoderOptions
 
 
 @dataclass(frozen=True)
+class Host:
+    """A base model, as far as methods see it: before they are attached, and after."""
+
+    family: Family
+    models: Mapping[str, nn.Module]  # component -> model that may train, the denoiser first
+    tokenizers: Mapping[str, Any]  # text encoder -> its tokenizer
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.models[self.family.denoiser]
+
+
+@dataclass(frozen=True)
 class Group:
     """Parameters that share a learning rate and a weight decay."""
 
@@ -116,33 +129,19 @@ class Method(Protocol):
         """Whether the base model's weights must be fp32: what trains begins with them, or is defined by them."""
         ...
 
-    def check(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        photos: Sequence[Photo],
-        config: Any,
-    ) -> None:
+    def check(self, host: Host, photos: Sequence[Photo], config: Any) -> None:
         """Raise UserError or KroneckerError if the method cannot train these models, without weights, on these photos.
 
-        Changes models and tokenizers as `attach` does, so that later checks see the words that prompts may have.
+        Changes the host as `attach` does, so that later checks see the words that prompts may have.
         """
         ...
 
-    def attach(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        config: Any,
-        states: PromptStates | None = None,
-    ) -> Attached:
-        """Freeze the models, component -> model with the denoiser first, and add what trains.
+    def attach(self, host: Host, config: Any, states: PromptStates | None = None) -> Attached:
+        """Freeze the host's models and add what trains; its tokenizers learn the words that are added.
 
-        `tokenizers`, text encoder -> tokenizer, learn the words that are added to the text encoders. `states` are of
-        the run's prompts; they are None where only the parameters' number counts, not their values. All randomness
-        comes from config.seed, so the same start can be had again; several processes all begin with the main one's.
+        `states` are of the run's prompts; they are None where only the parameters' number counts, not their values. All
+        randomness comes from config.seed, so the same start can be had again; several processes all begin with the main
+        one's.
         """
         ...
 

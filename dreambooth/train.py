@@ -20,7 +20,7 @@ from dreambooth.family import Family
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup
 from dreambooth.loop.state import TrainingState
 from dreambooth.loop.steps import Denoiser, count_steps, train_steps
-from dreambooth.method import Method, trained_parameters
+from dreambooth.method import Host, Method, trained_parameters
 from dreambooth.options.training import TrainingConfig
 from dreambooth.output.checkpoint import check_room, load_checkpoint, save_checkpoint, save_result
 from dreambooth.output.folder import check_start, find_start, hold_folder, prepare_output
@@ -67,7 +67,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         text_trains = method.trains_text(config)
         empty = empty_models(config, (family.denoiser, *family.text_encoders))
         tokenizers, subject = load_tokenizers(config), subject_words(config.instance_prompt, config.class_prompt)
-        method.check(family, family.trained_models(empty, text_trains), tokenizers, photos, config)
+        method.check(Host(family, family.trained_models(empty, text_trains), tokenizers), photos, config)
         warn_of_cut_prompts(prompt_sources(photos, config), tokenizers.values(), config.max_token_length, subject)
 
         # The frozen model: class images, latents, distinct prompts. Components that are not needed are not read
@@ -90,7 +90,8 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
 
         # What trains
         models = family.trained_models(pipeline.components, text_trains)
-        attached = method.attach(family, models, family.present_tokenizers(pipeline.components), config, states)
+        host = Host(family, models, family.present_tokenizers(pipeline.components))
+        attached = method.attach(host, config, states)
         begin_alike(trained_parameters(attached), accelerator)
         base.prepare_training(models)
         optimizer = build_optimizer(attached.groups, config, accelerator.num_processes)

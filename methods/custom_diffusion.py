@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
-from dreambooth.family import Family
 from dreambooth.markdown import code, loading_lines, python_string, size_in_words
-from dreambooth.method import Description, Group, check_state
+from dreambooth.method import Description, Group, Host, check_state
 from kron_formats.errors import KroneckerError
 from kron_formats.names import family as family_of
 from kron_formats.words import word_metadata, word_tensors
@@ -37,8 +36,7 @@ TRAINED = {  # --freeze_model -> what the paths of the weights that train contai
 class AttachedCustomDiffusion:
     """Weights of a UNet that train, and perhaps a word. See dreambooth/method.py."""
 
-    family: Family
-    models: Mapping[str, nn.Module]
+    host: Host
     weights: Mapping[str, nn.Parameter]  # by their paths in the denoiser
     base: Mapping[str, Tensor]  # what they were
     learned: AttachedWord | None
@@ -62,13 +60,13 @@ class AttachedCustomDiffusion:
 
     def state(self) -> dict[str, Any]:
         weights = {path: weight.detach() for path, weight in self.weights.items()}
-        return {self.family.denoiser: weights, **(self.learned.state() if self.learned else {})}
+        return {self.host.family.denoiser: weights, **(self.learned.state() if self.learned else {})}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
         check_state(self.state(), state)
         for path, weight in self.weights.items():
-            weight.copy_(state[self.family.denoiser][path])
+            weight.copy_(state[self.host.family.denoiser][path])
         if self.learned:
             self.learned.load_state(state)
 
@@ -84,21 +82,22 @@ class AttachedCustomDiffusion:
             word = self.learned.word
             tensors |= word_tensors(word, dtype)
             metadata = {**metadata, **word_metadata(word)}
-        write_tensors(path, tensors, file_metadata(metadata, family_of(self.models), {}, "custom-diffusion"))
+        write_tensors(path, tensors, file_metadata(metadata, family_of(self.host.models), {}, "custom-diffusion"))
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         kinds = Counter((name.partition(".attn2.")[2], tuple(weight.shape)) for name, weight in self.weights.items())
+        titles = self.host.family.component_titles
         rows = "".join(
-            f"| {self.family.component_titles[self.family.denoiser]} | `attn2.{name}` | "
+            f"| {titles[self.host.family.denoiser]} | `attn2.{name}` | "
             f"{' x '.join(f'{side:,}' for side in shape)} | {count} |\n"
             for (name, shape), count in sorted(kinds.items())
         )
         word = self.learned.word if self.learned else None
         if word:
             for name, vectors in word.vectors.items():
-                rows += f"| {self.family.component_titles[name]} | {code(word.text)} | {vectors.shape[1]:,} | 1 |\n"
+                rows += f"| {titles[name]} | {code(word.text)} | {vectors.shape[1]:,} | 1 |\n"
         parameters = sum(parameter.numel() for group in self.groups for parameter in group.parameters)
-        loading = loading_lines(base_model, self.family.pipeline_class.__name__)
+        loading = loading_lines(base_model, self.host.family.pipeline_class.__name__)
         called = f", and the word {code(word.text)}" if word else ""
         return Description(
             noun="Custom Diffusion",
@@ -146,49 +145,39 @@ class CustomDiffusion:
     def trains_text(self, config: CustomDiffusionOptions) -> bool:
         return bool(config.modifier_token)
 
-    def check(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        photos: Sequence[Photo],
-        config: Any,
-    ) -> None:
+    def check(self, host: Host, photos: Sequence[Photo], config: Any) -> None:
         """Raise UserError if the weights cannot train, or the word cannot be learned from these prompts."""
         refuse_fsdp("Custom Diffusion", "the weights train where they are")
         refuse_compile("Custom Diffusion", "it is not tested", config)
         why = "the weights themselves train, in fp32, since 16 bits round small steps away"
         refuse_base_precision("Custom Diffusion", why, config)
-        if not _trained(models[family.denoiser], config):
+        if not _trained(host.denoiser, config):
             raise UserError(
                 f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: its UNet has no "
                 "cross-attention (attn2), which Custom Diffusion trains"
             )
         if not config.modifier_token:
             return
-        check_word("modifier_token", config.modifier_token, 1, config.initializer_token, tokenizers, photos, config)
+        check_word(
+            "modifier_token", config.modifier_token, 1, config.initializer_token, host.tokenizers, photos, config
+        )
 
     def attach(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        config: CustomDiffusionOptions,
-        states: PromptStates | None = None,
+        self, host: Host, config: CustomDiffusionOptions, states: PromptStates | None = None
     ) -> AttachedCustomDiffusion:
-        for model in models.values():
+        for model in host.models.values():
             model.requires_grad_(False)
-        weights = _trained(models[family.denoiser], config)
+        weights = _trained(host.denoiser, config)
         base = {path: weight.detach().clone() for path, weight in weights.items()}
         for weight in weights.values():
             weight.requires_grad_(True)
-        title = family.component_titles[family.denoiser]
+        title = host.family.component_titles[host.family.denoiser]
         groups = [Group(title, [*weights.values()], config.learning_rate, config.adam_weight_decay)]
         learned = None
         if config.modifier_token:
-            learned = attach_word(config.modifier_token, 1, config.initializer_token, models, tokenizers)
+            learned = attach_word(config.modifier_token, 1, config.initializer_token, host)
             groups.append(learned.group(config))
-        return AttachedCustomDiffusion(family, models, weights, base, learned, groups)
+        return AttachedCustomDiffusion(host, weights, base, learned, groups)
 
 
 def _trained(denoiser: nn.Module, config: CustomDiffusionOptions) -> dict[str, nn.Parameter]:

@@ -18,9 +18,8 @@ from dreambooth.base_model.prompts import PromptStates
 from dreambooth.base_model.source import load_scheduler
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
-from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
-from dreambooth.method import Description, Group, adapter_groups, check_state, trained_parameters
+from dreambooth.method import Description, Group, Host, adapter_groups, check_state, trained_parameters
 from kron_formats.files import remove, whole_folder
 from methods.options import DreamBoothOptions
 from methods.pipeline_folder import (
@@ -40,8 +39,7 @@ State = dict[str, dict[str, Tensor]]  # component -> name -> tensor
 class AttachedDreamBooth:
     """Models that train as a whole. See dreambooth/method.py."""
 
-    family: Family
-    models: Mapping[str, nn.Module]
+    host: Host
     weights: Mapping[str, Mapping[str, nn.Parameter]]  # component -> name -> weight
     before: Mapping[nn.Parameter, Tensor] | None  # their values before training
     groups: Sequence[Group]
@@ -77,8 +75,8 @@ class AttachedDreamBooth:
         """Write a diffusers pipeline folder; with --single_file, also the same in one file beside it."""
         with whole_folder(path) as folder:
             self.save_parts(folder, dtype)
-            classes = {component: type(model) for component, model in self.models.items()}
-            classes |= write_base_parts(folder, self.family, self.models.keys(), dtype, self.config)
+            classes = {component: type(model) for component, model in self.host.models.items()}
+            classes |= write_base_parts(folder, self.host.family, self.host.models.keys(), dtype, self.config)
             write_index(folder, classes, self.config)
             write_metadata(folder, metadata)
         copy = path.with_suffix(".safetensors")
@@ -88,16 +86,16 @@ class AttachedDreamBooth:
             remove(copy)  # an earlier one, of other weights
 
     def save_parts(self, folder: Path, dtype: torch.dtype) -> None:
-        for component, model in self.models.items():
+        for component, model in self.host.models.items():
             write_component(folder / component, model, self.weights[component], dtype)
 
     def result_sizes(self, dtype: torch.dtype) -> tuple[int, int]:
         parts = sum(parameter.numel() for parameter in trained_parameters(self)) * dtype.itemsize
-        whole = parts + base_numbers(self.family, self.models.keys(), self.config) * dtype.itemsize
+        whole = parts + base_numbers(self.host.family, self.host.models.keys(), self.config) * dtype.itemsize
         return parts, whole * (2 if self.config.single_file else 1)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
-        titles = [self.family.component_titles[component] for component in self.models]
+        titles = [self.host.family.component_titles[component] for component in self.host.models]
         layers = [{name.rpartition(".")[0] for name in weights} for weights in self.weights.values()]
         numbers = [sum(weight.numel() for weight in weights.values()) for weights in self.weights.values()]
         rows = "".join(
@@ -106,7 +104,7 @@ class AttachedDreamBooth:
         return Description(
             noun="fine-tuned model",
             summary=f"all weights of the {' and the '.join(titles)} ([DreamBooth](https://arxiv.org/abs/2208.12242))",
-            usage=_usage(path, loading_lines(path.name, self.family.pipeline_class.__name__), prompt),
+            usage=_usage(path, loading_lines(path.name, self.host.family.pipeline_class.__name__), prompt),
             contents=(
                 size_in_words(path, sum(map(len, layers)), sum(numbers)),
                 f"| trained | layers | parameters |\n| --- | ---: | ---: |\n{rows.rstrip()}",
@@ -140,14 +138,7 @@ class DreamBooth:
     def trains_text(self, config: DreamBoothOptions) -> bool:
         return config.train_text_encoder
 
-    def check(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        photos: Sequence[Photo],
-        config: Any,
-    ) -> None:
+    def check(self, host: Host, photos: Sequence[Photo], config: Any) -> None:
         """Raise UserError if weights would be held in less than fp32 or split over processes, or have no one file."""
         steps = f"steps of about --learning_rate {config.learning_rate:g}"
         why = f"all weights train, in {steps}, which less than fp32 rounds away"
@@ -161,25 +152,20 @@ class DreamBooth:
             "DreamBooth", "it splits frozen weights alone; --gradient_checkpointing and --use_8bit_adam save memory"
         )
 
-    def attach(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        config: Any,
-        states: PromptStates | None = None,
-    ) -> AttachedDreamBooth:
+    def attach(self, host: Host, config: Any, states: PromptStates | None = None) -> AttachedDreamBooth:
         weights = {
-            component: dict(model.requires_grad_(True).named_parameters()) for component, model in models.items()
+            component: dict(model.requires_grad_(True).named_parameters()) for component, model in host.models.items()
         }
-        groups = adapter_groups(family, {part: list(own.values()) for part, own in weights.items()}, config, flat=False)
+        groups = adapter_groups(
+            host.family, {part: list(own.values()) for part, own in weights.items()}, config, flat=False
+        )
         before = None
         if config.uses_base_model_prior:
             # What trains is the copy: the base model's own memory, whose alignment decides the last bit, stays its own
             before = {parameter: parameter.data for own in weights.values() for parameter in own.values()}
             for parameter, value in before.items():
                 parameter.data = value.clone()
-        return AttachedDreamBooth(family, models, weights, before, groups, config)
+        return AttachedDreamBooth(host, weights, before, groups, config)
 
 
 DREAMBOOTH = DreamBooth()

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
-from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
-from dreambooth.method import Description, Group, adapter_groups, check_state, trained_parameters
+from dreambooth.method import Description, Group, Host, adapter_groups, check_state, trained_parameters
 from dreambooth.seeds import Stream, seed_of, torch_seed
 from kron_adapter import KroneckerLinear
 from kron_formats.attach import attach_lora
@@ -43,14 +42,13 @@ ADAPTER = "default"  # the name under which peft keeps what trains
 class AttachedLora:
     """peft's LoRA layers in a base model. See dreambooth/method.py."""
 
-    family: Family
-    models: Mapping[str, nn.Module]
+    host: Host
     groups: Sequence[Group]
     alpha: float
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        layers = [layer for model in self.models.values() for layer in _trained_layers(model)]
+        layers = [layer for model in self.host.models.values() for layer in _trained_layers(model)]
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -60,29 +58,29 @@ class AttachedLora:
                 layer.enable_adapters(True)
 
     def state(self) -> dict[str, Any]:
-        return {name: _state_dict(model) for name, model in self.models.items()}
+        return {name: _state_dict(model) for name, model in self.host.models.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         check_state(self.state(), state)
-        for name, model in self.models.items():
+        for name, model in self.host.models.items():
             set_peft_model_state_dict(model, state[name], ADAPTER)
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         """Write a file under kohya's names, which `pipeline.load_lora_weights` and every LoRA tool read."""
         layers = {}
-        for layer in find_layers(self.models):
-            wrapper = self.models[layer.component].get_submodule(layer.path.removesuffix(".base_layer"))
+        for layer in find_layers(self.host.models):
+            wrapper = self.host.models[layer.component].get_submodule(layer.path.removesuffix(".base_layer"))
             if isinstance(wrapper, LoraLinear):
                 sides = (getattr(wrapper, side)[ADAPTER].weight for side in ("lora_B", "lora_A"))
                 layers[layer] = LowRank(*sides)
         if not is_bare(metadata):
             metadata = {"modelspec.description": "LoRA", **metadata}
-        write_low_rank(path, layers, self.alpha, family_of(self.models), metadata, dtype)
+        write_low_rank(path, layers, self.alpha, family_of(self.host.models), metadata, dtype)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         kinds = Counter(
-            (self.family.component_titles[name], layer.in_features, layer.out_features, layer.r[ADAPTER])
-            for name, model in self.models.items()
+            (self.host.family.component_titles[name], layer.in_features, layer.out_features, layer.r[ADAPTER])
+            for name, model in self.host.models.items()
             for layer in _trained_layers(model)
         )
         parameters = sum(parameter.numel() for parameter in trained_parameters(self))
@@ -94,7 +92,7 @@ class AttachedLora:
         return Description(
             noun="LoRA",
             summary="`W + B A` on the attention projections ([LoRA](https://arxiv.org/abs/2106.09685))",
-            usage=_usage(path.name, loading_lines(base_model, self.family.pipeline_class.__name__), prompt),
+            usage=_usage(path.name, loading_lines(base_model, self.host.family.pipeline_class.__name__), prompt),
             contents=(size_in_words(path, sum(kinds.values()), parameters), table),
             tags=("lora",),
         )
@@ -125,38 +123,24 @@ class Lora:
     def trains_text(self, config: LoraOptions) -> bool:
         return config.train_text_encoder
 
-    def check(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        photos: Sequence[Photo],
-        config: LoraOptions,
-    ) -> None:
+    def check(self, host: Host, photos: Sequence[Photo], config: LoraOptions) -> None:
         """Do nothing: every rank fits every layer."""
 
-    def attach(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        config: LoraOptions,
-        states: PromptStates | None = None,
-    ) -> AttachedLora:
+    def attach(self, host: Host, config: LoraOptions, states: PromptStates | None = None) -> AttachedLora:
         parameters: dict[str, list[nn.Parameter]] = {}
-        for number, (name, model) in enumerate(models.items()):
+        for number, (name, model) in enumerate(host.models.items()):
             lora = LoraConfig(
                 r=config.rank,
                 lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] peft takes any number
                 init_lora_weights="gaussian",
-                target_modules=list(family.targets[name]),
+                target_modules=list(host.family.targets[name]),
             )
             with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):
                 inject_adapter_in_model(lora, model, ADAPTER)
             parameters[name] = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in parameters[name]:
                 parameter.data = parameter.data.float()  # whatever the base's dtype
-        return AttachedLora(family, models, adapter_groups(family, parameters, config), config.alpha)
+        return AttachedLora(host, adapter_groups(host.family, parameters, config), config.alpha)
 
 
 def _trained_layers(model: nn.Module) -> list[LoraLinear]:

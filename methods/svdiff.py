@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.family import Family
 from dreambooth.markdown import size_in_words
-from dreambooth.method import Description, Group, check_state, trained_parameters
+from dreambooth.method import Description, Group, Host, check_state, trained_parameters
 from kron_formats.decomposition import cache_folder
 from kron_formats.errors import KroneckerError
 from kron_formats.names import family as family_of
@@ -37,8 +36,7 @@ logger = logging.getLogger(__name__)
 class AttachedSvdiff:
     """Shifts in a base model. See dreambooth/method.py."""
 
-    family: Family
-    models: Mapping[str, nn.Module]
+    host: Host
     shifts: Mapping[str, Mapping[str, TrainedShift]]  # component -> layer's name in the file -> shift
     groups: Sequence[Group]
 
@@ -75,18 +73,18 @@ class AttachedSvdiff:
                 if not values.isfinite().all():
                     raise KroneckerError(f"the shifts of {name} are not all finite in {dtype}; nothing was written")
                 tensors[f"{name}{SUFFIX}"], origins[name] = values.cpu(), shift.origin(values)
-        family, own = family_of(self.models), {**metadata, **origin_metadata(origins)}
+        family, own = family_of(self.host.models), {**metadata, **origin_metadata(origins)}
         if family and not is_bare(metadata):
             own = {"modelspec.description": "SVDiff", "modelspec.architecture": f"{family.model_spec}/svdiff", **own}
         write_tensors(path, tensors, file_metadata(own, family, {}))
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         parameters = sum(parameter.numel() for parameter in trained_parameters(self))
-        rows = ""
+        titles, rows = self.host.family.component_titles, ""
         for component, shifts in self.shifts.items():
             for kind, title in ((True, "singular values of matrices and kernels"), (False, "weights of norms")):
                 found = [shift.delta.numel() for shift in shifts.values() if isinstance(shift, SpectralShift) is kind]
-                rows += f"| {self.family.component_titles[component]} | {title} | {len(found)} | {sum(found):,} |\n"
+                rows += f"| {titles[component]} | {title} | {len(found)} | {sum(found):,} |\n"
         return Description(
             noun="SVDiff file",
             summary="shifts of the singular values of all weights ([SVDiff](https://arxiv.org/abs/2303.11305))",
@@ -126,14 +124,7 @@ class Svdiff:
     def trains_text(self, config: SvdiffOptions) -> bool:
         return config.train_text_encoder
 
-    def check(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        photos: Sequence[Photo],
-        config: Any,
-    ) -> None:
+    def check(self, host: Host, photos: Sequence[Photo], config: Any) -> None:
         """Raise UserError where weights cannot be composed: if they are not fp32, are split, or are compiled."""
         why = "it shifts the singular values of the base model's own weights, which stay in fp32"
         refuse_base_precision("SVDiff", why, config)
@@ -141,28 +132,21 @@ class Svdiff:
         why = "weights are composed once for many passes, which torch.compile cannot trace"
         refuse_compile("SVDiff", why, config)
 
-    def attach(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        config: SvdiffOptions,
-        states: PromptStates | None = None,
-    ) -> AttachedSvdiff:
+    def attach(self, host: Host, config: SvdiffOptions, states: PromptStates | None = None) -> AttachedSvdiff:
         logger.info(
             "finding the singular vectors of all weights, which takes minutes; they are kept for later runs in %s",
             cache_folder(),
         )
         names = {  # what finds the layers' names does not know shifted ones
-            (layer.component, layer.path): layer.name if layer.component == family.denoiser else layer.dotted
-            for layer in find_parameters(models)
+            (layer.component, layer.path): layer.name if layer.component == host.family.denoiser else layer.dotted
+            for layer in find_parameters(host.models)
             if layer.parameter == "weight"
         }
         shifts = {
             component: {names[component, path]: shift for path, shift in add_shifts(model).items()}
-            for component, model in models.items()
+            for component, model in host.models.items()
         }
-        return AttachedSvdiff(family, models, shifts, _groups(family, shifts, config))
+        return AttachedSvdiff(host, shifts, _groups(host.family, shifts, config))
 
 
 def _groups(family: Family, shifts: Mapping[str, Mapping[str, TrainedShift]], config: SvdiffOptions) -> list[Group]:

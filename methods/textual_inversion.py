@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dreambooth.base_model.prompts import PromptStates
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
-from dreambooth.family import Family
 from dreambooth.markdown import code, loading_lines, python_string
-from dreambooth.method import Description, Group, check_state
+from dreambooth.method import Description, Group, Host, check_state
 from kron_formats.names import family as family_of
 from kron_formats.words import word_metadata, word_tensors
 from kron_formats.writing import file_metadata, is_bare, write_tensors
@@ -30,8 +28,7 @@ from methods.words import AttachedWord, attach_word, check_word, loading_word
 class AttachedTextualInversion:
     """A word in the text encoders. See dreambooth/method.py."""
 
-    family: Family
-    models: Mapping[str, nn.Module]
+    host: Host
     learned: AttachedWord
     groups: Sequence[Group]
 
@@ -50,18 +47,18 @@ class AttachedTextualInversion:
         word = self.learned.word
         if not is_bare(metadata):
             metadata = {"modelspec.description": "Textual Inversion", **metadata}
-        own = file_metadata({**metadata, **word_metadata(word)}, family_of(self.models), {}, "textual-inversion")
+        own = file_metadata({**metadata, **word_metadata(word)}, family_of(self.host.models), {}, "textual-inversion")
         write_tensors(path, word_tensors(word, dtype), own)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         word = self.learned.word
         parameters = sum(rows.numel() for rows in word.vectors.values())
         rows = "".join(
-            f"| {self.family.component_titles[name]} | {len(vectors)} | {vectors.shape[1]:,} |\n"
+            f"| {self.host.family.component_titles[name]} | {len(vectors)} | {vectors.shape[1]:,} |\n"
             for name, vectors in word.vectors.items()
         )
         size = f"{code(path.name)}: {parameters:,} parameters, {path.stat().st_size / 2**10:.1f} KiB."
-        loading = loading_lines(base_model, self.family.pipeline_class.__name__)
+        loading = loading_lines(base_model, self.host.family.pipeline_class.__name__)
         return Description(
             noun="Textual Inversion",
             summary=f"the embedding of {code(word.text)}, which stands for the subject "
@@ -104,14 +101,7 @@ class TextualInversion:
     def trains_text(self, config: TextualInversionOptions) -> bool:
         return True
 
-    def check(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        photos: Sequence[Photo],
-        config: Any,
-    ) -> None:
+    def check(self, host: Host, photos: Sequence[Photo], config: Any) -> None:
         """Raise UserError if the word cannot be learned from these prompts, or if there is a prior."""
         refuse_fsdp("Textual Inversion", "a few thousand numbers train, beside models that are whole")
         refuse_compile("Textual Inversion", "it is not tested", config)
@@ -126,25 +116,18 @@ class TextualInversion:
             config.placeholder_token,
             config.num_vectors,
             config.initializer_token,
-            tokenizers,
+            host.tokenizers,
             photos,
             config,
         )
 
     def attach(
-        self,
-        family: Family,
-        models: Mapping[str, nn.Module],
-        tokenizers: Mapping[str, Any],
-        config: TextualInversionOptions,
-        states: PromptStates | None = None,
+        self, host: Host, config: TextualInversionOptions, states: PromptStates | None = None
     ) -> AttachedTextualInversion:
-        for model in models.values():
+        for model in host.models.values():
             model.requires_grad_(False)
-        learned = attach_word(
-            config.placeholder_token, config.num_vectors, config.initializer_token, models, tokenizers
-        )
-        return AttachedTextualInversion(family, models, learned, [learned.group(config)])
+        learned = attach_word(config.placeholder_token, config.num_vectors, config.initializer_token, host)
+        return AttachedTextualInversion(host, learned, [learned.group(config)])
 
 
 TEXTUAL_INVERSION = TextualInversion()

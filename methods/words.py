@@ -21,7 +21,7 @@ from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
 from dreambooth.errors import UserError
 from dreambooth.markdown import python_string
-from dreambooth.method import Group
+from dreambooth.method import Group, Host
 from dreambooth.words import Tokenizers, add_word, explain_new, has_word, only_token
 from kron_formats.families import TOKENIZERS
 from kron_formats.files import printable
@@ -92,16 +92,14 @@ class AttachedWord:
             embedding.rows.copy_(state[name]["vectors"])
 
 
-def attach_word(
-    text: str, count: int, initializer: str, models: Mapping[str, nn.Module], tokenizers: Tokenizers
-) -> AttachedWord:
-    """Add a word of `count` vectors, each that of `initializer`, to tokenizers and to text encoders, which are frozen.
+def attach_word(text: str, count: int, initializer: str, host: Host) -> AttachedWord:
+    """Add a word of `count` vectors, each that of `initializer`, to the host's tokenizers and text encoders.
 
-    `check_word` has been asked before, for tokenizers like these.
+    The text encoders are frozen. `check_word` has been asked before, for tokenizers like these.
     """
-    first, embeddings = add_word(text, count, tokenizers), {}
-    for name, tokenizer in tokenizers.items():
-        model: Any = models[name].requires_grad_(False)
+    first, embeddings = add_word(text, count, host.tokenizers), {}
+    for name, tokenizer in host.tokenizers.items():
+        model: Any = host.models[name].requires_grad_(False)
         initial = only_token(initializer, tokenizer)
         assert initial is not None  # check_word
         embeddings[name] = WordEmbedding(model.get_input_embeddings(), first[name], count, initial)

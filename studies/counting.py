@@ -17,7 +17,7 @@ from dreambooth.base_model.configurations import Configurations
 from dreambooth.base_model.source import base_source, load_tokenizers
 from dreambooth.errors import UserError
 from dreambooth.family import Family
-from dreambooth.method import Method, trained_parameters
+from dreambooth.method import Host, Method, trained_parameters
 from dreambooth.options.base_model import BaseModelOptions
 from dreambooth.options.field import option_names, result_options
 from kron_formats.architectures import load_architecture
@@ -38,7 +38,7 @@ def count_trained(
     """
     models = family.trained_models(components, method.trains_text(config))
     present = {name: tokenizer for name, tokenizer in tokenizers.items() if name in models}
-    parameters = trained_parameters(method.attach(family, models, present, config))
+    parameters = trained_parameters(method.attach(Host(family, models, present), config))
     own = {id(parameter) for parameter in models[family.denoiser].parameters()}
     return sum(p.numel() for p in parameters if id(p) in own), sum(p.numel() for p in parameters)
 
@@ -90,7 +90,8 @@ def _count(training: Training) -> int | str:
                 raise
             return str(error)  # the Hub may have what is not on this machine
         check_family(family, config)
-        method.check(family, family.trained_models(components, method.trains_text(config)), tokenizers, [], config)
+        models = family.trained_models(components, method.trains_text(config))
+        method.check(Host(family, models, tokenizers), [], config)
         return count_trained(method, family, *_parts(family, config), config)[1]
     check_pipeline(family, (source.family or published).pipeline, config)
     if "initializer_token" in option_names(type(config)):  # any word does to count with

@@ -11,6 +11,7 @@ from dreambooth.kronecker import KRONECKER
 from dreambooth.layout import checkpoint_path
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer
 from dreambooth.loop.state import TrainingState
+from dreambooth.method import Host
 from dreambooth.output.checkpoint import load_checkpoint, save_checkpoint
 from dreambooth.output.identity import identify_run
 from train_dreambooth_kronecker import Config
@@ -46,7 +47,7 @@ class Training:
             cross_attention_dim=4,
         )
         self.config = make_config(output, **options)
-        self.attached = KRONECKER.attach(SD, {"unet": unet}, {}, self.config)
+        self.attached = KRONECKER.attach(Host(SD, {"unet": unet}, {}), self.config)
         (group,) = self.attached.groups
         self.factors = group.parameters
         self.optimizer = build_optimizer(self.attached.groups, self.config, num_ranks=1)

@@ -14,6 +14,7 @@ from dreambooth.base_model.process import DiscreteProcess
 from dreambooth.base_model.source import base_source
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
+from dreambooth.method import Host
 from dreambooth.options.base_model import BaseModelOptions
 from dreambooth.output.checkpoint import verify_checkpoint
 from dreambooth.output.result import result_step
@@ -181,7 +182,7 @@ def test_what_would_lose_steps_or_split_what_trains_is_refused(options, variable
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=flag):
-        DREAMBOOTH.check(FAMILIES["sd"][0], {}, {}, [], configure(DREAMBOOTH, "sd", tiny_sd, **options))
+        DREAMBOOTH.check(Host(FAMILIES["sd"][0], {}, {}), [], configure(DREAMBOOTH, "sd", tiny_sd, **options))
 
 
 # ---- training ----
@@ -242,7 +243,7 @@ def test_a_base_model_with_edm_s_noise_has_no_one_file(tiny_sdxl, tmp_path):
     (tmp_path / "edm" / "model_index.json").write_text(
         json.dumps({**index, "scheduler": ["diffusers", "EDMEulerScheduler"]})
     )
-    check = [FAMILIES["sdxl"][0], {}, {}, []]
+    check = [Host(FAMILIES["sdxl"][0], {}, {}), []]
     DREAMBOOTH.check(*check, configure(DREAMBOOTH, "sdxl", tmp_path / "edm"))
     with pytest.raises(UserError, match="--single_file"):
         DREAMBOOTH.check(*check, configure(DREAMBOOTH, "sdxl", tmp_path / "edm", single_file=True))

@@ -16,6 +16,7 @@ from dreambooth.drawing.pipelines import load_adapted_pipeline
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
 from dreambooth.kronecker import KRONECKER
+from dreambooth.method import Host
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
 from dreambooth.train import train
@@ -99,7 +100,7 @@ def attach(method, name, pipeline, base, **options):
         lambda rows: family.encode_captions(pipeline, [prompts[row] for row in rows], 75),
         *(prompts, prompts[:1], prompts[1:], family, torch.device("cpu")),
     )
-    return models, method.attach(family, models, family.present_tokenizers(pipeline.components), config, states)
+    return models, method.attach(Host(family, models, family.present_tokenizers(pipeline.components)), config, states)
 
 
 def read_result(path):
@@ -325,7 +326,7 @@ def test_the_parameters_are_those_that_the_papers_print(case):
             continue
         models = FAMILIES[name][0].trained_models(load_architecture(case[1]), bool(with_text))
         tokenizers = {part: build_tokenizer() for part in models if part != "unet"}
-        attached = method.attach(FAMILIES[name][0], models, tokenizers, configure(method, name, "", **options))
+        attached = method.attach(Host(FAMILIES[name][0], models, tokenizers), configure(method, name, "", **options))
         assert sum(parameter.numel() for parameter in parameters_of(attached)) == expected
 
 

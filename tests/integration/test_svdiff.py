@@ -13,6 +13,7 @@ from torch import nn
 from dreambooth.base_model.process import DiscreteProcess
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
+from dreambooth.method import Host
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import TrainingConfig, config_class
 from dreambooth.train import train
@@ -120,9 +121,9 @@ def test_what_cannot_be_composed_is_refused(options, variables, flag, monkeypatc
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=flag):
-        SVDIFF.check(SD, {}, {}, [], configure(**options))
+        SVDIFF.check(Host(SD, {}, {}), [], configure(**options))
     monkeypatch.undo()
-    SVDIFF.check(SD, {}, {}, [], configure(base_precision="fp32"))
+    SVDIFF.check(Host(SD, {}, {}), [], configure(base_precision="fp32"))
 
 
 def test_prodigy_has_one_learning_rate():
@@ -135,7 +136,11 @@ def test_the_card_s_commands_parse(tmp_path, monkeypatch):
     path = tmp_path / "a b.safetensors"
     path.touch()
     unet = nn.Module()
-    usage = AttachedSvdiff(SD, {"unet": unet}, {"unet": {}}, []).describe(path, "some one/base", 'a "sks" dog').usage
+    usage = (
+        AttachedSvdiff(Host(SD, {"unet": unet}, {}), {"unet": {}}, [])
+        .describe(path, "some one/base", 'a "sks" dog')
+        .usage
+    )
     commands = [shlex.split(line) for line in usage.splitlines() if line.startswith("python ")]
     assert [words[1] for words in commands] == ["scripts/generate.py", "scripts/convert.py", "scripts/convert.py"]
     config = parse_options(generate.Config, "", commands[0][2:])

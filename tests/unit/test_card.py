@@ -22,7 +22,7 @@ from safetensors import safe_open
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
 from dreambooth.kronecker import KRONECKER
-from dreambooth.method import adapter_groups
+from dreambooth.method import Host, adapter_groups
 from dreambooth.options.yaml_file import save_config
 from dreambooth.report import card
 from dreambooth.report.card import push_to_hub, save_card
@@ -65,7 +65,7 @@ def adapter(tmp_path, tiny_sd, config):
     sizes = {"kron_a1": 4, "kron_a2": 32, "kron_factors": ["to_k=8,8", "attn2.to_k=1,d_in"]}
     text_sizes = {"train_text_encoder": True, "text_encoder_kron_a1": 2, "text_encoder_kron_a2": 16}
     models = SD.trained_models(pipeline.components, with_text=True)
-    attached = KRONECKER.attach(SD, models, {}, dataclasses.replace(config, **sizes, **text_sizes))
+    attached = KRONECKER.attach(Host(SD, models, {}), dataclasses.replace(config, **sizes, **text_sizes))
     path = tmp_path / "pytorch_kronecker_weights.safetensors"
     attached.save(path, {}, torch.float32)
     factors = [parameter.numel() for model in models.values() for parameter in kronecker_parameters(model)]
@@ -88,7 +88,7 @@ def results(tmp_path, config):
 def written(config, adapter, family=SD) -> tuple[dict, str]:
     """Write the card; return its front matter and its text, as the Hub's own reader sees them."""
     path, _, _, attached = adapter
-    trained = family.trained_models(attached.models, KRONECKER.trains_text(config))
+    trained = family.trained_models(attached.host.models, KRONECKER.trains_text(config))
     groups = adapter_groups(family, {name: kronecker_parameters(model) for name, model in trained.items()}, config)
     save_card(path, dataclasses.replace(attached, groups=groups), family, 800, config)
     loaded = ModelCard.load(f"{config.output_dir}/README.md")

@@ -12,6 +12,7 @@ from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
 from dreambooth.kronecker import KRONECKER
+from dreambooth.method import Host
 from dreambooth.options.checking import check_options
 from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.options.training import TrainingConfig, config_class
@@ -223,7 +224,7 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
     caplog.set_level("INFO")
     for init in ("invariant", "contrast"):
         models = family.trained_models(build_pipeline(kind).components, with_text=True)
-        attached = KRONECKER.attach(family, models, {}, configure(**options, kron_init=init), states)
+        attached = KRONECKER.attach(Host(family, models, {}), configure(**options, kron_init=init), states)
         starts[init] = {
             (part, path): layer.gain * layer.A.detach()
             for part, layers in attached.layers.items()
@@ -243,7 +244,7 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
 
 def test_without_states_the_same_parameters_train():
     models = {"unet": build_pipeline("sd").unet}
-    attached = KRONECKER.attach(SD, models, {}, configure())
+    attached = KRONECKER.attach(Host(SD, models, {}), configure())
     assert sum(parameter.numel() for group in attached.groups for parameter in group.parameters) == 1_152
 
 
@@ -253,7 +254,8 @@ def test_without_states_the_same_parameters_train():
 def check(photos, **options):
     with torch.device("meta"):
         unet = build_pipeline("sd").unet
-    KRONECKER.check(SD, {"unet": unet}, {"text_encoder": build_tokenizer()}, photos, configure(**options))
+    host = Host(SD, {"unet": unet}, {"text_encoder": build_tokenizer()})
+    KRONECKER.check(host, photos, configure(**options))
 
 
 @pytest.mark.parametrize(

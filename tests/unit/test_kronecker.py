@@ -5,6 +5,7 @@ import torch
 
 from dreambooth.families.sdxl import SDXL
 from dreambooth.kronecker import KRONECKER
+from dreambooth.method import Host
 from kron_adapter import kronecker_state_dict
 from tests.faults.checkpoints import make_config
 from toyworld.tiny_pipeline import build_pipeline
@@ -16,7 +17,7 @@ def first_factors(config, drawn_before: int) -> dict[str, torch.Tensor]:
     state = torch.get_rng_state()
     models = SDXL.trained_models(pipeline.components, with_text=KRONECKER.trains_text(config))
     assert list(models) == ["unet", "text_encoder", "text_encoder_2"]
-    KRONECKER.attach(SDXL, models, {}, config)
+    KRONECKER.attach(Host(SDXL, models, {}), config)
     assert torch.equal(torch.get_rng_state(), state)
     return {f"{part}.{name}": A for part in models for name, A in kronecker_state_dict(models[part]).items()}
 

@@ -9,6 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from dreambooth.data.rare_words import rare_words
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
+from dreambooth.families.sdxl import SDXL
+from dreambooth.method import Host
 from dreambooth.options.training import TrainingConfig, config_class
 from dreambooth.tokens import chunk_tokens, split_prompt, words_in
 from dreambooth.words import add_word, explain_new, has_word
@@ -97,7 +99,7 @@ def test_the_word_begins_as_its_initialiser_and_other_prompts_keep_their_bits(dt
         return model(tokens.input_ids)
 
     plain = {prompt: read(prompt).last_hidden_state for prompt in ("a b", "c d e", "")}
-    learned = attach_word("<dog>", 1, "b", {"text_encoder": model}, {"text_encoder": tokenizer})
+    learned = attach_word("<dog>", 1, "b", Host(SD, {"text_encoder": model}, {"text_encoder": tokenizer}))
     assert torch.equal(read("a <dog>").last_hidden_state, plain["a b"])
     with torch.no_grad():
         learned.parameters[0].add_(1)
@@ -116,7 +118,7 @@ def test_a_model_that_pools_at_the_highest_id_pools_where_the_prompt_ends(tokeni
     tokenizer = tokenizers["text_encoder_2"]
     model = text_encoder(tokenizer, eos=2)
     before = model(tokenizer("a b c", return_tensors="pt").input_ids).text_embeds
-    attach_word("<dog>", 2, "b", {"text_encoder_2": model}, {"text_encoder_2": tokenizer})
+    attach_word("<dog>", 2, "b", Host(SDXL, {"text_encoder_2": model}, {"text_encoder_2": tokenizer}))
     after = model(tokenizer("a <dog> c", return_tensors="pt").input_ids).text_embeds
     assert torch.equal(after, before)
 
@@ -128,7 +130,7 @@ def test_a_table_may_have_more_rows_than_its_tokenizer_has_tokens(tokenizers):
     model = text_encoder(list(range(600)), tokenizer.eos_token_id)
     assert len(tokenizer) < 600
     table = model.get_input_embeddings().weight
-    learned = attach_word("<dog>", 1, "b", {"text_encoder": model}, {"text_encoder": tokenizer})
+    learned = attach_word("<dog>", 1, "b", Host(SD, {"text_encoder": model}, {"text_encoder": tokenizer}))
     ids = tokenizer("<cat><dog>", add_special_tokens=False, return_tensors="pt").input_ids
     rows = model.get_input_embeddings()(ids)[0]
     assert torch.equal(rows, torch.stack([table[ids[0, 0]], learned.parameters[0][0]]))
@@ -149,7 +151,7 @@ def checked(method, tokenizers, prompts=(), **options):
     unet = torch.nn.ModuleDict(
         {"block": torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict({"to_k": torch.nn.Linear(1, 1)})})}
     )
-    method.check(SD, {"unet": unet}, tokenizers, photos, config)
+    method.check(Host(SD, {"unet": unet}, tokenizers), photos, config)
 
 
 INVERSION = {"instance_prompt": "a photo of a <dog>", "placeholder_token": "<dog>", "initializer_token": "d"}
