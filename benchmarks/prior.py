@@ -53,7 +53,7 @@ ADAPTERS = {
     "Kronecker (4, 64)": Adapter(("train_dreambooth_kronecker.py",), {}),
     "contrast, K and V alone": Adapter(
         ("train_dreambooth_kronecker.py",),
-        {"kron_targets": ("attn2.to_k", "attn2.to_v"), "kron_a1": 1, "kron_a2": "d_in", "kron_init": "contrast"},
+        {"kron_targets": ("attn2.to_k", "attn2.to_v"), "kron_init": "contrast"},
     ),
 }
 WAYS = [  # the first is what the others are compared with

@@ -41,8 +41,8 @@ def check_contrast(denoiser: Any, tokenizers: Collection[Any], photos: Sequence[
     if not text_projections(denoiser):
         raise UserError(
             "--kron_init contrast is for keys and values of cross-attention whose A has a column for each of their "
-            "input features, and no layer is one. For these alone: --kron_targets attn2.to_k attn2.to_v --kron_a1 1 "
-            "--kron_a2 d_in. Beside others: --kron_factors attn2.to_k=1,d_in attn2.to_v=1,d_in"
+            "input features, and no layer is one: --kron_targets attn2.to_k attn2.to_v are such layers, and without "
+            "--kron_factors of their own they have such an A"
         )
 
     def read(prompts: Iterable[str]) -> set[tuple]:

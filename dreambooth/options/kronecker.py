@@ -13,6 +13,8 @@ from kron_formats.errors import KroneckerError
 from kron_formats.sizes import FactorSize, as_size, check_size
 
 DEFAULT_SHAPE = (4, 64)  # (a1, a2)
+TEXT_PROJECTIONS = ("attn2.to_k", "attn2.to_v")  # the layers that read prompts
+TEXT_SHAPE = (1, "d_in")  # of these, if they start from the contrast of prompts: A sees whole inputs
 FORM = "write NAME=A1,A2, for example to_k=8,64 or attn2.to_k=1,d_in"
 
 
@@ -52,8 +54,8 @@ class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
     )
     kron_init: Literal["invariant", "reference", "contrast"] = option(
         "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper; "
-        "contrast: invariant, but A of attn2.to_k and attn2.to_v, if it has a column for each input feature, begins as "
-        "what tells the instance prompts from class_prompt.",
+        "contrast: invariant, but A of attn2.to_k and attn2.to_v begins as what tells the instance prompts from "
+        "class_prompt; kron_factors apart, A is then (1, d_in) there.",
         "invariant",
     )
     text_encoder_kron_a1: FactorSize | None = option(
@@ -116,7 +118,10 @@ class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
         return self.text_encoder_kron_a1 or a1, self.text_encoder_kron_a2 or a2
 
     def factors_by_target(self) -> dict[str, tuple[FactorSize, FactorSize]]:
-        """Return kron_factors as {"to_k": (8, 64)}. Raises UserError if an entry cannot be parsed, or is repeated."""
+        """Return single layers' (a1, a2) as {"to_k": (8, 64)}: those of kron_factors, and what contrast needs.
+
+        Raises UserError if an entry of kron_factors cannot be parsed, or is repeated.
+        """
         factors = {}
         for entry in self.kron_factors:
             target, _, sizes = entry.partition("=")
@@ -128,7 +133,15 @@ class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
             if target in factors:
                 raise UserError(f"--kron_factors {entry}: {target} has factors already; give one pair for each name")
             factors[target] = (parts[0], parts[1])
+        if self.kron_init == "contrast":
+            factors = {**dict.fromkeys(self._text_targets(), TEXT_SHAPE), **factors}
         return factors
+
+    def _text_targets(self) -> set[str]:
+        """Return the ends of names by which kron_targets selects layers that read prompts."""
+        pairs = [(target, projection) for target in self.kron_targets for projection in TEXT_PROJECTIONS]
+        selected = {projection for target, projection in pairs if f".{projection}".endswith(f".{target}")}
+        return selected | {target for target, projection in pairs if f".{target}".endswith(f".{projection}")}
 
     def check(self) -> None:
         self.factors_by_target()

@@ -1,6 +1,7 @@
 """Starting from the contrast of prompts: the directions, the layers that take them, the prompts, the refusals."""
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -261,16 +262,38 @@ def check(photos, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"kron_a2": 32},
-        {"kron_targets": ["attn1.to_k", "attn2.to_q", "attn2.to_out.0"]},
-        {"kron_targets": ["to_k"], "kron_a1": 4, "kron_a2": 32},
+        {"kron_factors": ["attn2.to_k=1,32", "attn2.to_v=4,d_in/2"]},
+        {"kron_targets": ["attn1.to_k", "attn2.to_q", "attn2.to_out.0"], "kron_a2": 32},
+        {"kron_targets": ["attn2.to_k"], "kron_factors": ["attn2.to_k=4,32"]},
     ],
 )
 def test_no_layer_for_it_is_refused_with_the_flags_that_give_one(options):
-    with pytest.raises(
-        UserError, match="--kron_init contrast.*--kron_targets attn2.to_k attn2.to_v --kron_a1 1 --kron_a2 d_in"
-    ):
+    with pytest.raises(UserError, match="--kron_init contrast.*--kron_targets attn2.to_k attn2.to_v"):
         check([photo(SUBJECT)], **options)
+
+
+@pytest.mark.parametrize(
+    "targets, factors, shapes",
+    [
+        (["to_q", "to_k"], [], {"attn1.to_q": (4, 32), "attn1.to_k": (4, 32), "attn2.to_k": (1, 64)}),
+        (["to_k"], ["to_k=8,8"], {"attn1.to_k": (8, 8), "attn2.to_k": (1, 64)}),
+        (["attn2.to_k", "attn2.to_v"], ["attn2.to_v=2,d_in"], {"attn2.to_k": (1, 64), "attn2.to_v": (2, 64)}),
+        (
+            ["to_q", "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"],
+            [],
+            {"attn1.to_q": (4, 32), "mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (1, 64)},
+        ),
+    ],
+)
+def test_layers_that_read_prompts_see_whole_states_unless_they_are_given_factors(targets, factors, shapes):
+    config = configure(kron_targets=targets, kron_factors=factors, kron_a1=4, kron_a2=32)
+    unet = build_pipeline("sd").unet
+    layers = KRONECKER.attach(Host(SD, {"unet": unet}, {}), config).layers["unet"]
+    for name, shape in shapes.items():
+        found = {tuple(layer.A.shape) for path, layer in layers.items() if f".{path}".endswith(f".{name}")}
+        assert found == {shape}, name
+    given = {entry.partition("=")[0] for entry in factors}
+    assert replace(config, kron_init="invariant").factors_by_target().keys() == given
 
 
 def test_one_kind_of_layer_is_enough():
