@@ -2,11 +2,13 @@
 
     python scripts/report.py outputs/sweeps/learning_rate
     python scripts/report.py outputs/sweeps/learning_rate --heatmap learning_rate shape --pictures subject learning_rate
+    python scripts/report.py results.json --output_dir report
 
 SWEEP is the folder that scripts/sweep.sh wrote. It may be half done: cells that failed or are not done are listed with
-the reason. Nothing is trained or scored here.
+the reason. Or it is the results.json of an earlier report, which has all but pictures and curves. Nothing is trained or
+scored here.
 
-Writes into the sweep's folder, or --output_dir:
+Writes into the sweep's folder, that of results.json, or --output_dir:
 
     report.html     everything on one page, with its pictures inside: opens without a network, on a phone too
     report.md       the same in Markdown, with plots/*.png
@@ -26,7 +28,7 @@ from dreambooth.options.paths import check_folder, path_argument
 
 def main() -> None:
     arguments = parse()
-    output = arguments.output_dir or arguments.sweep
+    output = arguments.output_dir or (arguments.sweep.parent if arguments.sweep.is_file() else arguments.sweep)
     check_folder(str(output), "--output_dir")
 
     from studies.report import Choice, write_report  # after the arguments, since numpy and Jinja2 take a moment
@@ -39,9 +41,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("sweep", type=path_argument, metavar="SWEEP", help="folder of the sweep")
+    parser.add_argument("sweep", type=path_argument, metavar="SWEEP", help="folder of the sweep, or results.json")
     parser.add_argument(
-        "--output_dir", type=path_argument, metavar="DIR", help="folder for the report; default: the sweep's"
+        "--output_dir", type=path_argument, metavar="DIR", help="folder for the report; default: the sweep's, or that of results.json"
     )
     parser.add_argument(
         "--scores", nargs="+", metavar="SCORE", help="scores to plot, columns of results.csv; default: dino clip_t"

@@ -1,4 +1,4 @@
-"""The results of a sweep for other programs: CSV and JSON."""
+"""The results of a sweep in files: CSV and JSON for other programs, and JSON read back, without the run folders."""
 
 import csv
 import io
@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreambooth.errors import UserError
+from kron_formats.files import reason
+from studies.cells import Ending
 from studies.results import MEASURES, Record
-from studies.rounds import Rounds, as_data, choose
+from studies.rounds import Rounds, as_data, choose, from_data
 
 CHECKPOINT = "checkpoint"  # stands for a state in the line of one
 
@@ -48,7 +51,7 @@ def csv_text(records: Sequence[Record], axes: Mapping[str, Sequence[str]]) -> st
 
 
 def json_text(
-    sweep: Path, records: Sequence[Record], axes: Mapping[str, Sequence[str]], rounds: Sequence[Rounds] = ()
+    name: str, records: Sequence[Record], axes: Mapping[str, Sequence[str]], rounds: Sequence[Rounds] = ()
 ) -> str:
     """Return everything that is known of each cell, its metrics apart, and what second rounds were chosen from it."""
     cells = [
@@ -67,13 +70,37 @@ def json_text(
             "command": record.ending.command if record.ending else None,
             "exit_code": record.ending.exit_code if record.ending else None,
             "last_line": record.ending.last_line if record.ending else None,
+            "began": record.ending.began if record.ending else None,
             "wall_seconds": record.ending.seconds if record.ending else None,
         }
         for record in records
     ]
     second = [as_data(each, choose(each, {record.cell: record for record in records})) for each in rounds]
-    content = _finite({"sweep": sweep.resolve().name, "axes": axes, "rounds": second, "cells": cells})
+    content = _finite({"sweep": name, "axes": axes, "rounds": second, "cells": cells})
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def read_results(path: Path) -> tuple[str, list[Record], list[Rounds]]:
+    """Return what `json_text` has written: the sweep's name, its cells, without their metrics, and its second rounds.
+
+    Raises UserError if the file is not a report's results.json.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rounds = [from_data(each) for each in content["rounds"]]
+        return content["sweep"], [_record(cell) for cell in content["cells"]], rounds
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else reason(error)
+        raise UserError(f"{path} is not the results.json of a report: {why}") from error
+
+
+def _record(cell: Mapping[str, Any]) -> Record:
+    same = ("cell", "labels", "state", "reason", "scores", "base", "photos", "prompts", "options", "summary")
+    ending = None
+    if cell["command"] is not None:
+        ending = Ending(cell["exit_code"], cell["last_line"], cell["command"], cell["began"], cell["wall_seconds"])
+    checkpoints = {each["step"]: each["scores"] for each in cell["checkpoints"]}
+    return Record(**{name: cell[name] for name in same}, ending=ending, checkpoints=checkpoints)
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from dreambooth.wording import counted
 from kron_formats.files import whole_file, write_text
 from studies.choice import Choice, Layout, plan
-from studies.exports import csv_text, json_text
+from studies.exports import csv_text, json_text, read_results
 from studies.gallery import make_gallery
 from studies.grid import STEP
 from studies.rendering import name_of_plot, png_bytes, render
@@ -23,17 +23,18 @@ PLOTS_NAME = "plots"
 def write_report(sweep: Path, output: Path, choice: Choice) -> list[Path]:
     """Write results.csv, results.json, plots, report.md and report.html on a sweep; return their paths, plots apart.
 
-    The same run folders make the same bytes. Raises UserError if the folder is not a sweep, if a file in it is damaged,
-    or if `choice` has what the sweep lacks.
+    `sweep` is its folder, or the results.json of an earlier report, which has all but pictures and curves. The same run
+    folders make the same bytes. Raises UserError if it is neither, if a file is damaged, or if `choice` has what the
+    sweep lacks.
     """
-    records, rounds = read_sweep(sweep), rounds_in(sweep)
+    name, records, rounds = read_results(sweep) if sweep.is_file() else read_folder(sweep)
     compared = of_first_round(records, rounds)
     axes, layout = axes_of(records), plan(compared, choice)
-    content = contents(sweep, records, layout, compared, rounds)
+    content = {"title": name, **contents(sweep, records, layout, compared, rounds)}
     write_plots(output / PLOTS_NAME, content["plots"])
     texts = {
         "results.csv": csv_text(records, axes),
-        "results.json": json_text(sweep, records, axes, rounds),
+        "results.json": json_text(name, records, axes, rounds),
         "report.md": render("report.md.j2", content),
         "report.html": render("page.html.j2", content),
     }
@@ -41,6 +42,11 @@ def write_report(sweep: Path, output: Path, choice: Choice) -> list[Path]:
         with whole_file(output / name) as unfinished:
             write_text(unfinished, text)
     return [output / name for name in texts]
+
+
+def read_folder(sweep: Path) -> tuple[str, list[Record], list[Rounds]]:
+    """Return the name of a sweep, its cells and its second rounds. Raises UserError as `read_sweep` and `rounds_in`."""
+    return sweep.resolve().name, read_sweep(sweep), rounds_in(sweep)
 
 
 def write_plots(folder: Path, plots: Sequence[Plot]) -> None:
@@ -82,7 +88,6 @@ def contents(
     plots = [entry["plot"] if isinstance(entry, dict) else entry for section in sections.values() for entry in section]
     states = {state: sum(record.state == state for record in records) for state in (DONE, FAILED, UNFINISHED)}
     return {
-        "title": sweep.resolve().name,
         "axes": axes,
         "layout": layout,
         "rounds": [rounds_table(each, records, layout) for each in rounds],

@@ -213,11 +213,18 @@ def as_data(rounds: Rounds, chosen: Sequence[Chosen]) -> dict[str, Any]:
             "missing": one.missing,
             "first_round": one.setting.tried,
             "second_round": one.cells,
+            "second_rounds": one.setting.then,
         }
         for one in chosen
     ]
     better = "higher" if MEASURES[rounds.score].higher_is_better else "lower"
     return {"axis": rounds.axis, "score": rounds.score, "better": better, "over": rounds.over, "settings": settings}
+
+
+def from_data(data: Mapping[str, Any]) -> Rounds:
+    """Return rounds from what `as_data` has returned."""
+    settings = [Setting(one["labels"], one["first_round"], one["second_rounds"]) for one in data["settings"]]
+    return Rounds(data["axis"], data["score"], data["over"], settings)
 
 
 def in_words(rounds: Rounds, chosen: Sequence[Chosen]) -> str:

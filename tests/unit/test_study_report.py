@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,44 @@ def test_the_same_folders_make_the_same_bytes(sweep, written, tmp_path):
     names = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
     assert {*map(str, names)} >= {*FILES, "plots/heatmap-learning_rate-shape-dino.png", "plots/pictures-00.png"}
     assert [(tmp_path / name).read_bytes() == (written / name).read_bytes() for name in names] == [True] * len(names)
+
+
+def check_made_again(written: Path, again: Path, choice: Choice) -> None:
+    """Check that results.json makes the same tables, and plots of scores, without the run folders."""
+    write_report(written / "results.json", again, choice)
+    for name in ("results.csv", "results.json"):
+        assert (again / name).read_bytes() == (written / name).read_bytes()
+    old, new = (
+        [line for line in (folder / "report.md").read_text().splitlines() if line.startswith(("#", "|"))]
+        for folder in (written, again)
+    )
+    assert {line for line in old if line not in new} <= {"## Pictures", "## Over the training steps"}
+    plots = [path.name for path in (again / "plots").glob("*.png")]
+    assert any(name.startswith(("heatmap-", "steps-", "checkpoints-")) for name in plots)
+    for name in plots:
+        assert (again / "plots" / name).read_bytes() == (written / "plots" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["written", "stepped"])
+def test_a_report_can_be_made_again_from_its_results_alone(kind, request, tmp_path):
+    check_made_again(request.getfixturevalue(kind), tmp_path / "again", Choice())
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("{", "Expecting"),
+        ("[]", "list"),
+        ('{"cells": []}', "'rounds' is missing"),
+        ('{"sweep": "a", "rounds": [], "cells": [{"cell": "a=1"}]}', "'command' is missing"),
+    ],
+)
+def test_a_file_that_is_not_a_report_s_results_is_refused(text, why, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"results.json is not the results.json of a report: .*{why}"):
+        write_report(path, tmp_path / "report", Choice())
+    assert not (tmp_path / "report").exists()
 
 
 def test_every_cell_is_a_row_of_the_files_for_programs(sweep, written):
@@ -275,6 +314,7 @@ def test_a_second_round_has_its_own_tables_and_does_not_bias_the_others(tmp_path
         assert setting["means"] == {rate: scores[cell] for rate, (cell,) in setting["first_round"].items()}
         assert setting["best"] == max(setting["means"], key=setting["means"].get)
         assert len(setting["second_round"]) == 2
+    check_made_again(folder, tmp_path / "again", Choice(scores=["dino"]))
     page = Page((folder / "report.html").read_text())
     assert "Second round: the best learning_rate by dino" in page.text and "0.300 ± 0.283" in page.text
     assert share_of(Image.open(folder / "plots" / "heatmap-learning_rate-shape-dino.png"), "#d1242f") > 0
