@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("sweep", type=path_argument, metavar="SWEEP", help="folder of the sweep, or results.json")
     parser.add_argument(
-        "--output_dir", type=path_argument, metavar="DIR", help="folder for the report; default: the sweep's, or that of results.json"
+        "--output_dir", type=path_argument, metavar="DIR", help="folder for the report; default: that of SWEEP"
     )
     parser.add_argument(
         "--scores", nargs="+", metavar="SCORE", help="scores to plot, columns of results.csv; default: dino clip_t"
