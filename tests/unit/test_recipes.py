@@ -8,9 +8,14 @@ import yaml
 
 import train_dreambooth_kronecker as sd
 import train_dreambooth_kronecker_sdxl as sdxl
+from dreambooth.families.sd import SD
+from dreambooth.families.sdxl import SDXL
+from dreambooth.kronecker import KRONECKER
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import config_class
+from kron_formats.architectures import load_architecture
 from methods.train import FAMILIES, METHODS
+from studies.counting import count_trained
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -67,4 +72,38 @@ def test_an_accelerate_configuration_says_how_it_is_used(path):
 
 def test_there_is_a_recipe_for_every_common_case():
     names = {path.stem for path in RECIPES}
-    assert {"sd15", "sd21", "sdxl-8gb", "sdxl-12gb", "sdxl-24gb", "sdxl-80gb", "paper-sdxl"} <= names
+    assert {
+        "sd15",
+        "sd15-small",
+        "sd21",
+        "sdxl-small",
+        "sdxl-8gb",
+        "sdxl-12gb",
+        "sdxl-24gb",
+        "sdxl-80gb",
+        "paper-sdxl",
+    } <= names
+
+
+@pytest.mark.parametrize(
+    "recipe, parameters",
+    [
+        ("sd15", 364_512),
+        ("sd21", 372_704),
+        ("sdxl-24gb", 2_960_640),
+        ("sd15-small", 49_536),
+        ("sdxl-small", 453_120),
+        ("paper-sdxl", 2_152_320),
+    ],
+)
+def test_a_recipe_trains_as_many_numbers_as_it_says(recipe, parameters, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "configs" / f"{recipe}.yaml"
+    words = command(path)
+    script = next(word for word in words if word in SCRIPTS)
+    config = parse_options(SCRIPTS[script].Config, "", words[words.index(script) + 1 :])
+    family = SDXL if "sdxl" in script else SD
+    models = load_architecture(re.match(r"sd15|sd21|sdxl", recipe.removeprefix("paper-"))[0])
+    assert count_trained(KRONECKER, family, models, {}, config) == (parameters, parameters)
+    if said := re.search(r"\(([\d,]+) parameters\)", path.read_text()):
+        assert int(said[1].replace(",", "")) == parameters
