@@ -17,26 +17,18 @@ import argparse
 import functools
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.public_scripts import Command, launch, step_cost
+from benchmarks.public_scripts import Command, Flags, launch, step_cost
 from benchmarks.timing import interleave, machine, parser, ratios, spread, write_results
 from dreambooth.errors import readable_errors
 from dreambooth.options.paths import path_argument
-
-PRIORS: Mapping[str, Mapping[str, Any]] = {
-    "class images": {"with_prior_preservation": None},
-    "the base model's prediction": {"with_prior_preservation": None, "prior_source": "base_model"},
-    "nothing": {},
-}
 
 
 @dataclass(frozen=True)
@@ -44,17 +36,14 @@ class Adapter:
     """What is trained, and by which script."""
 
     script: tuple[str, ...]
-    flags: Mapping[str, Any]
+    flags: Flags
 
 
-LORA = Adapter(("methods/train.py", "lora", "sd"), {"rank": 4})
+OURS = ("train_dreambooth_kronecker.py",)
 ADAPTERS = {
-    "LoRA r=4": LORA,
-    "Kronecker (4, 64)": Adapter(("train_dreambooth_kronecker.py",), {}),
-    "contrast, K and V alone": Adapter(
-        ("train_dreambooth_kronecker.py",),
-        {"kron_targets": ("attn2.to_k", "attn2.to_v"), "kron_init": "contrast"},
-    ),
+    "LoRA r=4": Adapter(("methods/train.py", "lora", "sd"), {"rank": 4}),
+    "Kronecker (4, 64)": Adapter(OURS, {}),
+    "contrast, K and V alone": Adapter(OURS, {"kron_targets": ("attn2.to_k", "attn2.to_v"), "kron_init": "contrast"}),
 }
 WAYS = [  # the first is what the others are compared with
     ("LoRA r=4", "class images"),
@@ -99,13 +88,16 @@ def command(adapter: str, prior: str, folder: Path, arguments: argparse.Namespac
     """Return the command that trains an adapter with a prior. Class images are kept in `folder`."""
     base_model = Path(arguments.pretrained_model_name_or_path)
     script, *words = ADAPTERS[adapter].script
+    priors: dict[str, Flags] = {
+        "class images": {"class_data_dir": folder / "class-images", "num_class_images": 8},
+        "the base model's prediction": {"prior_source": "base_model"},
+    }
+    held = {"with_prior_preservation": None, **priors[prior]} if prior in priors else {}
     flags = {
         "pretrained_model_name_or_path": base_model.resolve() if base_model.is_dir() else base_model,
         "instance_data_dir": arguments.instance_data_dir.resolve(),
         "instance_prompt": "a photo of sks dog",
         "class_prompt": "a photo of dog",
-        "class_data_dir": folder / "class-images",
-        "num_class_images": 8,
         "resolution": arguments.resolution,
         "center_crop": None,
         "train_batch_size": arguments.train_batch_size,
@@ -113,9 +105,7 @@ def command(adapter: str, prior: str, folder: Path, arguments: argparse.Namespac
         "seed": 0,
         "report_to": "none",
     }
-    if prior != "class images":
-        del flags["class_data_dir"], flags["num_class_images"]
-    given = {**flags, **ADAPTERS[adapter].flags, **PRIORS[prior]}
+    given = {**flags, **ADAPTERS[adapter].flags, **held}
     return Command(launch([str(ROOT / script), *words], given, arguments.mixed_precision))
 
 
