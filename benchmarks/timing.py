@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from dreambooth.markdown import table
 from dreambooth.options.paths import path_argument
-from scripts.count_parameters import markdown
 
 Measurement = TypeVar("Measurement")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -101,7 +101,7 @@ def write_results(
     measurements: Any,
 ) -> None:
     """Print the table and write it, with its caption, to NAME.md, and all measurements to NAME.json."""
-    text = f"{caption}\n\n{markdown(header, rows)}\n"
+    text = f"{caption}\n\n{table(header, rows)}\n"
     settings = {key: str(value) for key, value in vars(arguments).items()}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / f"{name}.md").write_text(text, encoding="utf-8")

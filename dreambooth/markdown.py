@@ -1,7 +1,8 @@
-"""Markdown for model cards, in which the user's own text is never taken for Markdown."""
+"""Markdown for model cards, in which the user's own text is never taken for Markdown, and for tables."""
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -31,3 +32,12 @@ def loading_lines(base_model: str, pipeline_class: str) -> tuple[str, str]:
         owner, function = pipeline_class, "from_single_file"
     arguments = f"{python_string(base_model)}, torch_dtype=torch.float16"
     return f"from diffusers import {owner}", f'pipeline = {owner}.{function}({arguments}).to("cuda")'
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table with its columns aligned: names to the left, numbers to the right."""
+    rows = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -37,6 +37,7 @@ from torch import nn
 from dreambooth.errors import readable_errors
 from dreambooth.family import Family
 from dreambooth.kronecker import KRONECKER
+from dreambooth.markdown import table
 from dreambooth.method import Method
 from dreambooth.options.field import option_names
 from dreambooth.options.kronecker import size_argument
@@ -316,7 +317,7 @@ def model_table() -> str:
         models = place.models()
         weights = sum(weight.numel() for model in models for weight in model.parameters())
         rows.append([place.title, f"{weights:,}", str(len(adapted_layers(models)))])
-    return markdown(["", "weights", "attention projections"], rows)
+    return table(["", "weights", "attention projections"], rows)
 
 
 def count_table(title: str, words: Callable[[int], str], contenders: Sequence[Contender]) -> str:
@@ -329,7 +330,7 @@ def count_table(title: str, words: Callable[[int], str], contenders: Sequence[Co
         return DOES_NOT_FIT if number is None else words(number) if number else NOTHING
 
     rows = [[str(contender), *map(cell, counts(contender))] for contender in contenders]
-    return markdown([title, *(place.title for place in all_places())], rows)
+    return table([title, *(place.title for place in all_places())], rows)
 
 
 def counts(contender: Contender) -> list[int | None]:
@@ -356,7 +357,7 @@ def rank_table(adapters: Sequence[Kronecker | Lora]) -> str:
         [f"{d_in} -> {d_out}", *(rank_cell(adapter, d_in, d_out) for adapter in adapters)]
         for d_in, d_out in sorted({(layer.in_features, layer.out_features) for layer in layers})
     ]
-    return markdown(["largest rank, d_in -> d_out", *map(str, adapters)], rows)
+    return table(["largest rank, d_in -> d_out", *map(str, adapters)], rows)
 
 
 def rank_cell(adapter: Kronecker | Lora, d_in: int, d_out: int) -> str:
@@ -373,16 +374,7 @@ def printed_table() -> str:
         for row in PRINTED
         if row.contender.method in (KRONECKER.name, *METHODS)
     ]
-    return markdown(["the paper", "counted", "in", "what the paper's number is"], rows)
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table with its columns aligned: names to the left, numbers to the right."""
-    rows = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(["the paper", "counted", "in", "what the paper's number is"], rows)
 
 
 if __name__ == "__main__":

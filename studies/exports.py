@@ -1,9 +1,14 @@
-"""The results of a sweep in files: CSV and JSON for other programs, and JSON read back, without the run folders."""
+"""The results of a sweep in files: CSV and JSON for other programs, and JSON read back, without the run folders.
+
+Results are made to be passed on: paths in this project are relative to it, and commands begin with the interpreter's
+name.
+"""
 
 import csv
 import io
 import json
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +20,7 @@ from studies.cells import Ending
 from studies.results import MEASURES, Record
 from studies.rounds import Rounds, as_data, choose, from_data
 
+ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = "checkpoint"  # stands for a state in the line of one
 
 
@@ -65,11 +71,11 @@ def json_text(
             "base": record.base,
             "photos": record.photos,
             "prompts": record.prompts,
-            "options": record.options,
+            "options": _portable(record.options),
             "summary": record.summary,
-            "command": record.ending.command if record.ending else None,
+            "command": _words(record) if record.ending else None,
             "exit_code": record.ending.exit_code if record.ending else None,
-            "last_line": record.ending.last_line if record.ending else None,
+            "last_line": _portable(record.ending.last_line) if record.ending else None,
             "began": record.ending.began if record.ending else None,
             "wall_seconds": record.ending.seconds if record.ending else None,
         }
@@ -114,4 +120,21 @@ def _finite(value: Any) -> Any:
 
 def command(record: Record) -> str:
     """Return the command that trained a cell, for a shell; empty if it never ran."""
-    return shlex.join(record.ending.command) if record.ending else ""
+    return shlex.join(_words(record))
+
+
+def _words(record: Record) -> list[str]:
+    """Return the words of the command that trained a cell, none if it never ran."""
+    if record.ending is None:
+        return []
+    interpreter, *words = record.ending.command
+    return [Path(interpreter).name, *_portable(words)]
+
+
+def _portable(value: Any) -> Any:
+    """Return a value with the paths in this project relative to it: where it lies is this machine's affair."""
+    if isinstance(value, str):
+        return value.replace(f"{ROOT}{os.sep}", "")
+    if isinstance(value, Mapping):
+        return {name: _portable(entry) for name, entry in value.items()}
+    return [_portable(entry) for entry in value] if isinstance(value, list | tuple) else value

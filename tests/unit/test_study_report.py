@@ -16,12 +16,14 @@ import pytest
 from PIL import Image
 
 from dreambooth.errors import UserError
+from studies.cells import Ending
 from studies.choice import Choice
+from studies.exports import csv_text, json_text
 from studies.grid import parse_grid
 from studies.plots import draw_heatmap, draw_lines, draw_tradeoff
 from studies.rendering import png_bytes
 from studies.report import write_plots, write_report
-from studies.results import MEASURES, axes_of, axis_numbers, read_sweep
+from studies.results import DONE, MEASURES, Record, axes_of, axis_numbers, read_sweep
 from studies.rounds import read_rounds, write_rounds
 from studies.sections import Plot
 from tests.conftest import ROOT
@@ -133,6 +135,18 @@ def test_every_cell_is_a_row_of_the_files_for_programs(sweep, written):
     first = content["cells"][0]
     assert first["options"]["learning_rate"] == 0.01 and first["summary"]["versions"]["torch"] == "2.13.0"
     assert float(rows[0]["dino"]) == first["scores"]["dino"] and len(first["prompts"]) == 3
+
+
+def test_results_do_not_say_where_the_project_lies():
+    command = [f"{ROOT}/.venv/bin/python", "train.py", f"--output_dir={ROOT}/outputs/a=1", "--seed=0", "/data/dog"]
+    ending = Ending(0, f"Wrote {ROOT}/outputs/a=1/x.json", command, began=0.0, seconds=1.0)
+    options = {"output_dir": f"{ROOT}/outputs/a=1", "prompts": [f"{ROOT}/b.txt"], "instance_data_dir": "/data/dog"}
+    record = Record("a=1", {"a": "1"}, DONE, "", options=options, ending=ending)
+    told = json_text("sweep", [record], {"a": ["1"]}) + csv_text([record], {"a": ["1"]})
+    assert str(ROOT) not in told and told.count("/data/dog") == 3
+    assert (
+        "python train.py --output_dir=outputs/a=1 --seed=0 /data/dog" in told and '"Wrote outputs/a=1/x.json"' in told
+    )
 
 
 def test_every_plot_of_the_markdown_is_there_and_its_tables_are_rectangular(written):
