@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,16 @@ class Ending:
     command: list[str]  # that trains it
     began: float  # seconds since 1970
     seconds: float
+
+
+def parts_of(command: Sequence[str]) -> list[list[str]]:
+    """Return a command's script and flags, each with its values, in an order of their own: theirs says nothing."""
+    groups: list[list[str]] = [[]]
+    for word in command[1:]:  # without the interpreter
+        if word.startswith("--"):
+            groups.append([])
+        groups[-1].append(word)
+    return sorted(groups)
 
 
 def train_command(cell: Cell, sweep: Path, processes: int = 1) -> list[str]:

@@ -11,9 +11,10 @@ The first word is the results.json of a report, relative to the page, and the se
 
     settings AXIS,AXIS SCORE ...    mean ± standard deviation for each combination of some axes, over all others
     second SCORE ...                the same for the second round's choices, on its subjects and seeds
+    every AXIS,AXIS SCORE ... AXIS=ENTRY ...    the same for every cell of both rounds that has these entries
     stability SCORE                 how far each setting stays close to its best score
 
-Scores are columns of results.csv. Only `second` has the second round's cells: see studies/report.py.
+Scores are columns of results.csv. `settings` and `stability` compare the first round's cells: see studies/report.py.
 """
 
 import argparse
@@ -79,11 +80,22 @@ Made = tuple[list[str], list[list[str]]]  # header, rows
 def settings(records: Sequence[Record], rounds: Sequence[Rounds], words: Sequence[str]) -> Made:
     """Return the means at every combination of the axes that the first word names."""
     axes, *scores = words
-    compared = of_first_round(records, rounds)
-    layout = plan(compared, Choice(scores=scores, over=[]))
-    if unknown := [axis for axis in axes.split(",") if axis not in layout.axes]:
+    return means(of_first_round(records, rounds), axes.split(","), scores)
+
+
+def every(records: Sequence[Record], rounds: Sequence[Rounds], words: Sequence[str]) -> Made:
+    """Return the same for all cells with the entries that words with a "=" name."""
+    axes, *rest = words
+    entries = dict(word.split("=", 1) for word in rest if "=" in word)
+    chosen = [record for record in records if entries.items() <= record.labels.items()]
+    return means(chosen, axes.split(","), [word for word in rest if "=" not in word])
+
+
+def means(records: Sequence[Record], axes: Sequence[str], scores: Sequence[str]) -> Made:
+    layout = plan(records, Choice(scores=scores, over=[]))
+    if unknown := [axis for axis in axes if axis not in layout.axes]:
         raise UserError(f"{unknown[0]} is not an axis; there are {', '.join(layout.axes)}")
-    return scored(settings_table(compared, replace(layout, settings=axes.split(","))), scores)
+    return scored(settings_table(records, replace(layout, settings=[*axes])), scores)
 
 
 def second(records: Sequence[Record], rounds: Sequence[Rounds], words: Sequence[str]) -> Made:
@@ -116,6 +128,7 @@ def scored(found: Mapping[str, Any], scores: Sequence[str]) -> Made:
 TABLES: Mapping[str, Callable[[Sequence[Record], Sequence[Rounds], Sequence[str]], Made]] = {
     "settings": settings,
     "second": second,
+    "every": every,
     "stability": stable,
 }
 

@@ -31,6 +31,7 @@ from studies.cells import (
     ROOT,
     STOPPED,
     is_done,
+    parts_of,
     read_ending,
     read_summary,
     run_options,
@@ -129,7 +130,7 @@ def check_same_commands(cells: Sequence[Cell], sweep: Path) -> None:
     """Raise UserError if a finished cell was trained by another command: the grid has changed since."""
     for cell in cells:
         ending = read_ending(sweep / cell.name)
-        if ending and is_done(cell, sweep) and ending.command[1:] != train_command(cell, sweep)[1:]:
+        if ending and is_done(cell, sweep) and parts_of(ending.command) != parts_of(train_command(cell, sweep)):
             raise UserError(
                 f"--output_dir {sweep}: {cell.name} was trained by another command, so its scores cannot be compared:\n"
                 f"    then {shlex.join(ending.command)}\n    now  {shlex.join(train_command(cell, sweep))}\n"

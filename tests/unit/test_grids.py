@@ -12,7 +12,15 @@ import yaml
 from dreambooth.errors import UserError
 from dreambooth.options.parsing import parse_options
 from scripts import evaluate
-from studies.cells import evaluate_command, evaluate_commands, is_done, read_summary, run_options, train_command
+from studies.cells import (
+    evaluate_command,
+    evaluate_commands,
+    is_done,
+    parts_of,
+    read_summary,
+    run_options,
+    train_command,
+)
 from studies.checkpoints import adapters_at, check_kept, scores_path
 from studies.grid import parse_grid, read_grid
 from studies.plan import check_cells, count_cells
@@ -135,6 +143,19 @@ def test_null_in_a_grid_undoes_what_its_config_says(cells_of, tmp_path):
     (cell, _) = cells_of(config=str(config), options={"validation_prompt": None})
     text = shlex.join(train_command(cell, tmp_path))
     assert "--resolution=64" in text and "validation_prompt" not in text
+
+
+def test_the_order_of_flags_makes_no_other_command():
+    then = parts_of(["python", "train.py", "lora", "--rank=1", "--kron_targets", "to_q", "to_k", "--seed=0"])
+    assert then == parts_of(
+        ["/usr/bin/python3", "train.py", "lora", "--seed=0", "--kron_targets", "to_q", "to_k", "--rank=1"]
+    )
+    for other in (
+        ["python", "train.py", "lora", "--rank=1", "--kron_targets", "to_k", "to_q", "--seed=0"],
+        ["python", "train.py", "--rank=1", "--kron_targets", "to_q", "to_k", "--seed=0"],
+        ["python", "train.py", "lora", "--rank=1", "--kron_targets", "to_q", "--seed=0", "to_k"],
+    ):
+        assert parts_of(other) != then
 
 
 def test_a_number_below_0_keeps_its_sign(cells_of):

@@ -77,6 +77,10 @@ def rows(text: str) -> list[list[str]]:
                 ["a", "0.02", "0.500", "0.016 to ≥ 0.04", "≥ 1.3", "1"],
             ],
         ),
+        (
+            "results.json every method,learning_rate dino learning_rate=0.02",
+            [["method", r"learning\_rate", "runs", "dino"], ["a", "0.02", "2 of 2", "0.300 ± 0.283"]],
+        ),
         ("alone.json settings method dino", [["method", "runs", "dino"], ["a", "3 of 3", "0.470 ± 0.044"]]),
     ],
 )
@@ -92,12 +96,13 @@ def test_a_table_says_what_the_results_say(words, expected, folder):
 @pytest.mark.parametrize(
     "words, why",
     [
-        ("results.json", "expected FILE, one of settings, second, stability, and scores"),
+        ("results.json", "expected FILE, one of settings, second, every, stability, and scores"),
         ("results.json means dino", "expected FILE, one of settings"),
         ("nothing.json second dino", "nothing.json is not the results.json of a report"),
         ("results.json second dnio", "dnio"),
         ("results.json settings metod dino", "metod is not an axis; there are method, learning_rate, subject"),
         ("alone.json second dino", "alone.json has nothing for it"),
+        ("results.json every method dino method=c", "dino: no finished cell has it"),
     ],
 )
 def test_a_table_that_cannot_be_made_is_refused(words, why, folder):
