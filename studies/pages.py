@@ -4,7 +4,7 @@
 
 writes into a Markdown page what stands between these two comments, for every such pair:
 
-    <!-- table: studies/adapters.json second dino clip_t parameters -->
+    <!-- table: ./studies/adapters.json second dino clip_t parameters -->
     <!-- end -->
 
 The first word is the results.json of a report, relative to the page, and the second says what the table is:
