@@ -30,7 +30,7 @@ Kronecker.attach = remember
 script.main()
 trained = attached[-1]  # the ones before have no weights: `check` attaches too
 state = {f"{name}.{key}": factor for name, part in trained.state().items() for key, factor in part.items()}
-frozen = [weight for model in trained.models.values() for weight in model.parameters() if not weight.requires_grad]
+frozen = [weight for model in trained.host.models.values() for weight in model.parameters() if not weight.requires_grad]
 kept = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen)
 report = {"factors": state, "share": kept / sum(weight.numel() for weight in frozen)}
 torch.save(report, f"{folder}/rank-{PartialState().process_index}.pt")

@@ -92,7 +92,7 @@ def test_a_checkpoint_is_scored_as_the_result_is_and_the_last_is_the_result(swee
 def test_a_run_sums_itself_up_for_programs(sweep):
     summary = json.loads((sweep / FIRST[0] / "summary.json").read_text())
     assert summary["method"] == "kronecker" and summary["result"] == "pytorch_kronecker_weights.safetensors"
-    assert summary["parameters"] == 13_696 and summary["steps"] == 2 and summary["processes"] == 1
+    assert summary["parameters"] == 13_184 and summary["steps"] == 2 and summary["processes"] == 1
     rows = [json.loads(line) for line in (sweep / FIRST[0] / "metrics.jsonl").read_text().splitlines()]
     assert summary["seconds"] == pytest.approx(sum(row["step_time"] for row in rows), abs=1e-3)
     assert 2**20 < summary["peak_memory"] < 2**34
