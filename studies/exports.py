@@ -16,11 +16,10 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from kron_formats.files import reason
-from studies.cells import Ending
+from studies.cells import ROOT, Ending
 from studies.results import MEASURES, Record
 from studies.rounds import Rounds, as_data, choose, from_data
 
-ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = "checkpoint"  # stands for a state in the line of one
 
 
