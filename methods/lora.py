@@ -1,7 +1,7 @@
 """LoRA-DreamBooth: W + alpha / r · B A of rank r on the attention projections (Hu et al., arXiv 2106.09685).
 
-As diffusers' examples train it, and DiffuseKronA's paper compares with it: peft's layers, A ~ N(0, 1/r²), B = 0,
-alpha = r unless it is given.
+As diffusers' examples train it, and DiffuseKronA's paper compares with it: peft's layers, A ~ N(0, 1/r²) unless another
+start is given, B = 0, alpha = r unless it is given.
 """
 
 from collections import Counter
@@ -132,7 +132,7 @@ class Lora:
             lora = LoraConfig(
                 r=config.rank,
                 lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] peft takes any number
-                init_lora_weights="gaussian",
+                init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,  # True: Kaiming
                 target_modules=list(host.family.targets[name]),
             )
             with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):

@@ -17,6 +17,11 @@ class LoraOptions(TextEncoderOptions):
     lora_alpha: float | None = option(
         "Alpha: the update is multiplied by alpha / rank, in training and in the file. Default: rank.", None, above=0
     )
+    init_lora_weights: Literal["gaussian", "kaiming"] = option(
+        "Start of A. gaussian: N(0, 1/r²), as diffusers' scripts; kaiming: uniform within ±1/√d_in, PEFT's default, many "
+        "times smaller, which depends less on the seed and wants another learning rate.",
+        "gaussian",
+    )
 
     foreign = (  # answers to flags of other trainers; see dreambooth/options/foreign.py
         ("network_dim lora_rank lora_r r", "use --rank"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from dreambooth.base_model.prompts import PromptStates
@@ -19,6 +20,7 @@ from dreambooth.kronecker import KRONECKER
 from dreambooth.method import Host
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.training import SDXLTrainingConfig, TrainingConfig, config_class
+from dreambooth.seeds import Stream, seed_of, torch_seed
 from dreambooth.train import train
 from kron_adapter import contrast_rows
 from kron_formats.architectures import load_architecture
@@ -285,6 +287,21 @@ def test_alpha_over_rank_multiplies_a_lora_in_training_and_for_diffusers_own_loa
     fresh.set_progress_bar_config(disable=True)
     fresh.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     assert (draw(fresh, PROMPT) - trained).abs().max() <= 1  # of 255
+
+
+@pytest.mark.parametrize("start, reference", [("gaussian", "gaussian"), ("kaiming", True)])
+@pytest.mark.parametrize("name", ["sd"])
+def test_a_lora_starts_as_peft_starts_one(start, reference, pipeline, base):
+    peer = DiffusionPipeline.from_pretrained(base).unet
+    attach(LORA, "sd", pipeline, base, rank=2, init_lora_weights=start, seed=5)
+    with torch_seed(seed_of(5, Stream.FACTORS, 0)):
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        peer.add_adapter(LoraConfig(r=2, init_lora_weights=reference, target_modules=targets))
+    expected, found = (
+        [weight for path, weight in unet.named_parameters() if "lora_A" in path] for unet in (peer, pipeline.unet)
+    )
+    assert len(found) == len(expected) > 0
+    assert all(map(torch.equal, found, expected))
 
 
 # ---- the exact numbers of trained parameters, of the real architectures ----
