@@ -14,7 +14,8 @@ The first word is the results.json of a report, relative to the page, and the se
     every AXIS,AXIS SCORE ... AXIS=ENTRY ...    the same for every cell of both rounds that has these entries
     stability SCORE                 how far each setting stays close to its best score
 
-Scores are columns of results.csv. `settings` and `stability` compare the first round's cells: see studies/report.py.
+Scores are columns of results.csv. An axis may be `step`, if checkpoints were scored. `settings` and `stability` compare
+the first round's cells: see studies/report.py.
 """
 
 import argparse
@@ -33,11 +34,13 @@ from dreambooth.options.paths import path_argument
 from kron_formats.files import whole_file, write_text
 from studies.choice import Choice, plan
 from studies.exports import read_results
+from studies.grid import STEP
 from studies.rendering import markdown_cell
 from studies.report import of_first_round
 from studies.results import Record
 from studies.rounds import Rounds
 from studies.sections import LOSS, stability
+from studies.steps import at_steps
 from studies.tables import rounds_table, settings_table
 
 MARKED = re.compile(r"(<!-- table: (?P<words>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -92,6 +95,8 @@ def every(records: Sequence[Record], rounds: Sequence[Rounds], words: Sequence[s
 
 
 def means(records: Sequence[Record], axes: Sequence[str], scores: Sequence[str]) -> Made:
+    if STEP in axes:
+        records = at_steps(records)
     layout = plan(records, Choice(scores=scores, over=[]))
     if unknown := [axis for axis in axes if axis not in layout.axes]:
         raise UserError(f"{unknown[0]} is not an axis; there are {', '.join(layout.axes)}")

@@ -19,7 +19,8 @@ PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if MARKED.search(
 def record(method: str, rate: str, subject: str, dino: float) -> Record:
     labels = {"method": method, "learning_rate": rate, "subject": subject}
     name = ",".join(f"{axis}={label}" for axis, label in labels.items())
-    return Record(name, labels, DONE, "", {"dino": dino, "clip_t": dino / 2, "parameters": 3200.0})
+    scores = {"dino": dino, "clip_t": dino / 2, "parameters": 3200.0}
+    return Record(name, labels, DONE, "", scores, summary={"steps": 300}, checkpoints={100: {"dino": dino - 0.1}})
 
 
 @pytest.fixture
@@ -80,6 +81,10 @@ def rows(text: str) -> list[list[str]]:
         (
             "results.json every method,learning_rate dino learning_rate=0.02",
             [["method", r"learning\_rate", "runs", "dino"], ["a", "0.02", "2 of 2", "0.300 ± 0.283"]],
+        ),
+        (
+            "results.json settings method,step dino",
+            [["method", "step", "runs", "dino"], ["a", "100", "3 of 3", "0.370 ± 0.044"]],
         ),
         ("alone.json settings method dino", [["method", "runs", "dino"], ["a", "3 of 3", "0.470 ± 0.044"]]),
     ],
