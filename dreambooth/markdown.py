@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dreambooth.wording import size
+from kron_formats.files import size_on_disk
+
 
 def size_in_words(path: Path, layers: int, parameters: int) -> str:
     """Return a model card's sentence on the size of the result, a file or a folder."""
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    size = sum(file.stat().st_size for file in files)
-    return f"{code(path.name)}: {layers} layers, {parameters:,} parameters, {size / 2**20:.2f} MiB."
+    return f"{code(path.name)}: {layers} layers, {parameters:,} parameters, {size(size_on_disk(path))}."
 
 
 def code(text: str) -> str:

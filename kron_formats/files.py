@@ -113,6 +113,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     Path(path).write_text(text, encoding="utf-8", newline="\n")
 
 
+def size_on_disk(path: Path) -> int:
+    """Return the bytes of a file, or of all files of a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def flush(path: str | os.PathLike) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk.
 

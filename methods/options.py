@@ -18,8 +18,8 @@ class LoraOptions(TextEncoderOptions):
         "Alpha: the update is multiplied by alpha / rank, in training and in the file. Default: rank.", None, above=0
     )
     init_lora_weights: Literal["gaussian", "kaiming"] = option(
-        "Start of A. gaussian: N(0, 1/r²), as diffusers' scripts; kaiming: uniform within ±1/√d_in, PEFT's default, many "
-        "times smaller, which depends less on the seed and wants another learning rate.",
+        "Start of A. gaussian: N(0, 1/r²), as in diffusers' scripts; kaiming: uniform within ±1/√d_in, PEFT's default, "
+        "which is many times smaller, depends less on the seed and wants another learning rate.",
         "gaussian",
     )
 

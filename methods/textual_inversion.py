@@ -16,6 +16,8 @@ from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
 from dreambooth.markdown import code, loading_lines, python_string
 from dreambooth.method import Description, Group, Host, check_state
+from dreambooth.wording import size
+from kron_formats.files import size_on_disk
 from kron_formats.names import family as family_of
 from kron_formats.words import word_metadata, word_tensors
 from kron_formats.writing import file_metadata, is_bare, write_tensors
@@ -57,14 +59,14 @@ class AttachedTextualInversion:
             f"| {self.host.family.component_titles[name]} | {len(vectors)} | {vectors.shape[1]:,} |\n"
             for name, vectors in word.vectors.items()
         )
-        size = f"{code(path.name)}: {parameters:,} parameters, {path.stat().st_size / 2**10:.1f} KiB."
+        sentence = f"{code(path.name)}: {parameters:,} parameters, {size(size_on_disk(path))}."
         loading = loading_lines(base_model, self.host.family.pipeline_class.__name__)
         return Description(
             noun="Textual Inversion",
             summary=f"the embedding of {code(word.text)}, which stands for the subject "
             "([Textual Inversion](https://arxiv.org/abs/2208.01618))",
             usage=_usage(path.name, word.text, list(word.vectors), loading, prompt),
-            contents=(size, f"| in | vectors | width |\n| --- | ---: | ---: |\n{rows.rstrip()}"),
+            contents=(sentence, f"| in | vectors | width |\n| --- | ---: | ---: |\n{rows.rstrip()}"),
             tags=("textual-inversion",),
         )
 

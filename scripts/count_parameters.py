@@ -42,6 +42,7 @@ from dreambooth.method import Method
 from dreambooth.options.field import option_names
 from dreambooth.options.kronecker import size_argument
 from dreambooth.options.training import config_class
+from dreambooth.wording import size
 from kron_adapter import KroneckerError, KroneckerLinear, inject_kronecker, remove_kronecker
 from kron_formats.architectures import ARCHITECTURES, load_architecture
 from kron_formats.families import ATTENTION_TARGETS, TEXT_ENCODER_TARGETS
@@ -51,7 +52,6 @@ from studies.counting import WORD, count_trained, stand_in
 
 DOES_NOT_FIT = "does not fit"
 NOTHING = "-"
-UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 # ---- what is counted, and where ----
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     contenders = [*of_one_shape, *([] if given else [KV_APART, KV_ALONE]), lora(arguments.lora_rank), *others()]
     tables = [
         count_table("trained parameters", "{:,}".format, contenders),
-        count_table("in fp32", size, contenders),
+        count_table("in fp32", lambda parameters: size(4 * parameters), contenders),
         rank_table(adapters),
         model_table(),
         printed_table(),
@@ -288,12 +288,6 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return number
-
-
-def size(parameters: int) -> str:
-    """Return the size of so many numbers in fp32."""
-    unit = next((unit for unit, scale in UNITS.items() if 4 * parameters >= scale / 2), "KiB")
-    return f"{4 * parameters / UNITS[unit]:.2f} {unit}"
 
 
 def targets_of(model: nn.Module) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from dreambooth.report.figures import (
     style,
     tick_label,
 )
+from dreambooth.wording import size
 from studies.analysis import frontier, spread
 from studies.results import FAILED, Measure, Record, as_number, entries_of, entry_of, grouped, values
 
@@ -241,8 +242,8 @@ def number(value: float, measure: str) -> str:
     """Return a score as tables and plots have it."""
     if measure == "parameters":
         return f"{value:,.0f}"
-    if measure == "peak_memory":
-        return f"{value / 2**30:.2f} GiB"
+    if measure in ("file_size", "peak_memory"):
+        return size(value)
     if measure == "seconds":
         return f"{value:,.1f}"
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else tick_label(float(f"{value:.2g}"))

@@ -56,12 +56,14 @@ MEASURES = {
         Measure("held_out", "denoising loss on held-out photos", False),
         Measure("held_out_masked", "denoising loss on held-out photos, inside their masks", False),
         Measure("loss", "loss, mean of the last tenth of the steps", False),
+        Measure("file_size", "size of the result, bytes", False),
         Measure("seconds", "seconds of training", False),
         Measure("peak_memory", "peak memory, bytes", False),
         Measure("parameters", "trained parameters", False),
     )
 }
-COSTS = ("parameters", "seconds", "peak_memory")
+COSTS = ("parameters", "file_size", "seconds", "peak_memory")
+OF_TRAINING = ("loss", *COSTS)  # scores that need no evaluation, and that checkpoints lack
 
 
 @dataclass(frozen=True)
@@ -243,9 +245,7 @@ def _options(path: Path) -> dict[str, Any]:
 
 def _training_scores(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return what training itself says of a run."""
-    scores = {
-        name: float(summary[name]) for name in ("seconds", "peak_memory", "parameters") if summary.get(name) is not None
-    }
+    scores = {name: float(summary[name]) for name in COSTS if summary.get(name) is not None}
     losses = [row["loss"] for row in metrics if row.get("loss") is not None]
     if losses:
         scores["loss"] = fmean(losses[-max(1, len(losses) // 10) :])

@@ -23,10 +23,9 @@ from typing import Any
 from dreambooth.errors import UserError
 from kron_formats.files import excerpt, reason, whole_file, write_text
 from studies.grid import REPLICATES, Axes, Cell, Entry, Grid, combinations, mapping, read_axes
-from studies.results import FAILED, MEASURES, UNFINISHED, Record, read_cell
+from studies.results import FAILED, MEASURES, OF_TRAINING, UNFINISHED, Record, read_cell
 
 KEYS = ("axis", "score", "axes")
-OF_TRAINING = ("loss", "seconds", "peak_memory", "parameters")  # scores that need no evaluation
 FILE = "rounds-{}.json"  # in the sweep's folder, by the name of the grid's file: what a report has to know
 
 

@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from studies.grid import STEP
-from studies.results import COSTS, DONE, Record
-
-OF_RUNS = ("loss", *COSTS)  # measures that checkpoints lack
+from studies.results import DONE, OF_TRAINING, Record
 
 
 def at_steps(records: Sequence[Record]) -> list[Record]:
@@ -31,6 +29,6 @@ def _steps_of(record: Record) -> dict[int, tuple[int | None, Mapping[str, float]
         step: (step, scores) for step, scores in record.checkpoints.items()
     }
     if record.state == DONE and "steps" in record.summary:
-        of_result = {name: score for name, score in record.scores.items() if name not in OF_RUNS}
+        of_result = {name: score for name, score in record.scores.items() if name not in OF_TRAINING}
         found[record.summary["steps"]] = (None, of_result)
     return found

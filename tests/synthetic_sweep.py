@@ -46,6 +46,7 @@ def write_cell(sweep: Path, labels: dict, dino: float | None, rate: float, kron_
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {
         "method": "kronecker", "family": "sd", "result": "x.safetensors", "parameters": parameters, "steps": steps,
+        "file_size": 3104 + 4 * parameters,
         "seconds": 50.0 + kron_a1, "peak_memory": 561393664, "device": "cpu, x86_64", "processes": 1,
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
     }  # fmt: skip

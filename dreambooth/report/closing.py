@@ -8,6 +8,7 @@ from torch import nn
 
 from dreambooth.options.base_model import FrozenModelOptions
 from dreambooth.runtime.memory import peak_memory
+from dreambooth.wording import size
 
 
 def closing_line(
@@ -26,8 +27,8 @@ def closing_line(
     minutes, rest = divmod(round(seconds), 60)
     compiled = f", {compiling:.1f} s of it compiling" if compiling else ""
     return (
-        f"Trained {count:,} parameters ({count * 4 / 2**20:.2f} MiB in fp32) for {steps} steps in {minutes} min "
-        f"{rest} s{compiled}; peak memory {peak_memory(device) / 2**30:.2f} GiB on {device.type}; the result is {path}"
+        f"Trained {count:,} parameters ({size(4 * count)} in fp32) for {steps} steps in {minutes} min "
+        f"{rest} s{compiled}; peak memory {size(peak_memory(device))} on {device.type}; the result is {path}"
     )
 
 

@@ -15,7 +15,7 @@ from dreambooth.method import Attached, Method, trained_parameters
 from dreambooth.options.output import OutputOptions
 from dreambooth.report.metrics import read_metrics
 from dreambooth.runtime.memory import peak_memory
-from kron_formats.files import write_text
+from kron_formats.files import size_on_disk, write_text
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -38,6 +38,7 @@ def save_summary(
             "method": method.name,
             "family": family.name,
             "result": path.name,
+            "file_size": size_on_disk(path),  # bytes
             "parameters": sum(parameter.numel() for parameter in trained_parameters(attached)),
             "steps": step,
             "seconds": round(sum(row.get("step_time", 0.0) for row in rows), 3),  # of the steps alone, all resumed runs

@@ -96,6 +96,7 @@ def test_a_run_sums_itself_up_for_programs(sweep):
     rows = [json.loads(line) for line in (sweep / FIRST[0] / "metrics.jsonl").read_text().splitlines()]
     assert summary["seconds"] == pytest.approx(sum(row["step_time"] for row in rows), abs=1e-3)
     assert 2**20 < summary["peak_memory"] < 2**34
+    assert summary["file_size"] == (sweep / FIRST[0] / summary["result"]).stat().st_size
     assert summary["versions"]["torch"] and summary["device"].startswith("cpu")
 
 

@@ -48,7 +48,7 @@ def test_the_real_command_line_says_what_it_did(options, prior, tmp_path):
     result = launch("train_dreambooth_kronecker.py", **options, **prior)
     assert result.returncode == 0, result.stderr
     assert "Training: 100%" in result.stderr and "loss=" in result.stderr and "lr=5.00e-04" in result.stderr
-    for words in ("Trained 9,024 parameters (0.03 MiB", "4 steps", "peak memory", str(tmp_path / "out" / WEIGHTS)):
+    for words in ("Trained 9,024 parameters (35.25 KiB", "4 steps", "peak memory", str(tmp_path / "out" / WEIGHTS)):
         assert words in result.stdout
     assert "Class images: 100%" in result.stderr
     assert "WARNING" not in result.stderr and "[transformers]" not in result.stderr

@@ -557,8 +557,8 @@ def test_the_closing_line_counts_all_groups(tmp_path):
     groups = [[torch.nn.Parameter(torch.zeros(1000))], [torch.nn.Parameter(torch.zeros(24, 1))]]
     parameters = (parameter for group in groups for parameter in group)
     line = closing_line(parameters, 800, 125.4, 0.0, tmp_path / "a.safetensors", torch.device("cpu"))
-    assert line.startswith("Trained 1,024 parameters (0.00 MiB in fp32) for 800 steps in 2 min 5 s; peak memory ")
-    assert line.endswith(f"GiB on cpu; the result is {tmp_path / 'a.safetensors'}")
+    assert line.startswith("Trained 1,024 parameters (4.00 KiB in fp32) for 800 steps in 2 min 5 s; peak memory ")
+    assert line.endswith(f"iB on cpu; the result is {tmp_path / 'a.safetensors'}")
 
 
 def test_the_closing_line_says_how_long_compiling_took(config, tmp_path):

@@ -47,7 +47,7 @@ def test_a_finished_cell_has_all_that_its_folder_says(tmp_path):
         {
             "dino": 0.5, "clip_i": 0.5, "clip_t": 0.63, "diversity": 0.9, "class_diversity": 0.95,
             "class_drift": 0.075, "class_distance": 0.2, "drift": 0.005, "held_out": 0.33,
-            "seconds": 52.0, "peak_memory": 561393664,
+            "file_size": 66304, "seconds": 52.0, "peak_memory": 561393664,
             "parameters": 15800, "loss": statistics.fmean(row["loss"] for row in rows[-6:]),
         }
     )  # fmt: skip
