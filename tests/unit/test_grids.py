@@ -450,6 +450,10 @@ def test_a_grid_begins_with_its_command_and_says_how_many_runs_it_has(path):
     name = path.relative_to(ROOT).as_posix()
     assert text.startswith(f"# scripts/sweep.sh {name} --output_dir outputs/sweeps/{path.stem}\n")
     assert f"\n# {len(cells)} runs{f', then {more} more' if more else ''}" in text
+    if path.stem.endswith("-sdxl"):
+        hours = re.search(r"([\d.]+) hours", text)[1]
+        studies = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+        assert re.search(rf"^\| `{path.name}` \|.*\| {len(cells) + more} \| {hours} \|$", studies, re.M)
 
 
 def cells_of_both_rounds(path):
