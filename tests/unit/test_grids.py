@@ -1,5 +1,6 @@
 """Grids: from YAML to the cells of a sweep and their commands."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -453,7 +454,7 @@ def test_a_grid_begins_with_its_command_and_says_how_many_runs_it_has(path):
     if path.stem.endswith("-sdxl"):
         hours = re.search(r"([\d.]+) hours", text)[1]
         studies = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-        assert re.search(rf"^\| `{path.name}` \|.*\| {len(cells) + more} \| {hours} \|$", studies, re.M)
+        assert re.search(rf"^\| `{name}` \|.*\| {len(cells) + more} \| {hours} \|$", studies, re.M)
 
 
 def cells_of_both_rounds(path):
