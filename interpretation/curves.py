@@ -1,6 +1,6 @@
-"""Plots of how many dimensions a change has."""
+"""Plots of how many dimensions a change has, and of when in the noise it helps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -13,7 +13,7 @@ WIDTH, HEIGHT, SHARP = 560, 400, 180  # px at 100 dpi; dpi
 
 
 def draw_shares(portraits: Sequence[Portrait]) -> Image.Image:
-    """Draw the share of ‖ΔW‖_F² that the nearest LoRA holds over its rank: median of the layers, 10 to 90 % as a band."""
+    """Draw the share of ‖ΔW‖_F² that the nearest LoRA holds over its rank: median of the layers, and 80 % as a band."""
     figure = new_figure(WIDTH, HEIGHT, dpi=SHARP)
     axes = figure.add_subplot()
     style(axes, x_label="rank of the nearest LoRA", y_label="share of ‖ΔW‖² that it holds")
@@ -30,5 +30,18 @@ def draw_shares(portraits: Sequence[Portrait]) -> Image.Image:
     axes.set_xticks(shown, [str(rank) for rank in shown])
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
+    legend(figure, axes, "")
+    return rendered(figure)
+
+
+def draw_when(lines: Mapping[str, Sequence[tuple[int, float]]]) -> Image.Image:
+    """Draw the share of the denoising loss that each adapter, or part of one, explains, over the timestep."""
+    figure = new_figure(WIDTH, HEIGHT, dpi=SHARP)
+    axes = figure.add_subplot()
+    style(axes, x_label="timestep: 0 is almost no noise", y_label="share of the loss explained")
+    axes.axhline(0, color="#656d76", linewidth=0.8)
+    for (name, points), colour in zip(lines.items(), colours(len(lines))):
+        axes.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.8, label=name)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     legend(figure, axes, "")
     return rendered(figure)

@@ -7,7 +7,6 @@ output is heads, one after the other, and in out the input is: where blocks and 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
 from dreambooth.report.figures import GREY, new_figure, rendered, style
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # layers, those that change most
 SHARP = 180  # dpi
-HEADS = "#d1242f"
+HEADS = "#3fc5f0"
 
 
 def strongest(portrait: Portrait) -> list[Measured]:
@@ -29,7 +28,7 @@ def strongest(portrait: Portrait) -> list[Measured]:
 
 
 def draw_factors(entries: Sequence[Measured]) -> Image.Image:
-    """Draw |A| above |B| of some layers, each from 0 to its own largest entry; red lines are between heads."""
+    """Draw |A| above |B| of some layers, each from 0 to its own largest entry; blue lines are between heads."""
     figure = new_figure(180 * min(4, len(entries)) + 40, 400 * (1 + (len(entries) - 1) // 4), dpi=SHARP)
     columns, bands = min(4, len(entries)), 1 + (len(entries) - 1) // 4
     panels = figure.subplots(2 * bands, columns, squeeze=False)
@@ -38,19 +37,22 @@ def draw_factors(entries: Sequence[Measured]) -> Image.Image:
     for number, entry in enumerate(entries):
         band, column = divmod(number, columns)
         assert isinstance(entry.change, Factors)
-        title = f"{entry.place.site} {entry.place.column}" + (f", {entry.place.depth}" if entry.place.depth else "")
         for down, side in enumerate("AB"):
-            _draw_factor(panels[2 * band + down, column], entry, side, title if side == "A" else "")
+            _draw_factor(panels[2 * band + down, column], entry, side, entry.place.title if side == "A" else "")
     return rendered(figure)
 
 
 def _draw_factor(axes: "Axes", entry: Measured, side: str, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     factor: Any = getattr(entry.change, side).abs().numpy()
     axes.set_visible(True)
     style(axes, x_label=f"{side} {factor.shape}".replace("(", "").replace(")", "").replace(", ", " × "))
     axes.set_title(title, loc="left", fontsize=9, parse_math=False)
     axes.grid(False)
     axes.imshow(factor, cmap="magma", vmin=0, aspect="auto", interpolation="nearest")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4, integer=True))
     axes.tick_params(labelsize=7, colors=GREY)
     rows, columns = head_boundaries(entry)[side]
     for y in rows:

@@ -162,7 +162,7 @@ def draw_film(portrait: Portrait, scale: Scale) -> Image.Image:
         style(axes, title=f"step {step}")
         axes.grid(False)
         frame = portrait.steps[step]
-        table = np.array([[frame.size_at(site, column) or np.nan for column in COLUMNS] for site in sites], float)
+        table = np.array([[frame.size_at(site, column) for column in COLUMNS] for site in sites], float)
         axes.imshow(table, cmap=COLOURS, vmin=0, vmax=scale.largest or 1, aspect="auto")
         axes.set_xticks(range(len(COLUMNS)), [*PROJECTIONS, *PROJECTIONS], fontsize=6.5)
         axes.axvline(len(PROJECTIONS) - 0.5, color="white", linewidth=2)

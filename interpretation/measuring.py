@@ -1,4 +1,4 @@
-"""Every number of an adapter that its file tells, and with a base model how large its changes are beside the weights."""
+"""Every number of an adapter that its file tells, and with a base model how large its changes are beside it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -72,5 +72,3 @@ def split_arguments(argv: list[str]) -> tuple[list[str], bool]:
     files, rest = argv[:first], argv[first:]
     given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in rest}
     return [*(["--adapter", *files] if files else []), *rest], bool(given & (SCORING | {"config", "help"}))
-
-

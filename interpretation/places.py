@@ -50,6 +50,11 @@ class Place:
         """What the layer is at its site: "cross k"."""
         return f"{self.kind} {self.projection}".rstrip()
 
+    @property
+    def title(self) -> str:
+        """Site and column: "down 1.0 cross k", with the number of the transformer block if it is not the first."""
+        return f"{self.site} {self.column}" + (f" (block {self.depth})" if self.depth else "")
+
 
 def places_of(models: Mapping[str, Any], layers: Mapping[Layer, Any]) -> dict[Layer, Place]:
     """Return where each layer is in the models that the layers were found in."""
