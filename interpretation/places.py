@@ -105,7 +105,7 @@ def _walk_transformer(site: Site, transformer: Any) -> Iterator[tuple[nn.Module,
 
 def _walk_text_encoder(component: str, encoder: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
     layers = next((module for module in encoder.modules() if hasattr(module, "layers")), None)
-    for number, layer in enumerate(getattr(layers, "layers", ())):
+    for number, layer in enumerate(getattr(layers, "layers", [])):
         site = Site(component, TEXT, number)
         yield from ((module, Place(site, OTHER)) for module in layer.modules())
         for projection, name in TEXT_PROJECTIONS.items():

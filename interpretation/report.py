@@ -90,7 +90,7 @@ def plots_of(findings: Findings) -> dict[str, Plot]:
     return {plot.name: plot for plot in plots}
 
 
-def when(ablations: Sequence[Ablation]) -> dict[str, Sequence[tuple[int, float]]]:
+def when(ablations: Sequence[Ablation]) -> dict[str, list[tuple[int, float]]]:
     """Return the lines of the plot over timesteps: each adapter; of a single one also without a kind of attention."""
     lines = {ablation.label: ablation.whole.explained() for ablation in ablations}
     if len(ablations) == 1:

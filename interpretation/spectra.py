@@ -99,7 +99,7 @@ def _descending(values: Tensor) -> Spectrum:
 
 
 def _shifted(shift: Shift, size: Size, weight: ReadWeight | None) -> Tensor:
-    """Return what the singular values of a weight change by; of an elementwise shift, which adds to W, the norm of δ."""
+    """Return what the singular values of a weight change by; of an elementwise shift of W the norm of δ."""
     if shift.elementwise and len(size) == 1:
         return shift.strength * shift.values.double().norm()[None]
     return change_of(_sigma(shift, weight).double(), shift.strength * shift.values.double())

@@ -1,7 +1,7 @@
 """What a model with an adapter, or with a part of one, draws and denoises, and the scores of that.
 
-Every trial draws the same prompts from the same seeds, and denoises the same pictures with the same noise. Adapters stay
-beside the weights, so the base model is loaded once.
+Every trial draws the same prompts from the same seeds, and denoises the same pictures with the same noise. Adapters
+stay beside the weights, so the base model is loaded once.
 """
 
 import math
