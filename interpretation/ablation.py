@@ -78,9 +78,8 @@ class Ablation:
         }
 
 
-def ablate(bench: Bench, adapter: Interpreted, pairs: int, prefix: str = "") -> Ablation:
-    """Return what an adapter does, whole and without each of its parts. `prefix` begins the names of image folders."""
-    whole = bench.try_out(f"{prefix}whole", adapter, adapter.matched.layers)
+def ablate(bench: Bench, adapter: Interpreted, whole: Trial, pairs: int, prefix: str = "") -> Ablation:
+    """Return what an adapter does without each of its parts. `prefix` begins the names of image folders."""
     parts = [bench.try_out(f"{prefix}without {x.name}", adapter, x.rest, x.name) for x in parts_of(adapter, pairs)]
     prompts = [*bench.prompts.drawn["adapted"], bench.prompts.of_class]
     return Ablation(adapter.label, whole, bench.base, parts, prompts)

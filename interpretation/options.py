@@ -56,6 +56,8 @@ class InterpretationOptions(EvaluationOptions):
             raise UserError("--keep makes one adapter smaller: name one ADAPTER")
         if self.num_class_images == 0:
             raise UserError("--num_class_images 0: class images tell what a part costs the class; draw at least 1")
+        if self.denoising_pairs == 0:
+            raise UserError("--denoising_pairs 0: photos are denoised to see when the adapter helps; give at least 1")
 
     @property
     def files(self) -> FileOptions:

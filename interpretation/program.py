@@ -14,7 +14,7 @@ from interpretation.ablation import ablate, check_ablations
 from interpretation.adapters import Interpreted, read_interpreted
 from interpretation.measuring import Portrait, measure, read_weights
 from interpretation.options import FileOptions, InterpretationOptions
-from interpretation.pruning import NAME, prune
+from interpretation.pruning import NAME, check_prunable, prune
 from interpretation.report import Findings, write_interpretation
 from interpretation.trials import Bench, set_up
 from kron_formats.inspection import clients
@@ -56,13 +56,17 @@ def _bench(config: InterpretationOptions, inputs: Inputs, adapters: Sequence[Int
 
 def _try_out(bench: Bench, adapters: Sequence[Interpreted], portraits: Sequence[Portrait]) -> Findings:
     config, several = bench.config, len(adapters) > 1
+    prefixes = [f"{number} " if several else "" for number in range(1, len(adapters) + 1)]
+    wholes = [bench.try_out(f"{x}whole", adapter, adapter.matched.layers) for x, adapter in zip(prefixes, adapters)]
+    if config.keep is not None:
+        check_prunable(wholes[0], config.keep)
     ablations = [
-        ablate(bench, adapter, config.pairs_of_a, f"{number} " if several else "")
-        for number, adapter in enumerate(adapters, 1)
+        ablate(bench, adapter, whole, config.pairs_of_a, prefix)
+        for adapter, whole, prefix in zip(adapters, wholes, prefixes)
     ]
     pruned = None
     if config.keep is not None:
-        pruned = prune(bench, adapters[0], ablations[0].whole, config.keep, Path(config.output_dir) / NAME)
+        pruned = prune(bench, adapters[0], wholes[0], config.keep, Path(config.output_dir) / NAME)
     return Findings(portraits, ablations, pruned, config.compared_with, shared_options(config))
 
 

@@ -46,15 +46,8 @@ class Pruned:
 
 
 def prune(bench: Bench, adapter: Interpreted, whole: Trial, keep: float, path: Path) -> Pruned:
-    """Write the smallest adapter found that holds the share `keep` of what `whole`, the whole one, adds to DINO.
-
-    Raises UserError, with nothing written, if the whole one adds nothing.
-    """
-    added = whole.added_likeness
-    if added <= 0:
-        raise UserError(
-            f"--keep {keep}: {adapter.label} does not raise the likeness (DINO {added:+.3f}): there is nothing to hold"
-        )
+    """Write the smallest adapter found that holds the share `keep` of what `whole`, the whole one, adds to DINO."""
+    added = check_prunable(whole, keep)
     groups = groups_of(adapter)
     order = _order(bench, adapter, whole, groups)
     tried = {0: whole}
@@ -71,6 +64,16 @@ def prune(bench: Bench, adapter: Interpreted, whole: Trial, keep: float, path: P
     trial, layers = tried[least], without(groups, order[:least])
     write_part(path, adapter, layers)
     return Pruned(trial, layers, order[least:], order[:least], trial.added_likeness / added, path)
+
+
+def check_prunable(whole: Trial, keep: float) -> float:
+    """Return how much DINO a whole adapter adds to the base model. Raises UserError if it is nothing."""
+    if (added := whole.added_likeness) <= 0:
+        raise UserError(
+            f"--keep {keep}: the adapter does not raise the likeness (DINO {added:+.3f}), so there is nothing to hold; "
+            "leave --keep out to see what it does instead"
+        )
+    return added
 
 
 def groups_of(adapter: Interpreted) -> dict[str, dict[Layer, Change]]:
