@@ -14,30 +14,40 @@ from interpretation.places import CROSS, OTHER, PROJECTIONS, SELF, TEXT, Site
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CELL = 26  # px
+CELL = 22  # px
 SHARP = 180  # dpi
 BOX, GAP = 4.0, 1.6  # cells: width of a box, and space between two, in which its rows are named
 HEAD = 1.5  # cells above a box, for its title and its columns
 COLOURS = "viridis_r"
+RANGE = 1000  # of the sizes that have colours of their own
 COLUMNS = [f"{kind} {projection}" for kind in (SELF, CROSS) for projection in PROJECTIONS]
+EMPTY = (0.965, 0.973, 0.98)  # colour of what the file does not change
 FRAMES = 8  # of a film strip
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the colours mean, in all maps of a page alike."""
+    """What the colours mean, in all maps of a page alike: logarithms, down to 1 / RANGE of the largest and below."""
 
     label: str
     largest: float
 
+    @property
+    def norm(self) -> Any:
+        """matplotlib's normalisation."""
+        from matplotlib.colors import LogNorm
+
+        largest = self.largest or 1.0
+        return LogNorm(largest / RANGE, largest, clip=True)
+
     def colour(self, value: float) -> Any:
         from matplotlib import colormaps
 
-        return colormaps[COLOURS](min(1.0, value / self.largest) if self.largest else 0.0)
+        return colormaps[COLOURS](float(self.norm(value)) if value > 0 else 0.0)
 
 
 def scale_of(portraits: Iterable[Portrait]) -> Scale:
-    """Return the scale from 0 to the largest change of any cell, their checkpoints included."""
+    """Return the scale up to the largest change of any cell, their checkpoints included."""
     shown = [frame for portrait in portraits for frame in (portrait, *portrait.steps.values())]
     sizes = [portrait.size_at(*cell) or 0.0 for portrait in shown for cell in portrait.by_cell]
     relative = all(entry.base is not None for portrait in shown for entry in portrait.layers)
@@ -133,17 +143,17 @@ def _draw_strip(axes: "Axes", portrait: Portrait, sites: Sequence[Site], top: fl
 def _cell(axes: "Axes", value: float | None, x: float, y: float, width: float, scale: Scale) -> None:
     from matplotlib.patches import Rectangle
 
-    colour = "#f6f8fa" if value is None else scale.colour(value)
+    colour = EMPTY if value is None else scale.colour(value)
     axes.add_patch(Rectangle((x, y), width, 1, facecolor=colour, edgecolor=GRID if value is None else "white"))
 
 
 def _colour_bar(figure: Any, axes: Any, scale: Scale) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
 
-    colours = ScalarMappable(Normalize(0, scale.largest or 1), colormaps[COLOURS])
+    colours = ScalarMappable(scale.norm, colormaps[COLOURS])
     bar = figure.colorbar(colours, ax=axes, format=tick_label, fraction=0.03, pad=0.02)
+    bar.minorticks_off()
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=GREY, labelsize=8, length=3)
     bar.set_label(scale.label, color=GREY, fontsize=9)
@@ -162,8 +172,9 @@ def draw_film(portrait: Portrait, scale: Scale) -> Image.Image:
         style(axes, title=f"step {step}")
         axes.grid(False)
         frame = portrait.steps[step]
-        table = np.array([[frame.size_at(site, column) for column in COLUMNS] for site in sites], float)
-        axes.imshow(table, cmap=COLOURS, vmin=0, vmax=scale.largest or 1, aspect="auto")
+        sizes = [[frame.size_at(site, column) for column in COLUMNS] for site in sites]
+        image = np.array([[EMPTY if size is None else scale.colour(size)[:3] for size in row] for row in sizes])
+        axes.imshow(image, aspect="auto", interpolation="nearest")
         axes.set_xticks(range(len(COLUMNS)), [*PROJECTIONS, *PROJECTIONS], fontsize=6.5)
         axes.axvline(len(PROJECTIONS) - 0.5, color="white", linewidth=2)
         axes.set_xlabel("self       cross", fontsize=8, color=GREY)

@@ -133,7 +133,7 @@ class Portrait:
     def by_column(self) -> dict[str, dict[str, Any]]:
         """Return the means of each column: share of the whole ‖ΔW‖_F², relative size, ranks."""
         total = norm(entry.spectrum.frobenius for entry in self.layers) ** 2
-        columns = grouped(self.layers, lambda entry: entry.place.column)
+        columns = grouped(sorted(self.layers, key=lambda entry: entry.place.order), lambda entry: entry.place.column)
         return {column: _summary(entries, total) for column, entries in columns.items()}
 
 

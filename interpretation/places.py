@@ -9,6 +9,7 @@ from torch import nn
 from kron_formats.names import Layer
 
 SELF, CROSS, TEXT, OTHER = "self", "cross", "text", "other"  # kinds; OTHER is what is in no attention
+KINDS = (SELF, CROSS, TEXT, OTHER)
 PROJECTIONS = ("q", "k", "v", "out")
 UNET_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out"}
 TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
@@ -49,6 +50,11 @@ class Place:
     def column(self) -> str:
         """What the layer is at its site: "cross k"."""
         return f"{self.kind} {self.projection}".rstrip()
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Where the column comes among others."""
+        return KINDS.index(self.kind), ("", *PROJECTIONS).index(self.projection)
 
     @property
     def title(self) -> str:

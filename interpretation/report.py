@@ -111,7 +111,7 @@ def contents(findings: Findings, plots: Mapping[str, Plot]) -> dict[str, Any]:
                 "map": plots[f"map-{number}"],
                 "film": plots.get(f"film-{number}"),
                 "factors": plots.get(f"factors-{number}"),
-                "heads": [(entry.place.title, head_words(entry)) for entry in strongest(portrait)],
+                "heads": heads(portrait),
                 "columns": [column_row(name, entry) for name, entry in portrait.by_column().items()],
                 "layers": layer_rows(portrait),
                 "left_out": max(0, len(portrait.layers) - LARGEST_TABLE),
@@ -128,6 +128,15 @@ def contents(findings: Findings, plots: Mapping[str, Plot]) -> dict[str, Any]:
         "compared_with": findings.compared_with,
         "pruned": findings.pruned,
     }
+
+
+def heads(portrait: Portrait) -> dict[str, list[str]]:
+    """Return how blocks of A and heads fit each other -> the layers of the heat maps in which they do so."""
+    found: dict[str, list[str]] = {}
+    for entry in strongest(portrait):
+        if words := head_words(entry):
+            found.setdefault(words, []).append(entry.place.title)
+    return found
 
 
 def column_row(name: str, entry: Mapping[str, Any]) -> list[str]:

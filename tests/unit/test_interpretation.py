@@ -217,9 +217,7 @@ class Stand(SimpleNamespace):
     def try_out(self, folder, adapter, layers):
         self.tried.append(len(layers))
         likeness = sum(self.likeness[layer] for layer in layers)
-        return SimpleNamespace(
-            added_likeness=likeness, losses=self.losses_with(adapter, layers), parameters=len(layers)
-        )
+        return SimpleNamespace(added_likeness=likeness, losses=self.losses_with(adapter, layers))
 
 
 @pytest.mark.parametrize("keep, left", [(1.0, 7), (0.9, 4), (0.5, 2), (0.3, 1), (0.01, 1)])
@@ -233,7 +231,7 @@ def test_the_smallest_that_holds_a_share_is_found_by_bisection(monkeypatch, tmp_
     whole = bench.try_out("", None, layers)
     result = pruning.prune(bench, None, whole, keep, tmp_path / "pruned")
     assert [*written] == [*result.kept[::-1]] == [*layers][:left] and result.share >= keep
-    assert [*result.dropped] == [*layers][: left - 1 if left else None : -1]
+    assert sorted([*result.dropped, *result.kept]) == [*layers]
     assert len(bench.tried) <= 4
     with pytest.raises(UserError, match="--keep 0.9"):
         pruning.check_prunable(SimpleNamespace(added_likeness=-0.1), 0.9)
