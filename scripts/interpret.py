@@ -10,9 +10,9 @@
 The ADAPTERs come first: files, also as FILE:SCALE, or folders of runs, whose checkpoints are shown as a film strip.
 
 From files alone, in seconds: norms of ΔW, singular values, effective ranks, what the nearest LoRA holds, on a map of
-the UNet, and the factors as heat maps. ΔW is never formed. With --pretrained_model_name_or_path they are related to the
-base model's weights; base models other than SD 1.5, SD 2.1 and SDXL have to be named. SVDiff's shifts need the base
-model unless its decomposition is kept, and Custom Diffusion and whole models always do.
+the UNet, and the factors as heat maps. A ⊗ B is never formed. With --pretrained_model_name_or_path, changes are related
+to the base model's weights; base models other than SD 1.5, SD 2.1 and SDXL have to be named. SVDiff's shifts need the
+base model unless its decomposition is kept, and Custom Diffusion and whole models always do.
 
 With photos and prompts too, Kronecker adapters and LoRAs are drawn whole and without each block, kind of attention,
 projection and singular pair, from the same seeds. The change in scores says which part holds the subject and which

@@ -289,6 +289,7 @@ def test_keep_needs_a_base_model_photos_and_one_adapter(run, adapter, lora, tiny
     scored |= {"reference_dir": photos}
     assert "one ADAPTER" in refused(run, capsys, adapter, lora, keep=0.9, **scored)
     assert "--keep" in refused(run, capsys, adapter, **scored | {"keep": 1.5})
+    assert "--lpips" in refused(run, capsys, adapter, **scored, lpips="alex")
     assert "--num_class_images" in refused(run, capsys, adapter, **scored | {"num_class_images": 0})
 
 
