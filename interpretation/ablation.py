@@ -27,14 +27,19 @@ class Ablation:
     prompts: Sequence[str]  # that are drawn; last, that of class images
 
     @property
+    def without_layers(self) -> list[Trial]:
+        """The trials without layers: a singular pair is in all of them, and in some it is all that they have."""
+        return [trial for trial in self.parts if trial.parameters < self.whole.parameters]
+
+    @property
     def holder(self) -> Trial | None:
-        """Without which part the likeness falls most."""
-        return max(self.parts, key=lambda trial: trial.below(self.whole)[0], default=None)
+        """Without which layers the likeness falls most."""
+        return max(self.without_layers, key=lambda trial: trial.below(self.whole)[0], default=None)
 
     @property
     def costliest(self) -> Trial | None:
-        """Without which part the base model's predictions for the class move least."""
-        return min(self.parts, key=lambda trial: trial.scores["drift"] or 0.0, default=None)
+        """Without which layers the base model's predictions for the class move least."""
+        return min(self.without_layers, key=lambda trial: trial.scores["drift"] or 0.0, default=None)
 
     def findings(self) -> list[str]:
         """Return in sentences which part holds the subject, and which costs the class."""
