@@ -43,7 +43,7 @@ def draw_factors(entries: Sequence[Measured]) -> Image.Image:
 
 
 def _draw_factor(axes: "Axes", entry: Measured, side: str, title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
     factor: Any = getattr(entry.change, side).abs().numpy()
     axes.set_visible(True)
@@ -51,8 +51,8 @@ def _draw_factor(axes: "Axes", entry: Measured, side: str, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=9, parse_math=False)
     axes.grid(False)
     axes.imshow(factor, cmap="magma", vmin=0, aspect="auto", interpolation="nearest")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4, integer=True))
+    for axis, count in zip((axes.yaxis, axes.xaxis), factor.shape):
+        axis.set_major_locator(FixedLocator([0]) if count == 1 else MaxNLocator(4, integer=True))
     axes.tick_params(labelsize=7, colors=GREY)
     rows, columns = head_boundaries(entry)[side]
     for y in rows:

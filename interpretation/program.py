@@ -64,10 +64,11 @@ def _try_out(bench: Bench, adapters: Sequence[Interpreted], portraits: Sequence[
         ablate(bench, adapter, whole, config.pairs_of_a, prefix)
         for adapter, whole, prefix in zip(adapters, wholes, prefixes)
     ]
+    photos = f"that were {'not ' if config.has_references else ''}trained on"
     pruned = None
     if config.keep is not None:
         pruned = prune(bench, adapters[0], wholes[0], config.keep, Path(config.output_dir) / NAME)
-    return Findings(portraits, ablations, pruned, config.compared_with, shared_options(config))
+    return Findings(portraits, ablations, pruned, photos, shared_options(config))
 
 
 def _words(findings: Findings) -> list[str]:

@@ -200,6 +200,7 @@ def test_parts_are_left_out_and_the_pruned_file_is_one_like_the_whole(run, adapt
 
 
 def test_a_lora_is_tried_too(run, lora, scored, photos):
+    scored |= {"prompt": ["a red {}"], "num_class_images": 1}
     output, _ = run(lora, **scored, reference_dir=photos, pairs_of_a=2, adapter_scale=0.5)
     found = numbers(output)
     assert found["adapters"][0]["strength"] == 0.5
