@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dreambooth.base_model.checks import empty_models
 from dreambooth.base_model.loading import DTYPES
@@ -81,15 +82,19 @@ def match(file: AdapterFile, arguments: argparse.Namespace) -> MatchedAdapter:
 
     Raises UserError if that is not a base model, KroneckerError if the file does not fit it.
     """
-    base, base_config = arguments.pretrained_model_name_or_path, arguments.base_config
-    if base is None:
+    if arguments.pretrained_model_name_or_path is None:
         return match_published(file)
-    config = base_options(arguments)
-    if (
-        family := base_source(config).family
-    ) and base_config is None:  # a published architecture needs no configuration
-        return match_layers(file, load_architecture(family.architecture))
-    return match_layers(file, empty_models(config, COMPONENTS))
+    return match_layers(file, named_models(base_options(arguments)))
+
+
+def named_models(config: BaseModelOptions) -> dict[str, nn.Module]:
+    """Return the components of a base model that files have names for, without weights.
+
+    Raises UserError if it is not a base model.
+    """
+    if (family := base_source(config).family) and config.base_config is None:
+        return load_architecture(family.architecture)  # a published architecture needs no configuration
+    return empty_models(config, COMPONENTS)
 
 
 def base_options(arguments: argparse.Namespace) -> BaseModelOptions:

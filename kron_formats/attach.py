@@ -61,13 +61,14 @@ def attach_lora(models: Models, layers: Mapping[Layer, Change], adapter_name: st
     parts = components(models)
     check_not_fused(parts.values())
     here = {layer: layer for layer in find_layers(parts)}  # equal to those that were matched, but of these models
-    low_rank = {here[layer]: _low_rank(entry) for layer, entry in layers.items()}
-    for component in dict.fromkeys(layer.component for layer in low_rank):
-        part = {layer: entry for layer, entry in low_rank.items() if layer.component == component}
+    loras = {here[layer]: low_rank(entry) for layer, entry in layers.items()}
+    for component in dict.fromkeys(layer.component for layer in loras):
+        part = {layer: entry for layer, entry in loras.items() if layer.component == component}
         _inject_lora(parts[component], part, adapter_name)
 
 
-def _low_rank(entry: Change) -> LowRank:
+def low_rank(entry: Change) -> LowRank:
+    """Return what a LoRA's file holds for a layer as up · down: Kronecker factors as the LoRA that is equal to them."""
     if isinstance(entry, Factors):
         return kronecker_to_lora(entry)[0]
     assert isinstance(entry, LowRank), "a LoRA's file holds nothing else"

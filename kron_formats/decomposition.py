@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kron_formats.changes import as_matrix
@@ -83,6 +84,18 @@ def kept_decomposition(weight: Tensor, key: str) -> Decomposition:
     except OSError as error:
         _warn(str(error))
     return parts
+
+
+def kept_sigma(key: str) -> Tensor | None:
+    """Return the singular values of a weight by the beginning of its digest; None if they are not kept."""
+    folder = cache_folder()
+    for path in sorted(folder.glob(f"{key}*.safetensors")) if folder else ():
+        try:
+            with safe_open(path, "pt") as file:  # and not its vectors, which are far larger
+                return file.get_tensor("sigma")
+        except (OSError, SafetensorError):
+            continue
+    return None
 
 
 def cache_folder() -> Path | None:

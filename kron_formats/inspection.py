@@ -28,7 +28,7 @@ def inspect(file: AdapterFile) -> str:
         *(_changes_of_weights(file) if file.needs_weights else _adapters(file) if file.layers else []),
         *(_word(word) for word in file.words),
         *(f"metadata: {excerpt(key)} = {excerpt(value)}" for key, value in sorted(file.metadata.items())),
-        *(f"loads in: {line}" for line in _clients(file)),
+        *(f"loads in: {line}" for line in clients(file)),
     ]
     return "\n".join(lines)
 
@@ -109,7 +109,7 @@ def _lora_norm(lora: LowRank) -> float:
     return ((lora.up.t() @ lora.up) * (lora.down @ lora.down.t())).sum().clamp(min=0).sqrt().item()
 
 
-def _clients(file: AdapterFile) -> list[str]:
+def clients(file: AdapterFile) -> list[str]:
     """Return which tools load the file as it is, and what to do for the others."""
     factors = {name: entry for name, entry in file.layers.items() if isinstance(entry, StoredFactors)}
     if file.needs_weights or file.words:

@@ -1,4 +1,4 @@
-"""The templates of a report with their content: Markdown, and HTML that holds its pictures."""
+"""The templates of pages with their content: Markdown, and HTML that holds its pictures, in the style of style.css."""
 
 import base64
 import io
@@ -13,13 +13,14 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth.markdown import code
 from studies.exports import command
 
+HERE = Path(__file__).parent
 NAME_KEY = "plot"  # in a plot's file
 
 
-def render(template: str, content: Mapping[str, Any]) -> str:
-    """Return a template of this folder with its content. HTML is escaped; Markdown has filters of its own."""
+def render(template: str, content: Mapping[str, Any], folder: Path = HERE) -> str:
+    """Return a template of a folder with its content. HTML is escaped; Markdown has filters of its own."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([folder, HERE]),
         autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -42,6 +42,20 @@ class DenoisingScores:
         return self.whole if self.masked is None else self.masked
 
 
+@dataclass(frozen=True)
+class RowLosses:
+    """A model's losses on every row, on the CPU."""
+
+    timesteps: Tensor  # (rows,) int64
+    whole: Tensor  # (rows,) fp64, over whole pictures
+    masked: Tensor  # (rows,) fp64, inside the masks; NaN of pictures that have none, or an empty one
+
+    def scores(self) -> DenoisingScores:
+        """Return the means."""
+        inside = self.masked[~self.masked.isnan()]
+        return DenoisingScores(whole=self.whole.mean().item(), masked=inside.mean().item() if len(inside) else None)
+
+
 # ---- what is denoised ----
 
 
@@ -112,16 +126,23 @@ class Denoising:
         whole    over whole pictures
         masked   inside the masks, over the pictures that have one; None if there is none
         """
-        pictures, whole, masked = self.references, [], []
+        return self.losses(denoiser).scores()
+
+    @torch.no_grad()
+    def losses(self, denoiser: Denoiser) -> RowLosses:
+        """Return the same losses of every row."""
+        pictures, steps, whole, masked = self.references, [], [], []
         for rows, timesteps, target, prediction in self._rows(denoiser, pictures, SUBJECT):
-            whole.append(row_losses(prediction, target, timesteps, None, self.process, PLAIN))
+            steps.append(timesteps.cpu())
+            whole.append(row_losses(prediction, target, timesteps, None, self.process, PLAIN).double().cpu())
+            masked.append(torch.full_like(whole[-1], torch.nan))
             # A mask may be empty here, if the subject is at the photo's edge
             masks = {place: mask for place, row in enumerate(rows) if (mask := pictures.masks[row]) is not None}
             if shown := [place for place, mask in masks.items() if mask.any()]:
                 weights = torch.stack([masks[place] for place in shown]).to(self.device)
                 inside = (prediction[shown], target[shown], timesteps[shown], weights)
-                masked.append(row_losses(*inside, self.process, PLAIN))
-        return DenoisingScores(whole=_mean(whole), masked=_mean(masked) if masked else None)
+                masked[-1][shown] = row_losses(*inside, self.process, PLAIN).double().cpu()
+        return RowLosses(torch.cat(steps), torch.cat(whole), torch.cat(masked))
 
     @torch.no_grad()
     def class_predictions(self, denoiser: Denoiser) -> Tensor | None:
@@ -155,10 +176,6 @@ class Denoising:
 def drift(before: Tensor | None, after: Tensor | None) -> float | None:
     """Return the mean squared change of class predictions: what training has done to the class. None without any."""
     return None if before is None or after is None else (after - before).square().mean().item()
-
-
-def _mean(losses: Sequence[Tensor]) -> float:
-    return torch.cat([loss.double().cpu() for loss in losses]).mean().item()
 
 
 # ---- a pipeline's model ----

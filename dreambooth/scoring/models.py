@@ -67,9 +67,9 @@ def measure(
     config: EvaluationOptions,
 ) -> Measured:
     """Return what each model draws, which is saved too, and how it denoises. One pipeline is in memory at a time."""
-    pipeline = _ready(load_base_pipeline(config, DTYPES[config.dtype]), readers, device, config)
-    drawn = {BASE: _draw(_drawing_base(pipeline, device, config), prompts, BASE, config)}
-    denoising = _prepare_denoising(pipeline, photos, drawn[BASE], config)
+    pipeline = ready(load_base_pipeline(config, DTYPES[config.dtype]), readers, device, config)
+    drawn = {BASE: draw_model(drawing_base(pipeline, device, config), prompts, BASE, config)}
+    denoising = prepare_denoising(pipeline, photos, drawn[BASE], config)
     denoised = {BASE: _denoise(denoising, pipeline, prompts, BASE, config)} if denoising else {}
     if adapters:
         if change_weights(adapters):
@@ -77,13 +77,13 @@ def measure(
             pipeline = load_pipeline_with(adapters, config, readers)
         else:
             add_adapters(pipeline, adapters, readers)
-        pipeline = _ready(pipeline, readers, device, config)
-        drawn[ADAPTED] = _draw(_drawing(pipeline, config), prompts, ADAPTED, config)
+        pipeline = ready(pipeline, readers, device, config)
+        drawn[ADAPTED] = draw_model(drawing(pipeline, config), prompts, ADAPTED, config)
         denoised |= {ADAPTED: _denoise(denoising, pipeline, prompts, ADAPTED, config)} if denoising else {}
     return Measured(drawn, denoised)
 
 
-def _ready(pipeline: Any, readers: Sequence[Reader], device: torch.device, config: EvaluationOptions) -> Any:
+def ready(pipeline: Any, readers: Sequence[Reader], device: torch.device, config: EvaluationOptions) -> Any:
     """Return the pipeline on the device, ready to draw in silence and without a safety checker."""
     if "safety_checker" in pipeline.components:  # or black images would be scored
         pipeline.register_modules(safety_checker=None)
@@ -98,7 +98,7 @@ def _ready(pipeline: Any, readers: Sequence[Reader], device: torch.device, confi
 Draw = Callable[[str, Sequence[int]], list[Image.Image]]  # prompt, seeds -> an image for each seed
 
 
-def _drawing(pipeline: Any, config: EvaluationOptions) -> Draw:
+def drawing(pipeline: Any, config: EvaluationOptions) -> Draw:
     """Return what draws with the pipeline."""
 
     def draw(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
@@ -107,16 +107,16 @@ def _drawing(pipeline: Any, config: EvaluationOptions) -> Draw:
     return draw
 
 
-def _drawing_base(pipeline: Any, device: torch.device, config: EvaluationOptions) -> Draw:
+def drawing_base(pipeline: Any, device: torch.device, config: EvaluationOptions) -> Draw:
     """Return what draws with the base model, and takes images from --base_images_cache that were drawn before."""
-    draw = _drawing(pipeline, config)
+    draw = drawing(pipeline, config)
     if config.base_images_cache is None:
         return draw
     folder, identity = Path(config.base_images_cache), drawing_identity(config, device)
     return lambda prompt, seeds: load_or_draw(folder, identity, prompt, seeds, lambda: draw(prompt, seeds))
 
 
-def _draw(draw: Draw, prompts: Prompts, model: str, config: EvaluationOptions) -> Drawn:
+def draw_model(draw: Draw, prompts: Prompts, model: str, config: EvaluationOptions) -> Drawn:
     """Draw and save a model's images; without an adapter only those of the subject, since nothing else drifts."""
     folder = Path(config.output_dir) / "images" / model
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,10 +143,10 @@ def _draw(draw: Draw, prompts: Prompts, model: str, config: EvaluationOptions) -
 # ---- denoising ----
 
 
-def _prepare_denoising(pipeline: Any, photos: Photos, base: Drawn, config: EvaluationOptions) -> Denoising | None:
+def prepare_denoising(pipeline: Any, photos: Photos, base: Drawn, config: EvaluationOptions) -> Denoising | None:
     """Return what the models denoise, references and class images, in the size of what the base model has drawn.
 
-    None without references.
+    None without references. Class images are those that the user has, or those in `base`.
     """
     if not (photos.untrained and config.denoising_pairs):
         return None

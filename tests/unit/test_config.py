@@ -21,6 +21,7 @@ from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.training import TrainingConfig, config_class
 from dreambooth.options.yaml_file import save_config
+from interpretation.options import FileOptions, InterpretationOptions
 from kron_formats.errors import KroneckerError
 from methods.options import LoraOptions
 from scripts import evaluate, generate, merge
@@ -33,7 +34,7 @@ FIELDS = dataclasses.fields(Config)
 ANSWERS = answers_of(Config)
 LORA = config_class(LoraOptions, TrainingConfig)
 SCRIPTS = {"sd": Config, "sdxl": sdxl.Config, "generate": generate.Config, "evaluate": evaluate.Config}
-SCRIPTS["merge"] = merge.Config
+SCRIPTS |= {"merge": merge.Config, "interpret": InterpretationOptions, "interpret-files": FileOptions}
 
 
 def parse(*flags, required=REQUIRED):

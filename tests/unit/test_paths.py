@@ -16,12 +16,13 @@ from dreambooth.options.paths import check_folder
 from dreambooth.options.yaml_file import save_config, shared_yaml
 from dreambooth.output.result import result_metadata
 from dreambooth.scoring.subject import read_prompts
+from interpretation.options import FileOptions
 from kron_formats.files import read_text
 from kron_formats.paths import last_part, shared_metadata, shared_name
 from kron_formats.writing import file_metadata
 from scripts import convert, evaluate, generate, merge
 
-CONFIGS = [train_dreambooth_kronecker.Config, generate.Config, merge.Config, evaluate.Config]
+CONFIGS = [train_dreambooth_kronecker.Config, generate.Config, merge.Config, evaluate.Config, FileOptions]
 NOT_PATHS = {
     "tracker_project_name",
     "hub_model_id",

@@ -38,6 +38,7 @@ ROOMS = (
     "train_dreambooth_kronecker",
     "train_dreambooth_kronecker_sdxl",
     "studies",
+    "interpretation",
     "scripts",
     "toyworld",
     "benchmarks",
