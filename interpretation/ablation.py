@@ -57,11 +57,12 @@ class Ablation:
             f"{costs:.4f} instead of {whole['drift'] or 0:.4f}, with DINO {self.costliest.scores['dino']:.2f}.",
         ]
 
-    def sheet(self) -> Image.Image:
-        """Return what is drawn without each part: the same prompts and seeds in a column."""
+    def sheet(self, pruned: Trial | None) -> Image.Image:
+        """Return what is drawn without each part, and pruned if it was: the same prompts and seeds in a column."""
         shown = min(PICTURES, len(self.whole.drawn.rows))
         columns = [*(f"{number}" for number in range(1, shown + 1)), CLASS]
         rows = {BASE: self.base, "whole adapter": self.whole} | {f"without {x.name}": x for x in self.parts}
+        rows |= {"pruned": pruned} if pruned else {}
         images = {}
         for name, tried in rows.items():
             firsts = [*(row[0] for row in tried.drawn.rows[:shown]), tried.drawn.class_images[0]]

@@ -84,7 +84,8 @@ def plots_of(findings: Findings) -> dict[str, Plot]:
             plots.append(Plot(f"factors-{number}", f"factors of {portrait.label}", draw_factors(entries)))
     plots.append(Plot("shares", "share of ΔW that the nearest LoRA holds", draw_shares(findings.portraits)))
     for number, ablation in enumerate(findings.ablations, 1):
-        plots.append(Plot(f"without-{number}", f"what {ablation.label} draws without parts", ablation.sheet()))
+        pruned = findings.pruned.trial if findings.pruned and number == 1 else None
+        plots.append(Plot(f"without-{number}", f"what {ablation.label} draws without parts", ablation.sheet(pruned)))
     if findings.ablations:
         plots.append(Plot("when", "share of the loss explained, over timesteps", draw_when(when(findings.ablations))))
     return {plot.name: plot for plot in plots}
