@@ -18,8 +18,8 @@ class LoraOptions(TextEncoderOptions):
         "Alpha: the update is multiplied by alpha / rank, in training and in the file. Default: rank.", None, above=0
     )
     init_lora_weights: Literal["gaussian", "kaiming"] = option(
-        "Start of A. gaussian: N(0, 1/r²), as diffusers' scripts; kaiming: uniform within ±1/√d_in, PEFT's default, many "
-        "times smaller, which depends less on the seed and wants another learning rate.",
+        "Start of A. gaussian: N(0, 1/r²), as in diffusers' scripts; kaiming: uniform within ±1/√d_in, PEFT's default, "
+        "which is many times smaller, depends less on the seed and wants another learning rate.",
         "gaussian",
     )
 
@@ -158,7 +158,7 @@ class CustomDiffusionOptions(SeedOptions, OptimizerOptions):
         ),
         ("placeholder_token", "Custom Diffusion's word is --modifier_token"),
         ("num_vectors num_vectors_per_token", "--modifier_token has one vector in each text encoder"),
-        ("concepts_list", "one subject is trained at a time; its word is --modifier_token"),
+        ("concepts_list", "use --subjects with a YAML file; --modifier_token is a word for one subject alone"),
         ("hflip", "use --random_flip"),
         (
             "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha "

@@ -7,8 +7,8 @@ from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import option
-from dreambooth.options.prompts import ClassPromptOptions
 from dreambooth.options.steps import TextEncoderOptions
+from dreambooth.options.subjects import SubjectOptions
 from kron_formats.errors import KroneckerError
 from kron_formats.sizes import FactorSize, as_size, check_size
 
@@ -19,7 +19,7 @@ FORM = "write NAME=A1,A2, for example to_k=8,64 or attn2.to_k=1,d_in"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
+class KroneckerOptions(SubjectOptions, TextEncoderOptions):
     """Kronecker adapter, W + A ⊗ B."""
 
     kron_a1: FactorSize | None = option(

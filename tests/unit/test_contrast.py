@@ -37,7 +37,7 @@ def configure(**options) -> Config:
 
 
 def photo(prompt: str, class_prompt: str | None = CLASS) -> SimpleNamespace:
-    return SimpleNamespace(prompt=prompt, class_prompt=class_prompt)
+    return SimpleNamespace(prompt=prompt, class_prompt=class_prompt, folder="")
 
 
 # ---- the directions ----
@@ -172,7 +172,7 @@ def test_each_photo_s_prompt_counts_once():
     table = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     prompts, given = ["one", "two", "none"], ["two", "one", "two", "two"]
     states = PromptStates(
-        lambda rows: {"prompt_embeds": table[rows]}, prompts, given, ["none"], SD, torch.device("cpu")
+        lambda rows: {"prompt_embeds": table[rows]}, prompts, [given], [["none"]], SD, torch.device("cpu")
     )
     repeated = table[[prompts.index(prompt) for prompt in given]].flatten(0, 1)
     found = states.of_instance()
@@ -198,7 +198,7 @@ PRIOR = {"with_prior_preservation": True}
 def test_the_class_is_what_its_rows_are_trained_with(options, class_photos, expected):
     photos = [photo("sks on a beach", "an animal"), photo(SUBJECT)]
     config = configure(**options)
-    assert class_prompts_of(photos, class_photos, config) == expected
+    assert class_prompts_of(photos, class_photos, config) == [expected]
     encoded = prompts_of(photos, class_photos, config)
     assert encoded == list(dict.fromkeys(["sks on a beach", SUBJECT, *expected, ""]))
 
@@ -210,7 +210,7 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
         embeddings = family.encode_prompts(pipeline, [SUBJECT, CLASS])
     states = PromptStates(
         lambda rows: {name: tensor[rows] for name, tensor in embeddings.items()},
-        *([SUBJECT, CLASS], [SUBJECT], [CLASS], family, torch.device("cpu")),
+        *([SUBJECT, CLASS], [[SUBJECT]], [[CLASS]], family, torch.device("cpu")),
     )
     options = {
         "kron_targets": ["to_q", "to_k", "to_v", "attn2.to_k", "attn2.to_v"],
