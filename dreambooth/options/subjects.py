@@ -27,6 +27,22 @@ class Subject:
         """The folder of its class images, below class_data_dir: the same for subjects with the same class prompt."""
         return re.sub(r"\W+", "-", self.class_prompt or "").strip("-")[:LONGEST_FOLDER] if self.folder else ""
 
+    def token_and_noun(self) -> tuple[str, str]:
+        """Return what its instance prompt adds to its class prompt, and the words there that follow: ("sks", "dog").
+
+        Raises UserError if the instance prompt is not the class prompt with words before its last ones.
+        """
+        own, of_class = self.instance_prompt.split(), (self.class_prompt or "").split()
+        start = next((i for i, (a, b) in enumerate(zip(own, of_class)) if a != b), min(len(own), len(of_class)))
+        noun, added = of_class[start:], len(own) - len(of_class)
+        if added < 1 or not noun or own[start + added :] != noun:
+            raise UserError(
+                f"--subjects {printable(self.folder)}: what stands for {{}} in prompts cannot be told from its "
+                f"instance_prompt '{self.instance_prompt}' and its class_prompt '{self.class_prompt or ''}': the first "
+                "has to be the second with a rare word before the noun, as 'a photo of sks dog' for 'a photo of dog'"
+            )
+        return " ".join(own[start : start + added]), " ".join(noun)
+
     def source(self, name: str) -> str:
         """Return where one of its prompts is from, as messages say it."""
         return f"--subjects, {name} of {printable(self.folder)}" if self.folder else f"--{name}"
@@ -55,9 +71,7 @@ class SubjectOptions:
         """The subjects, in the order of their folders' names. Raises UserError if they are not described in full."""
         if self.subjects is None:
             return (Subject("", self.instance_prompt or "", self.class_prompt),)
-        return tuple(
-            sorted((_described(*entry) for entry in self.subjects.items()), key=lambda subject: subject.folder)
-        )
+        return subjects_in(self.subjects)
 
     @property
     def one_of_each_class(self) -> tuple[Subject, ...]:
@@ -99,18 +113,26 @@ class SubjectOptions:
         for name in ("instance_prompt", "class_prompt"):
             if getattr(self, name) is not None:
                 raise UserError(f"--{name} does not work with --subjects, which has the {name} of each; leave it out")
-        if not described:
-            raise UserError(f"--subjects names no subject; write a line for each, for example {EXAMPLE}")
-        subjects = self.all_subjects
-        _refuse_equal(subjects, [subject.folder for subject in subjects], "are the same folder")
-        plain = [" ".join(subject.instance_prompt.casefold().split()) for subject in subjects]
-        _refuse_equal(subjects, plain, "have the same instance_prompt; give each a rare word of its own")
-        for subject in subjects:
+        for subject in subjects_in(described):
             if self.needs_class_prompt and not subject.class_prompt:
                 raise UserError(
                     f"--subjects {printable(subject.folder)} has no class_prompt, which {self.needs_class_prompt} "
                     "needs, for example 'a photo of dog'"
                 )
+
+
+def subjects_in(described: dict[str, Any]) -> tuple[Subject, ...]:
+    """Return the subjects of --subjects, in the order of their folders' names.
+
+    Raises UserError if there are none, if one is not described in full, or if two are not told apart.
+    """
+    if not described:
+        raise UserError(f"--subjects names no subject; write a line for each, for example {EXAMPLE}")
+    subjects = sorted((_described(*entry) for entry in described.items()), key=lambda subject: subject.folder)
+    _refuse_equal(subjects, [subject.folder for subject in subjects], "are the same folder")
+    plain = [" ".join(subject.instance_prompt.casefold().split()) for subject in subjects]
+    _refuse_equal(subjects, plain, "have the same instance_prompt; give each a rare word of its own")
+    return tuple(subjects)
 
 
 def _refuse_equal(subjects: Sequence[Subject], marks: Sequence[str], what: str) -> None:
