@@ -120,7 +120,7 @@ def test_the_evaluation_says_what_it_does_not_use(fill, caplog):
         (["10_sks dog/a.jpg"], "--repeats 10 --instance_prompt 'sks dog'"),
         (["img/10_sks dog/a.jpg", "img/10_sks dog/b.jpg"], r"img/10_sks dog/ \(2 images\).*--repeats 10"),
         (["10_sks dog/a.jpg", "3_ohwx/a.jpg"], "--repeats 10 .*--repeats 3"),
-        (["dog/a.jpg", "cat/b.jpg"], r"cat/ \(1 image\), dog/ \(1 image\).*--instance_data_dir .*/dog$"),
+        (["dog/a.jpg", "cat/b.jpg"], r"cat/ \(1 image\), dog/ \(1 image\).*--instance_data_dir .*/dog; .*--subjects$"),
     ],
 )
 def test_photos_in_subfolders_alone_are_refused_with_the_folder_to_give(fill, names, words):

@@ -297,7 +297,7 @@ def test_resumed_and_shared_out_samples_are_the_same():
 
 
 def test_with_buckets_a_batch_has_one_shape_and_one_subject_and_all_have_equally_many():
-    options = {"aspect_ratio_buckets": True, "resolution": 128, "train_batch_size": 4}
+    options = {"aspect_ratio_buckets": True, "resolution": 192, "train_batch_size": 4}
     dataset, config = dataset_of(widths=(16, 64), **options)
     assert len({*dataset.crops.shapes}) == 2
     unit, length = 4, samples_per_pass(dataset.photos, config)
