@@ -51,7 +51,7 @@ class EvaluationOptions(AdaptedModelOptions, DrawingOptions):
         nested=True,
     )
     together: list[str] = option(
-        'Prompts with several of the subjects, by their folders: "a photo of {dog} and {robot}". Default: none.',
+        'Prompts with several of the subjects at once: "a photo of {dog} and {robot}". Default: none.',
         [],
         needs={"subjects": GIVEN},
     )

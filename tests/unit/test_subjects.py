@@ -25,6 +25,7 @@ from dreambooth.drawing import class_images
 from dreambooth.drawing.class_images import ensure_class_images
 from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
+from dreambooth.kronecker import KRONECKER
 from dreambooth.options.checking import check_options
 from dreambooth.options.evaluation import EvaluationOptions
 from dreambooth.options.kronecker import KroneckerOptions
@@ -35,7 +36,8 @@ from dreambooth.options.yaml_file import save_config, shared_yaml
 from dreambooth.scoring.measures import score_mixing
 from dreambooth.scoring.prompts import ADAPTED, name_together
 from dreambooth.tokens import words_of_subjects
-from methods.refusals import refuse_several
+from methods.custom_diffusion import CUSTOM_DIFFUSION
+from methods.textual_inversion import TEXTUAL_INVERSION
 from toyworld.tiny_pipeline import build_pipeline, build_tokenizer
 
 Config = config_class(KroneckerOptions, TrainingConfig)
@@ -125,10 +127,24 @@ def test_the_rest_is_fine(options):
     check_options(make_config({"dog": DOG}, **options))
 
 
-def test_a_word_is_for_one_subject():
-    refuse_several("placeholder_token", make_config({"dog": DOG}))
-    with pytest.raises(UserError, match="--subjects names 2 .*--placeholder_token"):
-        refuse_several("placeholder_token", make_config(TWO))
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        (TEXTUAL_INVERSION, {"placeholder_token": "<pet>", "initializer_token": "dog"}),
+        (CUSTOM_DIFFUSION, {"modifier_token": "<pet>"}),
+    ],
+    ids=["textual inversion", "custom diffusion"],
+)
+def test_a_new_word_is_for_one_subject(method, words):
+    host = SimpleNamespace(tokenizers={}, denoiser=build_pipeline("sd").unet)
+    config = config_class(method.options, TrainingConfig)(**{**REQUIRED, "subjects": TWO, **words})
+    with pytest.raises(UserError, match=f"--subjects names 2 .*--{next(iter(words))}"):
+        method.check(host, [], config)
+
+
+def test_custom_diffusion_without_a_word_takes_several():
+    host = SimpleNamespace(tokenizers={}, denoiser=build_pipeline("sd").unet)
+    CUSTOM_DIFFUSION.check(host, [], config_class(CUSTOM_DIFFUSION.options, TrainingConfig)(**REQUIRED, subjects=TWO))
 
 
 # ---- how they are read ----
@@ -382,8 +398,6 @@ def test_a_subject_without_a_contrast_is_named():
     config = make_config(plain, kron_init="contrast", kron_targets=["attn2.to_k"])
     pipeline = build_pipeline("sd")
     attached = SimpleNamespace(family=SD, models={"unet": pipeline.unet}, denoiser=pipeline.unet, tokenizers={})
-    from dreambooth.kronecker import KRONECKER
-
     KRONECKER._inject_all(attached, config)
     photos = [photo_of("dog", 0), photo_of("robot", 1, prompt="A photo of ROBOT")]
     with pytest.raises(UserError, match="class_prompt of robot"):
