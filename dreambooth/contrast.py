@@ -24,12 +24,12 @@ def text_projections(denoiser: nn.Module) -> list[KroneckerLinear]:
     return [layer for layer in projections if isinstance(layer, KroneckerLinear) and layer.B.shape[1] == 1]
 
 
-def set_contrast(layers: Sequence[KroneckerLinear], instance: Tensor, of_class: Tensor) -> None:
-    """Set A by the states of prompts, and say how clearly the subject stands out in them."""
+def set_contrast(layers: Sequence[KroneckerLinear], instances: Sequence[Tensor], of_class: Tensor) -> None:
+    """Set A by the states of prompts, and say how clearly the (first) subject stands out in them."""
     with naming("--kron_init contrast, of the photos' prompts with the class's"):
-        start_from_contrast(layers, instance, of_class)
+        start_from_contrast(layers, instances, of_class)
     first = layers[0].A.detach()[0].cpu()
-    of_subject, of_others = ((states @ first).square().mean().sqrt() for states in (instance, of_class))
+    of_subject, of_others = ((states @ first).square().mean().sqrt() for states in (instances[0], of_class))
     logger.info(
         "%d layers start with an A that answers %.1f times as strongly to the photos' prompts as to the class's",
         *(len(layers), of_subject / of_others),

@@ -77,8 +77,9 @@ class PromptStates:
     family: Family
     device: torch.device
 
-    def of_instance(self) -> Tensor:
-        return self._states(self.instance_prompts)
+    def of_instances(self) -> list[Tensor]:
+        """Those of each subject."""
+        return [self._states([own]) for own in self.instance_prompts]
 
     def of_class(self) -> Tensor:
         return self._states(self.class_prompts)

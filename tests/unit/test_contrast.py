@@ -175,7 +175,7 @@ def test_each_photo_s_prompt_counts_once():
         lambda rows: {"prompt_embeds": table[rows]}, prompts, [given], [["none"]], SD, torch.device("cpu")
     )
     repeated = table[[prompts.index(prompt) for prompt in given]].flatten(0, 1)
-    found = states.of_instance()
+    (found,) = states.of_instances()
     torch.testing.assert_close(found.T @ found / len(found), repeated.T @ repeated / len(repeated))
     assert torch.equal(states.of_class(), table[2])
     torch.testing.assert_close(
@@ -231,9 +231,9 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
             for part, layers in attached.layers.items()
             for path, layer in layers.items()
         }
-    rows = contrast_rows(states.of_instance(), states.of_class(), 2).float()
+    rows = contrast_rows(states.of_instances()[0], states.of_class(), 2).float()
     assert rows.shape == (2, width)
-    ratio = (states.of_instance() @ rows[0]).norm() / (states.of_class() @ rows[0]).norm()
+    ratio = (states.of_instances()[0] @ rows[0]).norm() / (states.of_class() @ rows[0]).norm()
     layers = sum(path.endswith(("attn2.to_k", "attn2.to_v")) for _, path in starts["contrast"])
     assert f"{layers} layers start with an A that answers {ratio:.1f} times" in caplog.text
     for (part, path), A in starts["contrast"].items():

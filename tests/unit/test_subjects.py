@@ -36,6 +36,7 @@ from dreambooth.options.yaml_file import save_config, shared_yaml
 from dreambooth.scoring.measures import score_mixing
 from dreambooth.scoring.prompts import ADAPTED, name_together
 from dreambooth.tokens import words_of_subjects
+from kron_adapter import KroneckerLinear, start_from_contrast
 from methods.custom_diffusion import CUSTOM_DIFFUSION
 from methods.textual_inversion import TEXTUAL_INVERSION
 from toyworld.tiny_pipeline import build_pipeline, build_tokenizer
@@ -377,12 +378,23 @@ def test_every_subject_s_prompts_weigh_the_same():
     prompts = ["one", "two", "three", "none"]
     states = PromptStates(
         lambda rows: {"prompt_embeds": table[rows]},
-        *(prompts, [["one"], ["two", "two", "three"]], [["none"], ["none"]], SD, torch.device("cpu")),
+        *(prompts, [["none"], ["three"]], [["one"], ["two", "two", "three"]], SD, torch.device("cpu")),
     )
     repeated = table[[0, 0, 0, 1, 1, 2]].flatten(0, 1)
-    found = states.of_instance()
+    found = states.of_class()
     torch.testing.assert_close(found.T @ found / len(found), repeated.T @ repeated / len(repeated))
-    assert torch.equal(states.of_class(), table[3])
+    assert all(map(torch.equal, states.of_instances(), table[[3, 2]]))
+
+
+def test_the_rows_of_subjects_take_turns_and_each_tells_its_own_from_the_others():
+    """Both subjects share what is rare, the strongest contrast with the class, and have directions of their own."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([[6.0, 3, 0, 1, 0, 0, 0, 0], [6.0, 0, 3, 1, 0, 0, 0, 0], [0.0, 0, 0, 1, 1, 0, 0, 0]])
+    first, second, of_class = (torch.randn(60, 8, generator=generator) * scale for scale in scales)
+    layer = KroneckerLinear(torch.nn.Linear(8, 8), 2, 8, name="attn2.to_k")
+    start_from_contrast([layer], [first, second], of_class)
+    answers = torch.stack([(states @ layer.A.detach().T).square().mean(0) for states in (first, second, of_class)])
+    assert (answers[0, 0] > 4 * answers[1:, 0]).all() and (answers[1, 1] > 4 * answers[[0, 2], 1]).all()
 
 
 def test_prompts_are_those_of_each_subject():
