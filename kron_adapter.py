@@ -493,19 +493,22 @@ def inject_kronecker(
 
 
 @torch.no_grad()
-def start_from_contrast(layers: Iterable[KroneckerLinear], instance: Tensor, class_: Tensor) -> None:
+def start_from_contrast(layers: Iterable[KroneckerLinear], instance: Tensor | Sequence[Tensor], class_: Tensor) -> None:
     """Set A of untrained layers to what tells the instance's inputs (n, d_in) from the class's (m, d_in).
 
     The layers are those that read these inputs and whose A sees them whole, a2 = d_in: for token states of prompts,
     keys and values of cross-attention, injected with init "invariant". Then gain · A = √a1 · `contrast_rows`, which
     answers to the instance as strongly as the random A does. Rows of A beyond the rank of the inputs stay random.
 
+    Of several subjects, `instance` has the inputs of each. Their rows take turns, and each tells its subject from the
+    class and from the other subjects.
+
     Raises KroneckerError, with no layer changed, if a layer is trained or does not see such inputs whole, and where
     `contrast_rows` does.
     """
-    layers = list(layers)
+    layers, subjects = list(layers), [instance] if isinstance(instance, Tensor) else list(instance)
     for layer in layers:
-        a2, d_in, width = layer.A.shape[1], layer.in_features, instance.shape[1]
+        a2, d_in, width = layer.A.shape[1], layer.in_features, subjects[0].shape[1]
         if not a2 == d_in == width:
             raise KroneckerError(
                 f"layer {layer.target} has a2 = {a2} and {d_in} input features; a start from contrast needs both to be "
@@ -513,7 +516,12 @@ def start_from_contrast(layers: Iterable[KroneckerLinear], instance: Tensor, cla
             )
         if layer.B.any():
             raise KroneckerError(f"layer {layer.target} is trained already: its B is not 0")
-    rows = contrast_rows(instance, class_, max((len(layer.A) for layer in layers), default=1))
+    count = -(-max((len(layer.A) for layer in layers), default=1) // len(subjects))  # rows of each, rounded up
+    of_each = [
+        contrast_rows(own, torch.cat([class_, *subjects[:number], *subjects[number + 1 :]]), count)
+        for number, own in enumerate(subjects)
+    ]
+    rows = torch.stack([own[turn] for turn in range(count) for own in of_each if turn < len(own)])
     for layer in layers:
         a1 = len(layer.A)
         layer.A[: len(rows)] = rows[:a1] * (a1**0.5 / layer.gain)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dreambooth.data.dataset import class_prompts_of
+from dreambooth.data.dataset import class_prompts_of, instance_prompts_of
 from dreambooth.data.photos import Photo
 from dreambooth.errors import UserError
 from dreambooth.tokens import tokens_read
@@ -24,12 +24,12 @@ def text_projections(denoiser: nn.Module) -> list[KroneckerLinear]:
     return [layer for layer in projections if isinstance(layer, KroneckerLinear) and layer.B.shape[1] == 1]
 
 
-def set_contrast(layers: Sequence[KroneckerLinear], instance: Tensor, of_class: Tensor) -> None:
-    """Set A by the states of prompts, and say how clearly the subject stands out in them."""
+def set_contrast(layers: Sequence[KroneckerLinear], instances: Sequence[Tensor], of_class: Tensor) -> None:
+    """Set A by the states of prompts, and say how clearly the (first) subject stands out in them."""
     with naming("--kron_init contrast, of the photos' prompts with the class's"):
-        start_from_contrast(layers, instance, of_class)
+        start_from_contrast(layers, instances, of_class)
     first = layers[0].A.detach()[0].cpu()
-    of_subject, of_others = ((states @ first).square().mean().sqrt() for states in (instance, of_class))
+    of_subject, of_others = ((states @ first).square().mean().sqrt() for states in (instances[0], of_class))
     logger.info(
         "%d layers start with an A that answers %.1f times as strongly to the photos' prompts as to the class's",
         *(len(layers), of_subject / of_others),
@@ -48,9 +48,11 @@ def check_contrast(denoiser: Any, tokenizers: Collection[Any], photos: Sequence[
     def read(prompts: Iterable[str]) -> set[tuple]:
         return {tokens_read(prompt, tokenizers, config.max_token_length) for prompt in set(prompts)}
 
-    if photos and read(photo.prompt for photo in photos) <= read(class_prompts_of(photos, [], config)):
-        raise UserError(
-            f"--kron_init contrast: every photo's prompt, for example '{printable(photos[0].prompt)}', reads like one "
-            f"of the class's (--class_prompt {printable(config.class_prompt)}); give the subject a rare word that the "
-            "class lacks"
-        )
+    of_photos = zip(instance_prompts_of(photos), class_prompts_of(photos, [], config), config.all_subjects)
+    for own, of_class, subject in of_photos:
+        if read(own) <= read(of_class):
+            raise UserError(
+                f"--kron_init contrast: every photo's prompt, for example '{printable(own[0])}', reads like one of the "
+                f"class's ({subject.source('class_prompt')} {printable(subject.class_prompt or '')}); give the subject "
+                "a rare word that the class lacks"
+            )

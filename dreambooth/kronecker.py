@@ -122,7 +122,7 @@ class Kronecker:
     def attach(self, host: Host, config: KroneckerOptions, states: PromptStates | None = None) -> AttachedKronecker:
         layers = self._inject_all(host, config)
         if config.kron_init == "contrast" and states is not None:
-            set_contrast(text_projections(host.denoiser), states.of_instance(), states.of_class())
+            set_contrast(text_projections(host.denoiser), states.of_instances(), states.of_class())
         parameters = {name: kronecker_parameters(model) for name, model in host.models.items()}
         return AttachedKronecker(host, layers, adapter_groups(host.family, parameters, config))
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import BatchEncoding
 
 from dreambooth.options.prompts import CHUNK_LENGTH
+from dreambooth.options.subjects import Subject
 from kron_formats.files import printable
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,11 @@ def subject_words(instance_prompt: str, class_prompt: str | None) -> str:
     """Return the words that only the subject has: those of the instance prompt that the class prompt lacks."""
     others = words_in(class_prompt or "")
     return " ".join(word for word in words_in(instance_prompt) if word not in others)
+
+
+def words_of_subjects(subjects: Iterable[Subject]) -> str:
+    """Return the words that only the subjects have, those of one after the other."""
+    return " ".join(subject_words(subject.instance_prompt, subject.class_prompt) for subject in subjects)
 
 
 def cut_prompt(text: str, tokenizers: Collection[Any], max_token_length: int) -> SplitPrompt | None:

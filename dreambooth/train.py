@@ -10,7 +10,7 @@ from dreambooth.base_model.process import build_sampler, noise_metadata, noise_p
 from dreambooth.base_model.prompts import PromptStates, prompt_encoder
 from dreambooth.base_model.source import load_scheduler, load_tokenizers
 from dreambooth.data.crops import Crops
-from dreambooth.data.dataset import DreamBoothDataset, build_loader, class_prompts_of, prompts_of
+from dreambooth.data.dataset import DreamBoothDataset, build_loader, class_prompts_of, instance_prompts_of, prompts_of
 from dreambooth.data.noise import noise_drawer
 from dreambooth.data.order import samples_per_pass
 from dreambooth.data.photos import read_instance_photos
@@ -36,7 +36,7 @@ from dreambooth.runtime.accelerator import start_accelerator
 from dreambooth.runtime.memory import explain_out_of_memory
 from dreambooth.runtime.ranks import begin_alike, explain_lost_process
 from dreambooth.runtime.stopping import Stop, ignore_signals
-from dreambooth.tokens import subject_words, warn_of_cut_prompts
+from dreambooth.tokens import warn_of_cut_prompts, words_of_subjects
 
 
 @explain_lost_process()
@@ -66,7 +66,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         process = noise_process(load_scheduler(config), config)
         text_trains = method.trains_text(config)
         empty = empty_models(config, (family.denoiser, *family.text_encoders))
-        tokenizers, subject = load_tokenizers(config), subject_words(config.instance_prompt, config.class_prompt)
+        tokenizers, subject = load_tokenizers(config), words_of_subjects(config.all_subjects)
         method.check(Host(family, family.trained_models(empty, text_trains), tokenizers), photos, config)
         warn_of_cut_prompts(prompt_sources(photos, config), tokenizers.values(), config.max_token_length, subject)
 
@@ -76,7 +76,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         pipeline.scheduler = build_sampler(pipeline.scheduler)
         class_photos = ensure_class_images(base, config) if config.uses_class_images else []
         warn_of_cut_prompts(
-            own_captions(class_photos, config.class_prompt), tokenizers.values(), config.max_token_length
+            own_captions(class_photos, config.class_prompts), tokenizers.values(), config.max_token_length
         )
         run = identify_run(method, start, photos, class_photos, config, accelerator)
         prompts = prompts_of(photos, class_photos, config)
@@ -85,7 +85,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         moments = cache_moments(crops, base.load_vae, config, accelerator)
         latents_of = latent_source(base, moments is not None, keep_vae=bool(config.validation_prompt))
         encode = prompt_encoder(base, prompts, text_trains, config)
-        own, of_class = [photo.prompt for photo in photos], class_prompts_of(photos, class_photos, config)
+        own, of_class = instance_prompts_of(photos), class_prompts_of(photos, class_photos, config)
         states = PromptStates(encode, prompts, own, of_class, family, base.device)
 
         # What trains

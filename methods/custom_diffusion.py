@@ -23,7 +23,7 @@ from kron_formats.names import family as family_of
 from kron_formats.words import word_metadata, word_tensors
 from kron_formats.writing import file_metadata, is_bare, write_tensors
 from methods.options import CustomDiffusionOptions
-from methods.refusals import refuse_base_precision, refuse_compile, refuse_fsdp
+from methods.refusals import refuse_base_precision, refuse_compile, refuse_fsdp, refuse_several
 from methods.words import AttachedWord, attach_word, check_word, loading_word
 
 TRAINED = {  # --freeze_model -> what the paths of the weights that train contain
@@ -158,6 +158,7 @@ class CustomDiffusion:
             )
         if not config.modifier_token:
             return
+        refuse_several("modifier_token", config)
         check_word(
             "modifier_token", config.modifier_token, 1, config.initializer_token, host.tokenizers, photos, config
         )

@@ -158,7 +158,7 @@ class CustomDiffusionOptions(SeedOptions, OptimizerOptions):
         ),
         ("placeholder_token", "Custom Diffusion's word is --modifier_token"),
         ("num_vectors num_vectors_per_token", "--modifier_token has one vector in each text encoder"),
-        ("concepts_list", "one subject is trained at a time; its word is --modifier_token"),
+        ("concepts_list", "use --subjects with a YAML file; --modifier_token is a word for one subject alone"),
         ("hflip", "use --random_flip"),
         (
             "rank network_dim lora_rank lora_r r lora_alpha network_alpha alpha "

@@ -2,6 +2,7 @@
 
 from dreambooth.errors import UserError
 from dreambooth.options.base_model import FrozenModelOptions
+from dreambooth.options.subjects import SubjectOptions
 from dreambooth.runtime.ranks import splits_models
 
 
@@ -20,6 +21,15 @@ def refuse_fsdp(method: str, why: str) -> None:
         raise UserError(
             f"{method} does not work with FSDP, which accelerate launch was told to use: {why}. Use --multi_gpu "
             "(configs/accelerate/multi_gpu.yaml)"
+        )
+
+
+def refuse_several(flag: str, config: SubjectOptions) -> None:
+    """Raise UserError if there are several subjects for one word, that of `flag`."""
+    if (count := len(config.all_subjects)) > 1:
+        raise UserError(
+            f"--subjects names {count} subjects, but --{flag} is one word: train a file for each subject; "
+            "scripts/generate.py --adapter takes several files"
         )
 
 

@@ -22,7 +22,7 @@ from kron_formats.names import family as family_of
 from kron_formats.words import word_metadata, word_tensors
 from kron_formats.writing import file_metadata, is_bare, write_tensors
 from methods.options import TextualInversionOptions
-from methods.refusals import refuse_compile, refuse_fsdp
+from methods.refusals import refuse_compile, refuse_fsdp, refuse_several
 from methods.words import AttachedWord, attach_word, check_word, loading_word
 
 
@@ -107,11 +107,12 @@ class TextualInversion:
         """Raise UserError if the word cannot be learned from these prompts, or if there is a prior."""
         refuse_fsdp("Textual Inversion", "a few thousand numbers train, beside models that are whole")
         refuse_compile("Textual Inversion", "it is not tested", config)
+        refuse_several("placeholder_token", config)
         if config.with_prior_preservation:
             raise UserError(
                 "--with_prior_preservation has no effect on Textual Inversion: no weight of the base model changes, so "
-                f"what it predicts for --class_prompt {config.class_prompt} is the base model's at every step, and the "
-                "prior's gradient is zero"
+                f"what it predicts for --class_prompt {config.class_prompts[0]} is the base model's at every step, and "
+                "the prior's gradient is zero"
             )
         check_word(
             "placeholder_token",

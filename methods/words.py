@@ -182,8 +182,10 @@ def check_word(
             raise UserError(
                 f"--{flag} {text}: the tokenizer reads it as {printable(' '.join(read))}; use small letters"
             )
-    if not has_word(config.instance_prompt, text, tokenizers):
-        raise UserError(f"--instance_prompt {config.instance_prompt} has no {text}, the word of --{flag}")
+    (subject,) = config.all_subjects
+    if not has_word(subject.instance_prompt, text, tokenizers):
+        source = subject.source("instance_prompt")
+        raise UserError(f"{source} {subject.instance_prompt} has no {text}, the word of --{flag}")
     for photo in photos:
         if not has_word(photo.prompt, text, tokenizers):
             raise UserError(f"the caption of {printable(photo.path.name)} has no {text}, the word of --{flag}")
@@ -209,11 +211,12 @@ def _class_prompts(photos: Sequence[Photo], config: Any) -> Iterator[tuple[str, 
     """Yield (what messages call it, prompt) for the prompts of the class."""
     if not config.with_prior_preservation:
         return
-    yield f"--class_prompt {config.class_prompt}", config.class_prompt
+    (subject,) = config.all_subjects
+    yield f"{subject.source('class_prompt')} {subject.class_prompt}", subject.class_prompt
     if config.uses_base_model_prior:
         for photo in photos:
-            yield f"the class prompt of {printable(photo.path.name)}", photo.class_prompt or config.class_prompt
-    elif Path(config.class_data_dir).is_dir():
-        folder = list_folder(Path(config.class_data_dir), f"--class_data_dir {config.class_data_dir}")
+            yield f"the class prompt of {printable(photo.path.name)}", photo.class_prompt or subject.class_prompt
+    elif (path := Path(config.class_data_dir) / subject.class_folder).is_dir():
+        folder = list_folder(path, f"--class_data_dir {path}")
         for path, caption in read_captions(folder, config).items():
-            yield f"the caption of {printable(path.name)} in {folder.source}", caption.text or config.class_prompt
+            yield f"the caption of {printable(path.name)} in {folder.source}", caption.text or subject.class_prompt

@@ -35,6 +35,10 @@ By default DINO is the paper's ViT-S/16, and CLIP is ViT-B/32. The row "photos" 
 what a perfect adapter would score. --adapter takes files of every method, which add up as in scripts/generate.py;
 without any, the base model alone is scored.
 
+An adapter of several subjects is scored on each, in OUTPUT_DIR/FOLDER, by --subjects FILE instead of --instance_token
+and --class_noun. OUTPUT_DIR/scores.json then tells how like the images of each are to the photos of every subject.
+--together "a photo of {dog} and {robot}" draws several in one image, in OUTPUT_DIR/together.
+
 The base model's images are the same for every adapter that is scored on the same prompts. --base_images_cache DIR keeps
 them, and takes from DIR what an earlier evaluation drew in exactly the same way.
 
@@ -49,11 +53,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dreambooth.errors import readable_errors
-from dreambooth.options.evaluation import EvaluationOptions
+from dreambooth.options.evaluation import TOGETHER, EvaluationOptions
 from dreambooth.options.parsing import parse_options
 from dreambooth.options.paths import check_folder
 from dreambooth.runtime.library_warnings import show_library_warnings
-from dreambooth.scoring.inputs import read_asked, read_others, read_photos
+from dreambooth.scoring.inputs import all_photos, read_asked, read_others, read_photos
 from dreambooth.scoring.subject import warn_of_trained_photos
 from dreambooth.wording import counted
 
@@ -68,8 +72,10 @@ def main() -> None:
     check_folder(config.output_dir, "--output_dir")
     if config.base_images_cache is not None:
         check_folder(config.base_images_cache, "--base_images_cache")
-    asked, others, photos = read_asked(config), read_others(config), read_photos(config)
-    print(f"Comparing with {counted(len(photos.subject), 'photo')} {config.compared_with}", flush=True)
+    asked, others, subjects = read_asked(config), read_others(config), config.of_each_subject()
+    photos = {folder: read_photos(own) for folder, own in subjects.items()}
+    for folder, own in subjects.items():
+        print(f"Comparing with {counted(len(photos[folder].subject), 'photo')} {own.compared_with}", flush=True)
 
     show_library_warnings()
 
@@ -80,30 +86,43 @@ def main() -> None:
     from dreambooth.scoring.embeddings import load_evaluators
     from dreambooth.scoring.lpips import load_lpips
     from dreambooth.scoring.models import measure
-    from dreambooth.scoring.prompts import name_prompts, warn_of_cut_drawings, warn_of_cut_texts
+    from dreambooth.scoring.prompts import name_prompts, name_together, warn_of_cut_drawings, warn_of_cut_texts
     from dreambooth.scoring.report import table, write_csv, write_json
     from dreambooth.scoring.results import score
+    from dreambooth.scoring.several import mixing_of, mixing_table, write_mixing
     from methods.readers import READERS
 
     adapters = read_adapters(config, READERS)
     files = [adapter.matched.file for adapter in adapters]
     warn_of_trained_photos({file.path.name: file.own_metadata for file in files}, config.holdout)
-    prompts = name_prompts(asked, others, files, config)
-    warn_of_cut_drawings(prompts, adapted_tokenizers(config, adapters).values(), config)
+    prompts = {folder: name_prompts(asked, others, files, own) for folder, own in subjects.items()}
+    own_photos = {folder: found.subject for folder, found in photos.items()}
+    if config.together:
+        subjects[TOGETHER], prompts[TOGETHER] = config.of_together(), name_together(config)
+        photos[TOGETHER] = all_photos(photos.values())
+    tokenizers = adapted_tokenizers(config, adapters)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     evaluators = load_evaluators(config.clip_model, config.dino_model, device)
-    warn_of_cut_texts(prompts, evaluators)
+    for named in prompts.values():
+        warn_of_cut_drawings(named, tokenizers.values(), config)
+        warn_of_cut_texts(named, evaluators)
     lpips = load_lpips(config.lpips, device) if config.lpips else None
 
-    measured = measure(adapters, READERS, prompts, photos, device, config)
-    results = score(measured, photos.subject, prompts, evaluators, lpips)
-
-    output = Path(config.output_dir)
-    write_csv(output / "scores.csv", prompts, results)
-    contact_sheet(photos.subject, prompts, measured.drawn, config).save(output / "sheet.png")
-    write_json(output / "scores.json", prompts, results, config)  # last and whole: where it is, all is done
-    print(table(results, config))
-    print(f"Wrote {output / 'scores.json'}, scores.csv, sheet.png and images")
+    measured = {}
+    for folder, own in subjects.items():
+        measured[folder] = measure(adapters, READERS, prompts[folder], photos[folder], device, own)
+        results = score(measured[folder], photos[folder].subject, prompts[folder], evaluators, lpips)
+        output = Path(own.output_dir)
+        write_csv(output / "scores.csv", prompts[folder], results)
+        contact_sheet(photos[folder].subject, prompts[folder], measured[folder].drawn, own).save(output / "sheet.png")
+        write_json(output / "scores.json", prompts[folder], results, own)  # last and whole: where it is, all is done
+        print(table(results, own))
+        print(f"Wrote {output / 'scores.json'}, scores.csv, sheet.png and images")
+    if config.subjects is not None:
+        mixing = mixing_of(measured, own_photos, evaluators)
+        write_mixing(Path(config.output_dir) / "scores.json", mixing, config)
+        print(mixing_table(mixing))
+        print(f"Wrote {Path(config.output_dir) / 'scores.json'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ten characters to personalise on: their photos, and prompts that ask for more than the photos show.
+"""Eleven characters to personalise on: their photos, and prompts that ask for more than the photos show.
 
     python -m toyworld.subjects --output_dir toyworld/photos                    # the bundled ones
     python -m toyworld.subjects --output_dir photos --subjects cat boot         # others
@@ -35,6 +35,7 @@ SUBJECTS = {
     "octopus": Look("octopus", "gray", "green", "dots", "drop", "glasses"),
     "duck": Look("duck", "black", "teal", "plain", "heart", "sleepy"),
     "mug": Look("mug", "red", "blue", "stripes", "clover", "happy"),
+    "poodle": Look("dog", "purple", "yellow", "dots", "star", "happy"),  # a second dog
 }
 ONE_SHOT = ("duck", "mug")
 RECOLOURINGS = ("blue", "yellow", "red", "green", "purple")

@@ -3,9 +3,10 @@
 Also what the denoiser's cross-attention reads in them, for methods that start from it.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -71,26 +72,30 @@ class PromptStates:
 
     encode: Encode
     prompts: Sequence[str]  # whose rows `encode` takes
-    instance_prompts: Sequence[str]  # of each photo
-    class_prompts: Sequence[str]  # of each row of the prior, or --class_prompt
+    instance_prompts: Sequence[Sequence[str]]  # of each subject's photos
+    class_prompts: Sequence[Sequence[str]]  # for each subject, of the rows of its prior, or its class prompt
     family: Family
     device: torch.device
 
-    def of_instance(self) -> Tensor:
-        return self._states(self.instance_prompts)
+    def of_instances(self) -> list[Tensor]:
+        """Those of each subject."""
+        return [self._states([own]) for own in self.instance_prompts]
 
     def of_class(self) -> Tensor:
         return self._states(self.class_prompts)
 
     @torch.no_grad()
-    def _states(self, prompts: Sequence[str]) -> Tensor:
+    def _states(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """Return the states of distinct prompts times √(how often each occurs / the mean of that).
 
-        Their mean squares along any direction are then those of all prompts.
+        Their mean squares along any direction are then those of all prompts. Every subject's prompts weigh the same.
         """
-        counts = Counter(prompts)
-        rows = torch.tensor([self.prompts.index(prompt) for prompt in counts], device=self.device)
+        shares: dict[str, Fraction] = defaultdict(Fraction)  # of all samples
+        for own in prompts:
+            for prompt in own:
+                shares[prompt] += Fraction(1, len(own) * len(prompts))
+        rows = torch.tensor([self.prompts.index(prompt) for prompt in shares], device=self.device)
         sizes = torch.zeros(len(rows), 6, device=self.device)
         states = self.family.condition(self.encode(rows), sizes)["encoder_hidden_states"].float().cpu()
-        weights = torch.tensor([count * len(counts) / len(prompts) for count in counts.values()]).sqrt()
+        weights = torch.tensor([float(share * len(shares)) for share in shares.values()]).sqrt()
         return (states * weights[:, None, None]).flatten(0, 1)

@@ -11,8 +11,8 @@ from typing import Any
 
 from dreambooth.data.folder import Folder, Names
 from dreambooth.errors import UserError
-from dreambooth.options.data import ImageOptions
 from dreambooth.options.photos import PhotoOptions
+from dreambooth.options.subjects import Subject
 from dreambooth.wording import shortlist
 from kron_formats.files import printable, read_text
 
@@ -29,10 +29,12 @@ class Caption:
     text: str | None = None
     class_text: str | None = None
 
-    def prompts(self, prompt: str, config: ImageOptions) -> tuple[str, str | None]:
+    def prompts(self, prompt: str, subject: Subject) -> tuple[str, str | None]:
         """Return the photo's prompt, which is `prompt` if it has no caption, and its class prompt."""
-        text = prompt if self.text is None else one_line(self.text).replace("{instance_prompt}", config.instance_prompt)
-        return text, config.class_prompt if self.class_text is None else one_line(self.class_text)
+        text = prompt
+        if self.text is not None:
+            text = one_line(self.text).replace("{instance_prompt}", subject.instance_prompt)
+        return text, subject.class_prompt if self.class_text is None else one_line(self.class_text)
 
     @property
     def has_lines(self) -> bool:

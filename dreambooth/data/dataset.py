@@ -16,10 +16,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from dreambooth.data.crops import Crop, Crops
 from dreambooth.data.noise import Draw
-from dreambooth.data.order import GlobalSampler, batch_unit, order_of_pass, samples_of_step, samples_per_pass
+from dreambooth.data.order import (
+    GlobalSampler,
+    batch_unit,
+    numbers_by_folder,
+    order_of_pass,
+    own_pass,
+    samples_of_step,
+    whose_turn,
+)
 from dreambooth.data.photos import Photo
 from dreambooth.data.sizes import Size
 from dreambooth.options.steps import BatchOptions
+from dreambooth.options.subjects import Subject
 from dreambooth.options.training import TrainingConfig
 from dreambooth.seeds import Stream, generator_of, seed_of
 
@@ -41,9 +50,10 @@ class Row:
 class DreamBoothDataset(Dataset):
     """Sample k, for every k from 0 without end: a row of an instance photo and, with prior preservation, a class row.
 
-    Each pass over the photos has a different order. The class row is a class photo; with prior_source base_model, it is
-    the instance row with its class prompt. Rows hold the moments of their crops if `moments` is given, else pixel
-    values.
+    Subjects take turns, a sample each, or with buckets a batch each, so that all have equally many samples. Each pass
+    over a subject's photos has a different order. The class row is a photo of the subject's class; with prior_source
+    base_model, it is the instance row with its class prompt. Rows hold the moments of their crops if `moments` is
+    given, else pixel values.
     """
 
     def __init__(
@@ -52,7 +62,13 @@ class DreamBoothDataset(Dataset):
         self.crops, self.moments, self.config = crops, moments, config
         self.photos, self.class_photos = crops.photos, crops.class_photos
         self.prompt_row = {prompt: row for row, prompt in enumerate(prompts)}
-        self.samples_per_pass = samples_per_pass(self.photos, config)
+        self.numbers, self.class_numbers = numbers_by_folder(self.photos), numbers_by_folder(self.class_photos)
+        self.shapes = {
+            folder: tuple(crops.shapes[number] for number in numbers) for folder, numbers in self.numbers.items()
+        }
+        self.lengths = {folder: own_pass(shapes, config) for folder, shapes in self.shapes.items()}
+        self.turns = [subject.folder for subject in config.all_subjects]
+        self.class_turns = [subject.class_folder for subject in config.all_subjects]
 
     def __getitem__(self, k: int) -> list[Row]:
         config, number = self.config, self._photo_number(k)
@@ -74,14 +90,19 @@ class DreamBoothDataset(Dataset):
         return self._row(crop, self.class_photos[number].prompt, seed_of(self.config.seed, Stream.CLASS_NOISE, k))
 
     def _photo_number(self, k: int) -> int:
-        config = self.config
-        pass_number, position = divmod(k, self.samples_per_pass)
-        return order_of_pass(config.seed, pass_number, self.crops.shapes, config.repeats, batch_unit(config))[position]
+        config, unit = self.config, batch_unit(self.config)
+        folder, own_k = whose_turn(k, self.turns, unit)
+        pass_number, position = divmod(own_k, self.lengths[folder])
+        stream = pass_number * len(self.turns) + self.turns.index(folder)  # an order of its own for every subject
+        order = order_of_pass(config.seed, stream, self.shapes[folder], config.repeats, unit)
+        return self.numbers[folder][order[position]]
 
     def _class_photo_number(self, k: int) -> int:
-        count = len(self.class_photos)
-        pass_number, position = divmod(k, count)
-        return int(generator_of(self.config.seed, Stream.CLASS_ORDER, pass_number).permutation(count)[position])
+        folder, own_k = whose_turn(k, self.class_turns, batch_unit(self.config))
+        numbers = self.class_numbers[folder]
+        pass_number, position = divmod(own_k, len(numbers))
+        stream = pass_number * len(self.class_turns) + self.class_turns.index(folder)
+        return numbers[generator_of(self.config.seed, Stream.CLASS_ORDER, stream).permutation(len(numbers))[position]]
 
     def paths_of_step(self, step: int, num_ranks: int) -> list[Path]:
         """Return the files of all photos and class photos of optimizer step `step`, counted from 1."""
@@ -191,19 +212,36 @@ def scored_prompts(config: TrainingConfig) -> list[str]:
     """Return the prompts under which checkpoints are scored: of the subject, then of the class if there is one."""
     if not config.score_checkpoints:
         return []
-    return [config.instance_prompt, *([] if config.class_prompt is None else [config.class_prompt])]
+    (subject,) = config.all_subjects
+    return [subject.instance_prompt, *([] if subject.class_prompt is None else [subject.class_prompt])]
 
 
 def prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
     """Return every prompt of a run once, in order of first use, always including the empty prompt."""
-    prompts = [photo.prompt for photo in photos] + class_prompts_of(photos, class_photos, config)
+    of_classes = [prompt for own in class_prompts_of(photos, class_photos, config) for prompt in own]
+    prompts = [photo.prompt for photo in photos] + of_classes
     return list(dict.fromkeys([*prompts, *scored_prompts(config), *config.validation_prompt, ""]))
 
 
-def class_prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
-    """Return the prompts that stand for the class: those of the prior's rows, else --class_prompt if used."""
+def instance_prompts_of(photos: Sequence[Photo]) -> list[list[str]]:
+    """Return, for each subject, the prompts of its photos."""
+    return [[photos[number].prompt for number in numbers] for numbers in numbers_by_folder(photos).values()]
+
+
+def class_prompts_of(photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig) -> list[list[str]]:
+    """Return, for each subject, the prompts that stand for its class: those of its prior's rows, else its class prompt.
+
+    The class prompt only if an option needs it.
+    """
+    return [_class_prompts_of(subject, photos, class_photos, config) for subject in config.all_subjects]
+
+
+def _class_prompts_of(
+    subject: Subject, photos: Sequence[Photo], class_photos: Sequence[Photo], config: TrainingConfig
+) -> list[str]:
     if config.uses_base_model_prior:
-        return [photo.class_prompt for photo in photos if photo.class_prompt is not None]
+        own = [photo.class_prompt for photo in photos if photo.folder == subject.folder]
+        return [prompt for prompt in own if prompt is not None]
     if class_photos:
-        return [photo.prompt for photo in class_photos]
-    return [config.class_prompt] if config.class_prompt and config.needs_class_prompt else []
+        return [photo.prompt for photo in class_photos if photo.folder == subject.class_folder]
+    return [subject.class_prompt] if subject.class_prompt and config.needs_class_prompt else []

@@ -184,9 +184,10 @@ def find_photos(directory: str, flag: str, kohya: str = "") -> Folder:
     if not folder.photos and with_images:
         where = [f"{_below(path, folder)} ({counted(count, 'image')})" for path, count in with_images.items()]
         give = [_options_for(path, flag, kohya) for path in with_images]
+        several = "; or describe several subjects in --subjects" if flag == "--instance_data_dir" and give[1:] else ""
         raise UserError(
             f"{folder.source}: its photos are in subfolders, which are not read: {shortlist(where)}. "
-            f"Give the one with the photos: {shortlist(give[:3])}"
+            f"Give the one with the photos: {shortlist(give[:3])}{several}"
         )
     unused = [*map(remark_on, folder.unused), *_subfolders(folder)]
     if not folder.photos:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dreambooth.data.photos import Photo
 from dreambooth.data.sizes import Size, shape_of
@@ -15,10 +15,40 @@ from dreambooth.seeds import Stream, generator_of
 
 
 def samples_per_pass(photos: Sequence[Photo], config: DataOptions) -> int:
-    """Return the number of samples in which every photo occurs `repeats` times and, with buckets, batches are full."""
-    counts = Counter(shape_of(photo.original_size, config) for photo in photos)
+    """Return the number of samples in a pass over the photos: with buckets, so many that batches are full.
+
+    Every photo of the subject that has the most samples occurs `repeats` times, and those of others more often, since
+    all subjects have equally many samples.
+    """
+    folders = numbers_by_folder(photos)
+    shapes = [shape_of(photo.original_size, config) for photo in photos]
+    return len(folders) * max(own_pass([shapes[number] for number in own], config) for own in folders.values())
+
+
+def own_pass(shapes: Iterable[Size], config: DataOptions) -> int:
+    """Return the number of samples in which a subject's photos, of these shapes, occur `repeats` times."""
     unit = batch_unit(config)
-    return sum(math.ceil(count * config.repeats / unit) * unit for count in counts.values())
+    return sum(math.ceil(count * config.repeats / unit) * unit for count in Counter(shapes).values())
+
+
+def numbers_by_folder(photos: Sequence[Photo]) -> dict[str, list[int]]:
+    """Return the numbers of the photos in each subject's or class's folder, in the order of the folders."""
+    numbers: dict[str, list[int]] = {}
+    for number, photo in enumerate(photos):
+        numbers.setdefault(photo.folder, []).append(number)
+    return numbers
+
+
+def whose_turn(k: int, turns: Sequence[str], unit: int) -> tuple[str, int]:
+    """Return which of several owners sample k belongs to, and how many samples before it are the owner's too.
+
+    Owners take turns of `unit` samples, in the order of `turns`, again and again.
+    """
+    turn, place = divmod(k, unit)
+    rounds, position = divmod(turn, len(turns))
+    owner = turns[position]
+    before = rounds * turns.count(owner) + turns[:position].count(owner)
+    return owner, before * unit + place
 
 
 def batch_unit(config: DataOptions) -> int:
@@ -26,9 +56,9 @@ def batch_unit(config: DataOptions) -> int:
     return config.train_batch_size if config.aspect_ratio_buckets else 1
 
 
-@functools.lru_cache(maxsize=4)  # called for every sample of a pass
+@functools.lru_cache(maxsize=64)  # called for every sample of a pass; subjects take turns
 def order_of_pass(seed: int, number: int, shapes: tuple[Size, ...], repeats: int, unit: int) -> tuple[int, ...]:
-    """Return the numbers of the photos of pass `number` in their order; `shapes` are the photos' shapes.
+    """Return the photos of one subject in their order in pass `number`, by their numbers; `shapes` are their shapes.
 
     Each run of `unit` samples has one shape. If a shape's photos do not fill its last run, the run is filled up with
     the first photos of that shape in this pass.

@@ -3,6 +3,7 @@
 import functools
 import io
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dreambooth.data.captions import caption_of, read_captions, warn_of_lines
-from dreambooth.data.folder import TABLES, Folder, NoPhotosError, find_photos
+from dreambooth.data.folder import TABLES, Folder, NoPhotosError, find_photos, list_folder
 from dreambooth.data.holdout import hold_out
 from dreambooth.data.images import (
     Picture,
@@ -30,6 +31,7 @@ from dreambooth.data.tables import beside_table, load_table, undecoded
 from dreambooth.errors import UserError
 from dreambooth.options.data import ImageOptions
 from dreambooth.options.photos import PhotoOptions
+from dreambooth.options.subjects import Subject
 from dreambooth.wording import shortlist
 from kron_formats.files import printable
 
@@ -53,6 +55,12 @@ class Photo:
     original_size: Size  # (height, width) before resizing, upright
     mask: np.ndarray | None = None  # (height, width) uint8: 255 where the subject is
     captioned: bool = False  # whether the prompt is a caption
+    folder: str = ""  # of its subject or its class, below those of the options
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.folder}/{self.path.name}" if self.folder else self.path.name
 
     @property
     def size(self) -> Size:
@@ -66,38 +74,73 @@ class Photo:
 
 
 def read_instance_photos(config: ImageOptions) -> list[Photo]:
-    """Return the photos to train on, from a folder or a dataset. Raises UserError if none is readable."""
-    if config.dataset_name is not None:
-        photos = _read_dataset(config.dataset_name, config)
-    else:
-        assert config.instance_data_dir is not None  # PhotoOptions.check
-        as_kohya_counts = "--repeats {repeats} --instance_prompt {prompt}"
-        folder = find_photos(config.instance_data_dir, "--instance_data_dir", as_kohya_counts)
-        if config.caption_column is not None and not folder.tables:
-            raise UserError(f"--caption_column {config.caption_column}: {folder.source} has no {' or '.join(TABLES)}")
-        trained, held_out = hold_out(folder.photos, config.holdout, folder.source)
-        _say_held_out([path.name for path in held_out], folder.source)
-        photos = _read_folder(folder, trained, config.instance_prompt, instance_size, config)
-    if not config.uses_base_model_prior and any(photo.class_prompt != config.class_prompt for photo in photos):
+    """Return the photos to train on, of one subject after the other, from folders or a dataset.
+
+    Raises UserError, naming the subject if there are several, if a subject has no readable photo.
+    """
+    if config.subjects is not None:
+        _warn_beside_subjects(config)
+    photos_of = {subject: _read_subject(subject, config) for subject in config.all_subjects}
+    photos = [photo for own in photos_of.values() for photo in own]
+    strays = [
+        photo for subject, own in photos_of.items() for photo in own if photo.class_prompt != subject.class_prompt
+    ]
+    if strays and not config.uses_base_model_prior:
         logger.warning("Class prompts of single photos are only used with --prior_source base_model")
-    warn_of_prompts(
-        {photo.path.name: (photo.prompt, photo.class_prompt) for photo in photos if photo.captioned}, config
-    )
+    for subject, own in photos_of.items():
+        captioned = {photo.name: (photo.prompt, photo.class_prompt) for photo in own if photo.captioned}
+        warn_of_prompts(captioned, subject, config)
     if config.unmasked_weight and all(photo.mask is None for photo in photos):
         logger.warning("--unmasked_weight %g has no effect: no photo has a mask", config.unmasked_weight)
     return photos
 
 
-def read_class_photos(config: ImageOptions) -> list[Photo]:
-    """Return the first num_class_images of the class images in class_data_dir, or all if there are fewer.
+def read_class_photos(subject: Subject, config: ImageOptions) -> list[Photo]:
+    """Return the first num_class_images of the class images for a subject's class, or all if there are fewer.
 
     Others are not decoded. Raises NoPhotosError if none is readable.
     """
-    assert config.class_data_dir is not None and config.class_prompt is not None  # PriorOptions.check
-    folder = find_photos(config.class_data_dir, "--class_data_dir", "--class_prompt {prompt}")
-    photos = _read_folder(folder, folder.photos, config.class_prompt, class_size, config, config.num_class_images)
-    warn_of_class_captions({photo.path.name: photo.prompt for photo in photos if photo.captioned}, config)
+    assert config.class_data_dir is not None and subject.class_prompt is not None  # PriorOptions.check
+    path = str(Path(config.class_data_dir) / subject.class_folder)
+    folder = find_photos(path, "--class_data_dir", "--class_prompt {prompt}")
+    photos = _read_folder(
+        folder, folder.photos, subject.class_prompt, subject, class_size, config, config.num_class_images
+    )
+    photos = [replace(photo, folder=subject.class_folder) for photo in photos]
+    warn_of_class_captions({photo.name: photo.prompt for photo in photos if photo.captioned}, subject)
     return photos
+
+
+# ---- subjects ----
+
+
+def _read_subject(subject: Subject, config: ImageOptions) -> list[Photo]:
+    """Return the photos of one subject that are trained on."""
+    if config.dataset_name is not None:
+        return _read_dataset(config.dataset_name, subject, config)
+    assert config.instance_data_dir is not None  # PhotoOptions.check
+    path = str(Path(config.instance_data_dir) / subject.folder)
+    if subject.folder:
+        folder = find_photos(path, f"--subjects, {printable(subject.folder)}: --instance_data_dir")
+    else:
+        folder = find_photos(path, "--instance_data_dir", "--repeats {repeats} --instance_prompt {prompt}")
+    if config.caption_column is not None and not folder.tables:
+        raise UserError(f"--caption_column {config.caption_column}: {folder.source} has no {' or '.join(TABLES)}")
+    trained, held_out = hold_out(folder.photos, config.holdout, folder.source)
+    _say_held_out([path.name for path in held_out], folder.source)
+    photos = _read_folder(folder, trained, subject.instance_prompt, subject, instance_size, config)
+    return [replace(photo, folder=subject.folder) for photo in photos]
+
+
+def _warn_beside_subjects(config: ImageOptions) -> None:
+    """Warn of photos beside the subjects' folders, and of other folders with images."""
+    assert config.instance_data_dir is not None  # PhotoOptions.check
+    root = list_folder(Path(config.instance_data_dir), f"--instance_data_dir {printable(config.instance_data_dir)}")
+    named = [root.path / subject.folder for subject in config.all_subjects]
+    others = [path for path, count in root.subfolders.items() if count and not {path, *path.parents} & {*named}]
+    unused = [path.name for path in root.photos] + [f"{path.relative_to(root.path)}{os.sep}" for path in others]
+    if unused:
+        logger.warning("%s: not used, since they are of none of --subjects: %s", root.source, shortlist(unused))
 
 
 # ---- folders ----
@@ -107,6 +150,7 @@ def _read_folder(
     folder: Folder,
     paths: Sequence[Path],
     prompt: str,
+    subject: Subject,
     size: TrainingSize,
     config: ImageOptions,
     at_most: int | None = None,
@@ -118,7 +162,7 @@ def _read_folder(
         decode, caption = functools.partial(read_picture, path), captions[path]
         mask = next(iter(folder.of_photo(path, "mask")), None)
         mask_of = functools.partial(read_mask, mask, source=folder.source)
-        photo = make_photo(path, decode, caption.prompts(prompt, config), size, config, mask_of)
+        photo = make_photo(path, decode, caption.prompts(prompt, subject), size, config, mask_of)
         held.add(photo.stored)
         return replace(photo, captioned=caption.text is not None)
 
@@ -158,7 +202,7 @@ def readable(
 # ---- datasets ----
 
 
-def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
+def _read_dataset(name: str, subject: Subject, config: ImageOptions) -> list[Photo]:
     """Return the photos in a dataset, in its order."""
     source = f"--dataset_name {name}"
     dataset = load_table(name, config.dataset_config_name, source)
@@ -181,7 +225,7 @@ def _read_dataset(name: str, config: ImageOptions) -> list[Photo]:
         caption = caption_of(row, config.caption_column, f"{source}, row {number}")
         if caption.has_lines:
             several_lines.append(f"row {number}")
-        prompts = caption.prompts(config.instance_prompt, config)
+        prompts = caption.prompts(subject.instance_prompt, subject)
         photo = make_photo(path, decode, prompts, instance_size, config)
         held.add(photo.stored)
         return replace(photo, captioned=caption.text is not None)

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import GIVEN, option
-from dreambooth.options.prompts import ClassPromptOptions, PromptOptions
+from dreambooth.options.prompts import PromptOptions
+from dreambooth.options.subjects import SubjectOptions
 
 CLASS_IMAGES = {"with_prior_preservation": [True], "prior_source": ["images"]}
 SAMPLES = {"validation_prompt": GIVEN}
@@ -24,7 +25,7 @@ class SampleBatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorOptions(SampleBatchOptions, ClassPromptOptions):
+class PriorOptions(SubjectOptions, SampleBatchOptions):
     """Prior preservation: keeps the class from turning into the subject."""
 
     # A resumed run compares the class images themselves, so it does not matter how they were drawn.
@@ -41,13 +42,14 @@ class PriorOptions(SampleBatchOptions, ClassPromptOptions):
         needs={"with_prior_preservation": [True]},
     )
     class_data_dir: str | None = option(
-        "Folder with the class images; the base model draws those that are missing.",
+        "Folder with the class images, with subjects a folder in it for each class prompt; the base model draws those "
+        "that are missing.",
         None,
         decides_result=False,
         path=True,
     )
     num_class_images: int = option(
-        "Number of class images: the first of class_data_dir in the order of their names; those missing are drawn.",
+        "Number of class images of each class: the first in the order of their names; those missing are drawn.",
         100,
         at_least=1,
         decides_result=False,
@@ -98,6 +100,21 @@ class PriorOptions(SampleBatchOptions, ClassPromptOptions):
             )
         if self.prior_source == "images" and not self.class_data_dir:
             raise UserError("--with_prior_preservation needs --class_data_dir, the folder for the class images")
+        if self.prior_source == "images" and self.subjects is not None:
+            self._check_class_folders()
+
+    def _check_class_folders(self) -> None:
+        """Raise UserError if the class images of two classes would be in one folder, or a class has none."""
+        prompts: dict[str, str | None] = {}
+        for subject in self.all_subjects:
+            folder, prompt = subject.class_folder, subject.class_prompt
+            if not folder:
+                raise UserError(f"{subject.source('class_prompt')}: '{prompt}' has no letters to name a folder by")
+            if prompts.setdefault(folder, prompt) != prompt:
+                raise UserError(
+                    f"{subject.source('class_prompt')}: the class images for '{prompt}' and '{prompts[folder]}' would "
+                    f"both be in --class_data_dir {self.class_data_dir}, folder {folder}; word them more differently"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

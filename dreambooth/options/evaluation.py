@@ -1,12 +1,17 @@
 """What scripts/evaluate.py scores, on which prompts, and with which models."""
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self
 
 from dreambooth.errors import UserError
 from dreambooth.options.base_model import AdaptedModelOptions
 from dreambooth.options.drawing import DrawingOptions
 from dreambooth.options.field import GIVEN, option
+from dreambooth.options.subjects import Subject, subjects_in
+
+TOGETHER = "together"  # what is drawn of several subjects, and its folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,22 @@ class EvaluationOptions(AdaptedModelOptions, DrawingOptions):
     instance_token: str | None = option(
         "Rare token that the adapter was trained with. Default: the new word of the adapter, or else sks.", None
     )
-    class_noun: str = option('Class of the subject, for example dog; {} in prompts then stands for "sks dog".')
+    class_noun: str = option(
+        'Class of the subject, for example dog; {} in prompts then stands for "sks dog". Required, unless there are '
+        "subjects.",
+        "",
+    )
+    subjects: dict[str, dict[str, str | None]] | None = option(
+        "YAML file with the subjects of a training of several, as there. Each is scored alone, in a folder of "
+        "output_dir, against its photos in instance_data_dir/FOLDER; output_dir/scores.json tells how far they mix.",
+        None,
+        nested=True,
+    )
+    together: list[str] = option(
+        'Prompts with several of the subjects at once: "a photo of {dog} and {robot}". Default: none.',
+        [],
+        needs={"subjects": GIVEN},
+    )
     prompts: str | None = option(
         "File with one prompt per line, for example configs/prompts/objects.txt.", None, path=True
     )
@@ -78,7 +98,9 @@ class EvaluationOptions(AdaptedModelOptions, DrawingOptions):
     def check(self) -> None:
         if bool(self.prompts) == bool(self.prompt):
             raise UserError("give either --prompts, a file, or --prompt")
-        if not self.class_noun.strip():
+        if self.subjects is not None:
+            self._check_several()
+        elif not self.class_noun.strip():
             raise UserError("--class_noun is empty; it says what the subject is, for example dog")
         if self.instance_data_dir is None and self.reference_dir is None:
             raise UserError("--instance_data_dir or --reference_dir, a folder with photos of the subject, is required")
@@ -88,6 +110,55 @@ class EvaluationOptions(AdaptedModelOptions, DrawingOptions):
             for name in ("class_data_dir", "denoising_pairs"):
                 if getattr(self, name) not in (getattr(type(self), name), 0):
                     raise UserError(f"--{name} needs photos that were not trained on: --reference_dir or --holdout")
+
+    def _check_several(self) -> None:
+        """Raise UserError if what the subjects are called is said twice or cannot be told."""
+        for name in ("instance_token", "class_noun", "class_prompt"):
+            if getattr(self, name):
+                raise UserError(f"--{name} does not work with --subjects, whose prompts say it; leave it out")
+        folders = list(self.phrases())
+        if self.together and TOGETHER in folders:
+            raise UserError(
+                f"--subjects {TOGETHER}: its images and those of --together would be in one folder; rename it"
+            )
+        for prompt in self.together:
+            named = re.findall(r"{(.*?)}", prompt)
+            if not named:
+                raise UserError(f"--together '{prompt}' names no subject; write {{{folders[0]}}} for one")
+            if unknown := [name for name in named if name not in folders]:
+                raise UserError(f"--together '{prompt}': {{{unknown[0]}}} is none of --subjects, {', '.join(folders)}")
+
+    def phrases(self) -> dict[str, tuple[str, str]]:
+        """Return, for each of several subjects by its folder, what prompts call it, "sks dog", and its class, "dog"."""
+        words = {subject.folder: subject.token_and_noun() for subject in subjects_in(self.subjects or {})}
+        return {folder: (f"{token} {noun}", noun) for folder, (token, noun) in words.items()}
+
+    def of_each_subject(self) -> dict[str, Self]:
+        """Return the options with which each subject is evaluated alone, by its folder; "" if there is one."""
+        if self.subjects is None:
+            return {"": self}
+        return {subject.folder: self._of(subject) for subject in subjects_in(self.subjects)}
+
+    def _of(self, subject: Subject) -> Self:
+        def below(folder: str | None, name: str = subject.folder) -> str | None:
+            return None if folder is None else str(Path(folder) / name)
+
+        token, noun = subject.token_and_noun()
+        return replace(
+            self,
+            subjects=None,
+            together=[],
+            instance_token=token,
+            class_noun=noun,
+            class_prompt=subject.class_prompt,
+            class_data_dir=below(self.class_data_dir, subject.class_folder),
+            **{name: below(getattr(self, name)) for name in ("instance_data_dir", "reference_dir", "output_dir")},
+        )
+
+    def of_together(self) -> Self:
+        """Return the options with which the prompts with several subjects are drawn."""
+        folder = str(Path(self.output_dir) / TOGETHER)
+        return replace(self, output_dir=folder, num_class_images=0, denoising_pairs=0)
 
     @property
     def prompt_of_class(self) -> str:

@@ -56,6 +56,7 @@ class Declaration:
     needs: Mapping[str, Sequence[Any]]
     path: bool
     hub: bool
+    nested: bool
 
 
 def option(
@@ -73,17 +74,19 @@ def option(
     needs: Mapping[str, Sequence[Any]] | None = None,
     path: bool = False,
     hub: bool = False,
+    nested: bool = False,
 ) -> Any:  # type checkers then accept it as the value of a field of any type
     """Return a dataclass field that becomes a flag. `help` says what it does, with its unit.
 
     The bounds apply to a number, or to each number of a list; None is always in range. `decides_result=False` marks an
     option that may change when a run resumes. A secret is never written anywhere. `needs` maps other options to the
     values, or GIVEN, without which this one has no effect; setting it then is a warning. In a `path`, ~ is the home
-    folder; `hub` says that it may also be a name on the Hub.
+    folder; `hub` says that it may also be a name on the Hub. The value of a `nested` one is a dict: config files have
+    it written out, and the flag names a YAML file with it.
     """
     bounds = Bounds(at_least=at_least, above=above, below=below, at_most=at_most, multiple_of=multiple_of)
     offered = None if choices is None else tuple(choices)
-    declaration = Declaration(help, bounds, offered, decides_result, secret, needs or {}, path or hub, hub)
+    declaration = Declaration(help, bounds, offered, decides_result, secret, needs or {}, path or hub, hub, nested)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"option": declaration})
     return field(default=default, metadata={"option": declaration})

@@ -67,7 +67,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("dataset_repeats num_repeats", "use --repeats"),
     (
         "concepts_list",
-        "put all photos into --instance_data_dir, each with its prompt in photo.txt and its class in photo.class.txt",
+        "use --subjects with a YAML file, or put the same below subjects: in the file of --config",
     ),
     ("dataset_config in_json dataset_class", "use --instance_data_dir; captions are in photo.txt or metadata.jsonl"),
     (

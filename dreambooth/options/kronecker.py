@@ -7,19 +7,18 @@ from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import option
-from dreambooth.options.prompts import ClassPromptOptions
 from dreambooth.options.steps import TextEncoderOptions
+from dreambooth.options.subjects import SubjectOptions
 from kron_formats.errors import KroneckerError
 from kron_formats.sizes import FactorSize, as_size, check_size
 
 DEFAULT_SHAPE = (4, 64)  # (a1, a2)
 TEXT_PROJECTIONS = ("attn2.to_k", "attn2.to_v")  # the layers that read prompts
-TEXT_SHAPE = (1, "d_in")  # of these, if they start from the contrast of prompts: A sees whole inputs
 FORM = "write NAME=A1,A2, for example to_k=8,64 or attn2.to_k=1,d_in"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
+class KroneckerOptions(SubjectOptions, TextEncoderOptions):
     """Kronecker adapter, W + A ⊗ B."""
 
     kron_a1: FactorSize | None = option(
@@ -55,7 +54,7 @@ class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
     kron_init: Literal["invariant", "reference", "contrast"] = option(
         "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper; "
         "contrast: invariant, but A of attn2.to_k and attn2.to_v begins as what tells the instance prompts from "
-        "class_prompt; kron_factors apart, A is then (1, d_in) there.",
+        "class_prompt; kron_factors apart, A is then (1, d_in) there, or with subjects (their number, d_in).",
         "invariant",
     )
     text_encoder_kron_a1: FactorSize | None = option(
@@ -134,8 +133,15 @@ class KroneckerOptions(TextEncoderOptions, ClassPromptOptions):
                 raise UserError(f"--kron_factors {entry}: {target} has factors already; give one pair for each name")
             factors[target] = (parts[0], parts[1])
         if self.kron_init == "contrast":
-            factors = {**dict.fromkeys(self._text_targets(), TEXT_SHAPE), **factors}
+            factors = {**dict.fromkeys(self._text_targets(), self._text_shape()), **factors}
         return factors
+
+    def _text_shape(self) -> tuple[FactorSize, FactorSize]:
+        """Return (a1, a2) of layers that start from the contrast of prompts: A sees whole inputs.
+
+        It looks in as many directions as there are subjects, or the next power of two, which divides a layer's outputs.
+        """
+        return 1 << (len(self.all_subjects) - 1).bit_length(), "d_in"
 
     def _text_targets(self) -> set[str]:
         """Return the ends of names by which kron_targets selects layers that read prompts."""

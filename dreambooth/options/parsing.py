@@ -15,7 +15,7 @@ from dreambooth.options.checking import check_options, idle_options
 from dreambooth.options.field import Declaration, declarations, describe_group, groups_of, option_names, public_options
 from dreambooth.options.foreign import explain_unknown
 from dreambooth.options.paths import expand_home
-from dreambooth.options.yaml_file import flags_from_yaml
+from dreambooth.options.yaml_file import flags_from_yaml, nested_value
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,8 +29,9 @@ HINT = "--help lists all options"
 def parse_options(config_class: type[C], description: str | None, argv: Sequence[str] | None = None) -> C:
     """Return the options from `--config FILE`, overridden by the command line and checked by `check_options`.
 
-    Reads only that file and writes nothing. If anything is wrong, exits with code 2 and a message that names the flags.
-    Options that were set and have no effect are warned of, by the first of several processes.
+    Reads only that file and those that nested options name, and writes nothing. If anything is wrong, exits with code 2
+    and a message that names the flags. Options that were set and have no effect are warned of, by the first of several
+    processes.
     """
     try:
         config = read_options(config_class, description, sys.argv[1:] if argv is None else argv)
@@ -72,7 +73,12 @@ def _parse(config_class: type[C], description: str | None, argv: Sequence[str]) 
 
 
 def _meant(name: str, value: Any, declared: Declaration) -> Any:
-    """Return what an option means by its value: paths with ~ replaced. Raises UserError if text is not text."""
+    """Return what an option means by its value: paths with ~ replaced, what is nested read from its file.
+
+    Raises UserError if text is not text, or the file cannot be read.
+    """
+    if declared.nested and isinstance(value, str):
+        return nested_value(value, f"--{name}")
     if isinstance(value, list):
         return [_meant(name, entry, declared) for entry in value]
     if not isinstance(value, str):
@@ -112,7 +118,10 @@ def _build_parser(config_class: type["DataclassInstance"], description: str | No
     groups: list[Any] = [
         make_dataclass(
             group.__name__,
-            [(name, own_fields[name].type, _flag(own_fields[name], declared)) for name, declared in options.items()],
+            [
+                (name, str | None if declared.nested else own_fields[name].type, _flag(own_fields[name], declared))
+                for name, declared in options.items()
+            ],
             namespace={"_argument_group_name": describe_group(group)},
             kw_only=True,
         )
@@ -138,7 +147,9 @@ def _flag(own: Field, declared: Declaration) -> Any:
     tells_nothing = default is None or default is False or default in ("", [])
     text = declared.help if tells_nothing else f"{declared.help} ({shown})"
     metadata: dict[str, Any] = {"help": text.replace("%", "%%")}
-    if declared.choices is not None:
+    if declared.nested:
+        metadata["metavar"] = "FILE"
+    elif declared.choices is not None:
         metadata["choices"] = declared.choices
     elif metavars := [METAVARS[kind] for kind in _kinds(own.type) if kind in METAVARS]:
         metadata["metavar"] = "|".join(metavars)

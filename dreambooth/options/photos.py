@@ -5,18 +5,20 @@ from typing import Literal
 
 from dreambooth.errors import UserError
 from dreambooth.options.field import option
+from dreambooth.options.subjects import SubjectOptions
 
 BUCKET_STEP = 64  # px; the sides of buckets are multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotoOptions:
+class PhotoOptions(SubjectOptions):
     """Instance images: the photos of the subject."""
 
     # A resumed run compares the photos and captions themselves, so it does not matter where they come from.
     instance_data_dir: str | None = option(
-        "Folder with the photos of the subject; subfolders are not read. Captions: photo.txt or photo.caption beside "
-        "photo.jpg, metadata.jsonl or metadata.csv; masks: photo.mask.png; class prompts: photo.class.txt.",
+        "Folder with the photos of the subject; subfolders are read for subjects alone. Captions: photo.txt or "
+        "photo.caption beside photo.jpg, metadata.jsonl or metadata.csv; masks: photo.mask.png; class prompts: "
+        "photo.class.txt.",
         None,
         decides_result=False,
         path=True,
@@ -36,18 +38,16 @@ class PhotoOptions:
         None,
         decides_result=False,
     )
-    instance_prompt: str = option(
-        'Prompt for photos without a caption: a rare token and the class, for example "a photo of sks dog".'
-    )
     caption_dropout_probability: float = option(
         "Fraction of samples trained with an empty prompt, 0 to 1.", 0.0, at_least=0, at_most=1
     )
     holdout: int = option(
-        "Photos to keep out of training, for scripts/evaluate.py: the last ones in the order of their names, or rows.",
+        "Photos of each subject to keep out of training, for scripts/evaluate.py: the last ones in the order of their "
+        "names, or rows.",
         0,
         at_least=0,
     )
-    repeats: int = option("How often each photo occurs in one pass over the photos.", 1, at_least=1)
+    repeats: int = option("How often each photo occurs in one pass over the photos of its subject.", 1, at_least=1)
     unmasked_weight: float = option("Weight of the loss outside a photo's mask; 1 inside.", 0.0, at_least=0)
     resolution: int = option("Side of the training images, px. A multiple of 8.", 512, at_least=8, multiple_of=8)
     center_crop: bool = option(
@@ -67,6 +67,13 @@ class PhotoOptions:
         if self.instance_data_dir is not None and self.dataset_name is not None:
             raise UserError(
                 "--instance_data_dir and --dataset_name both say where the photos are; use only one of them"
+            )
+        if self.subjects is None and self.instance_prompt is None:
+            raise UserError("--instance_prompt, for example 'a photo of sks dog', or --subjects is required")
+        if self.subjects is not None and self.dataset_name is not None:
+            raise UserError(
+                "--subjects does not work with --dataset_name: the photos of each are in a folder below "
+                "--instance_data_dir"
             )
         if self.dataset_config_name is not None and self.dataset_name is None:
             raise UserError("--dataset_config_name needs --dataset_name")

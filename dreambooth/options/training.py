@@ -35,6 +35,11 @@ class TrainingConfig(
             folder = getattr(self, name)
             if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
                 raise UserError(f"--{name} {folder} is a file; choose another folder")
+        if self.score_checkpoints and self.subjects is not None:
+            raise UserError(
+                "--score_checkpoints scores one subject and does not work with --subjects; scripts/evaluate.py scores "
+                "each of several"
+            )
         if self.score_checkpoints and self.reference_dir is None:
             if not self.holdout:
                 raise UserError(

@@ -1,5 +1,6 @@
 """Options as a YAML file: read into flags, for the same parser as the command line, and written so as to read back."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from dreambooth.errors import UserError
 from dreambooth.options.field import declarations, option_names, public_options, shared_options
 from dreambooth.options.foreign import explain_unknown
+from dreambooth.options.paths import expand_home
 from kron_formats.files import read_text, write_text
 
 if TYPE_CHECKING:
@@ -56,12 +58,31 @@ def read_mapping(path: str, flag: str) -> dict[str, Any]:
     The file is untrusted: UserError, beginning with the flag that names it, if it is anything else.
     """
     try:
-        entries = yaml.load(read_text(Path(path), LARGEST_FILE), Loader=_TextLoader)
-    # For invalid code points and endless nesting, PyYAML raises Python's own errors.
-    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        text = read_text(Path(path), LARGEST_FILE)
+    except (OSError, ValueError) as error:
         raise UserError(f"{flag} {path}: {error}") from error
+    return _mapping_in(text, f"{flag} {path}")
+
+
+def nested_value(text: str, flag: str) -> dict[str, Any]:
+    """Return the value of a nested option: in the YAML file that `text` names, or written out as {name: value}.
+
+    Raises UserError, beginning with the flag, as `read_mapping` does.
+    """
+    mapping = _mapping_in(text, flag) if text.startswith("{") else read_mapping(expand_home(text, flag), flag)
+    if not_text := re.search("[\0\ud800-\udfff]", json.dumps(mapping, ensure_ascii=False)):
+        raise UserError(f"{flag} contains a character that is not text: {not_text[0]!a}")
+    return mapping
+
+
+def _mapping_in(text: str, source: str) -> dict[str, Any]:
+    try:
+        entries = yaml.load(text, Loader=_TextLoader)
+    # For invalid code points and endless nesting, PyYAML raises Python's own errors.
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{source}: {error}") from error
     if not isinstance(entries, dict):
-        raise UserError(f"{flag} {path}: expected lines of the form 'option: value'")
+        raise UserError(f"{source}: expected lines of the form 'option: value'")
     return entries
 
 
@@ -75,8 +96,13 @@ def flags_from_yaml(path: str, config_class: type["DataclassInstance"]) -> list[
         answers = "; ".join(f"{name} ({explain_unknown(name, config_class)})" for name in unknown)
         raise UserError(f"--config {path}: unknown keys: {answers}")
     declared = declarations(config_class)
+    written_out = {
+        name: json.dumps(value, ensure_ascii=False)
+        for name, value in options.items()
+        if declared[name].nested and isinstance(value, dict)
+    }
     paths = [name for name in options if declared[name].path]
-    return flags_of(options, f"--config {path}", paths)
+    return flags_of({**options, **written_out}, f"--config {path}", paths)
 
 
 def flags_of(options: Mapping[str, Any], source: str, paths: Sequence[str] = ()) -> list[str]:

@@ -57,8 +57,8 @@ def identify_run(
     naming each; with --allow_config_change this is a warning. Also raises it if this process sees other photos than the
     main one. All processes must call this.
     """
-    named = {f"instance photo {printable(same_name(photo.path.name))}": _describe(photo) for photo in photos}
-    named |= {f"class image {printable(same_name(photo.path.name))}": _describe(photo) for photo in class_photos}
+    named = {f"instance photo {printable(same_name(photo.name))}": _describe(photo) for photo in photos}
+    named |= {f"class image {printable(same_name(photo.name))}": _describe(photo) for photo in class_photos}
     if (theirs := on_main(accelerator, lambda: named)) != named:
         differing = [name for name in dict.fromkeys([*theirs, *named]) if theirs.get(name) != named.get(name)]
         raise UserError(

@@ -67,8 +67,8 @@ def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:
         return {}
     return {
         "base_model": shared_name(config.pretrained_model_name_or_path),
-        "instance_prompt": config.instance_prompt,
-        "class_prompt": config.class_prompt or "",
+        "instance_prompt": config.instance_prompts,
+        "class_prompt": "; ".join(config.class_prompts),
         "step": str(step),
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "config": json.dumps(shared_options(config)),

@@ -18,6 +18,7 @@ from dreambooth.method import Attached, Description, Group
 from dreambooth.options.drawing import PriorOptions
 from dreambooth.options.output import ReportOptions
 from dreambooth.options.prompts import CHUNK_LENGTH
+from dreambooth.options.subjects import SubjectOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import shared_yaml
 from dreambooth.output.best import LOSS, read_best
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 def save_card(path: Path, attached: Attached, family: Family, steps: int, config: TrainingConfig) -> None:
     """Write OUTPUT_DIR/README.md, the model card of the result in `path`. Never raises: a failure is a warning."""
     output = Path(config.output_dir)
-    prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
+    prompt = config.validation_prompt[0] if config.validation_prompt else config.all_subjects[0].instance_prompt
     with warn_only(f"{output / CARD_NAME} was not written"):
         description = attached.describe(path, shared_name(config.pretrained_model_name_or_path), prompt)
         sheets = list_sheets(output)
@@ -54,7 +55,7 @@ def _front_matter(description: Description, family: Family, sheet: str | None, c
     entries |= {
         "license": "other",
         "license_name": "that-of-the-base-model",
-        "instance_prompt": config.instance_prompt,
+        "instance_prompt": config.instance_prompts,
         "tags": ["dreambooth", *description.tags, family.tag, "diffusers", "text-to-image"],
     }
     if sheet:
@@ -67,9 +68,8 @@ def _body(
 ) -> str:
     base = code(shared_name(config.pretrained_model_name_or_path))
     parts = [
-        f"# {code(config.instance_prompt)}",
-        f"A {description.noun} (DreamBooth) for {base}: {description.summary}. "
-        f"The subject is called as in the instance prompt, {code(config.instance_prompt)}.",
+        f"# {code(config.instance_prompts)}",
+        f"A {description.noun} (DreamBooth) for {base}: {description.summary}. " + _called(config),
     ]
     if sheet:
         rows = "".join(f"{number}. {code(text)}\n" for number, text in enumerate(config.validation_prompt, 1))
@@ -86,6 +86,14 @@ def _body(
     if (Path(config.output_dir) / CURVES_NAME).exists():
         parts.append(f"![Loss, learning rate and gradient norm]({CURVES_NAME})")
     return "\n\n".join(parts) + "\n"
+
+
+def _called(config: SubjectOptions) -> str:
+    """Return what the subjects are called."""
+    first, *others = (code(subject.instance_prompt) for subject in config.all_subjects)
+    if not others:
+        return f"The subject is called as in the instance prompt, {first}."
+    return f"Its {len(others) + 1} subjects are called as in their instance prompts, {', '.join([first, *others])}."
 
 
 def _long_prompts(max_token_length: int) -> str:
@@ -127,9 +135,12 @@ def _prior(config: PriorOptions) -> str:
     source = (
         "the base model's own prediction"
         if config.prior_source == "base_model"
+        else f"{config.num_class_images} class images each"
+        if len(config.class_prompts) > 1
         else f"{config.num_class_images} class images"
     )
-    return f"{source} for {code(config.class_prompt or '')}, weight {config.prior_loss_weight:g}"
+    classes = ", ".join(map(code, config.class_prompts))
+    return f"{source} for {classes}, weight {config.prior_loss_weight:g}"
 
 
 # ---- the upload ----

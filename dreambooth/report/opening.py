@@ -22,7 +22,8 @@ def opening_line(
 
     `samples` is the number of samples in a pass, which differs from that of the photos with repeats and buckets.
     """
-    read = [counted(len(photos), "photo")]
+    several = f" of {counted(len(config.all_subjects), 'subject')}" if len(config.all_subjects) > 1 else ""
+    read = [counted(len(photos), "photo") + several]
     if captions := sum(photo.captioned for photo in photos):
         read.append(f"{captions:,} with captions")
     if masks := sum(photo.mask is not None for photo in photos):
@@ -38,5 +39,6 @@ def opening_line(
 
 def _prior(class_photos: Sequence[Photo], config: TrainingConfig) -> list[str]:
     if config.uses_base_model_prior:
-        return [f"prior of the base model for '{printable(config.class_prompt or '')}'"]
+        classes = ", ".join(f"'{printable(prompt)}'" for prompt in config.class_prompts)
+        return [f"prior of the base model for {classes}"]
     return [counted(len(class_photos), "class image")] if config.uses_class_images else []

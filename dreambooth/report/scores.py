@@ -74,7 +74,7 @@ def prepare_scores(
         interpolation=config.image_interpolation_mode,
     )
     shown = encode(references)
-    of_class = None if config.class_prompt is None else shown
+    of_class = shown if config.class_prompts else None
     if class_photos:
         first = [
             Reference(photo.path, Image.fromarray(photo.pixels), photo.original_size)

@@ -1,6 +1,6 @@
 """What an evaluation reads before it imports anything large: its prompts and photos. Wrong ones are refused at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -59,6 +59,11 @@ def read_photos(config: EvaluationOptions) -> Photos:
     untrained, of_class = _read_untrained(config), _read_class_folder(config)
     subject = [photo.image for photo in untrained] or read_subject_photos(config.instance_data_dir or "")
     return Photos(subject, untrained, of_class)
+
+
+def all_photos(photos: Iterable[Photos]) -> Photos:
+    """Return the photos of several subjects, for images of them together. They are not denoised."""
+    return Photos([image for own in photos for image in own.subject], [], [])
 
 
 def _read_untrained(config: EvaluationOptions) -> list[Reference]:

@@ -3,11 +3,12 @@
 The definitions are those of DreamBooth (Ruiz et al., arXiv 2208.12242, sec. 4), each in its function's docstring.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 
 from PIL import Image
+from torch import Tensor
 
 from dreambooth.scoring.embeddings import (
     Evaluators,
@@ -123,6 +124,33 @@ def score_photos(photos: Images, evaluators: Evaluators) -> PhotoScores:
         return PhotoScores(clip_i=None, dino=None)
     clip, dino = evaluators.clip_images(photos), evaluators.dino_images(photos)
     return PhotoScores(clip_i=distinct_cosine(clip).mean().item(), dino=distinct_cosine(dino).mean().item())
+
+
+def score_mixing(
+    images: Mapping[str, Images], photos: Mapping[str, Images], evaluators: Evaluators
+) -> dict[str, dict[str, PhotoScores]]:
+    """Return how like each subject's images are to the photos of every subject: [whose images][whose photos].
+
+    CLIP-I and DINO as in `score_images`, and as in `score_photos` for photos and themselves. Subjects mix if images are
+    liker to another's photos than that one's photos are to their own.
+    """
+
+    def embed(pictures: Mapping[str, Images]) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: (evaluators.clip_images(own), evaluators.dino_images(own)) for name, own in pictures.items()}
+
+    def alike(a: Tensor, b: Tensor) -> float | None:
+        cosines = distinct_cosine(a) if a is b else pairwise_cosine(a, b)
+        return cosines.mean().item() if cosines.numel() else None
+
+    of_photos = embed(photos)
+    of_images = of_photos if images is photos else embed(images)
+    return {
+        name: {
+            other: PhotoScores(clip_i=alike(clip, clip_other), dino=alike(dino, dino_other))
+            for other, (clip_other, dino_other) in of_photos.items()
+        }
+        for name, (clip, dino) in of_images.items()
+    }
 
 
 def score_prior(before: Images, after: Images, photos: Images, evaluators: Evaluators) -> PriorDrift:

@@ -54,6 +54,27 @@ def name_prompts(
     )
 
 
+def name_together(config: EvaluationOptions) -> Prompts:
+    """Return the prompts with several subjects, each in place of its folder's name."""
+    phrases = config.phrases()
+
+    def named(text: str, place: int) -> str:
+        for folder, phrase in phrases.items():
+            text = text.replace(f"{{{folder}}}", phrase[place])
+        return text
+
+    drawn, texts = ([named(text, place) for text in config.together] for place in (0, 1))
+    subjects = " ".join(phrase for phrase, _ in phrases.values())
+    return Prompts(
+        sources=[f"--together, number {number}" for number in range(1, len(drawn) + 1)],
+        drawn={BASE: drawn, ADAPTED: drawn},
+        texts=texts,
+        subjects={BASE: subjects, ADAPTED: subjects},
+        of_class="",
+        others=[],
+    )
+
+
 def _check_others(others: Sequence[Asked], subject: str, noun: str) -> None:
     """Raise UserError if a prompt has the subject's own words; warn of those that have its class."""
     own = subject_words(subject, noun)

@@ -100,7 +100,7 @@ def attach(method, name, pipeline, base, **options):
     prompts = [PROMPT, "a photo of dog"]
     states = PromptStates(
         lambda rows: family.encode_captions(pipeline, [prompts[row] for row in rows], 75),
-        *(prompts, prompts[:1], prompts[1:], family, torch.device("cpu")),
+        *(prompts, [prompts[:1]], [prompts[1:]], family, torch.device("cpu")),
     )
     return models, method.attach(Host(family, models, family.present_tokenizers(pipeline.components)), config, states)
 

@@ -20,7 +20,7 @@ def folder(tmp_path):
 def ensure(folder, monkeypatch):
     """Ensure class images in the folder; the base model draws in grey. Return the photos and what was logged."""
 
-    def draw(base, indices, config):
+    def draw(base, indices, subject, config):
         yield [Image.new("RGB", (16, 16), (10 * index,) * 3) for index in indices]
 
     monkeypatch.setattr(class_images, "_draw", draw)

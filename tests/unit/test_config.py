@@ -685,10 +685,14 @@ REST = """
     --dataset_config_name small --with_prior_preservation --prior_source base_model --class_prompt dog
     --optimizer prodigy --compile --hub_token hf_secret --kron_b1 8 --kron_b2 2
 """
+SEVERAL = """
+    --pretrained_model_name_or_path hub/model --instance_data_dir photos
+    --subjects "{a/dog: {instance_prompt: 'sks #1: 🐶', class_prompt: dog}, cat: {instance_prompt: null and 5e-4}}"
+"""
 
 
 def test_a_saved_config_reads_back_as_it_was(tmp_path):
-    configs = [parse(*shlex.split(line), required={}) for line in (EVERYTHING, REST)]
+    configs = [parse(*shlex.split(line), required={}) for line in (EVERYTHING, REST, SEVERAL)]
     unchanged = [
         field.name
         for field in FIELDS

@@ -37,7 +37,7 @@ def configure(**options) -> Config:
 
 
 def photo(prompt: str, class_prompt: str | None = CLASS) -> SimpleNamespace:
-    return SimpleNamespace(prompt=prompt, class_prompt=class_prompt)
+    return SimpleNamespace(prompt=prompt, class_prompt=class_prompt, folder="")
 
 
 # ---- the directions ----
@@ -172,10 +172,10 @@ def test_each_photo_s_prompt_counts_once():
     table = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     prompts, given = ["one", "two", "none"], ["two", "one", "two", "two"]
     states = PromptStates(
-        lambda rows: {"prompt_embeds": table[rows]}, prompts, given, ["none"], SD, torch.device("cpu")
+        lambda rows: {"prompt_embeds": table[rows]}, prompts, [given], [["none"]], SD, torch.device("cpu")
     )
     repeated = table[[prompts.index(prompt) for prompt in given]].flatten(0, 1)
-    found = states.of_instance()
+    (found,) = states.of_instances()
     torch.testing.assert_close(found.T @ found / len(found), repeated.T @ repeated / len(repeated))
     assert torch.equal(states.of_class(), table[2])
     torch.testing.assert_close(
@@ -198,7 +198,7 @@ PRIOR = {"with_prior_preservation": True}
 def test_the_class_is_what_its_rows_are_trained_with(options, class_photos, expected):
     photos = [photo("sks on a beach", "an animal"), photo(SUBJECT)]
     config = configure(**options)
-    assert class_prompts_of(photos, class_photos, config) == expected
+    assert class_prompts_of(photos, class_photos, config) == [expected]
     encoded = prompts_of(photos, class_photos, config)
     assert encoded == list(dict.fromkeys(["sks on a beach", SUBJECT, *expected, ""]))
 
@@ -210,7 +210,7 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
         embeddings = family.encode_prompts(pipeline, [SUBJECT, CLASS])
     states = PromptStates(
         lambda rows: {name: tensor[rows] for name, tensor in embeddings.items()},
-        *([SUBJECT, CLASS], [SUBJECT], [CLASS], family, torch.device("cpu")),
+        *([SUBJECT, CLASS], [[SUBJECT]], [[CLASS]], family, torch.device("cpu")),
     )
     options = {
         "kron_targets": ["to_q", "to_k", "to_v", "attn2.to_k", "attn2.to_v"],
@@ -231,9 +231,9 @@ def test_only_keys_and_values_of_cross_attention_change_and_text_encoders_do_not
             for part, layers in attached.layers.items()
             for path, layer in layers.items()
         }
-    rows = contrast_rows(states.of_instance(), states.of_class(), 2).float()
+    rows = contrast_rows(states.of_instances()[0], states.of_class(), 2).float()
     assert rows.shape == (2, width)
-    ratio = (states.of_instance() @ rows[0]).norm() / (states.of_class() @ rows[0]).norm()
+    ratio = (states.of_instances()[0] @ rows[0]).norm() / (states.of_class() @ rows[0]).norm()
     layers = sum(path.endswith(("attn2.to_k", "attn2.to_v")) for _, path in starts["contrast"])
     assert f"{layers} layers start with an A that answers {ratio:.1f} times" in caplog.text
     for (part, path), A in starts["contrast"].items():

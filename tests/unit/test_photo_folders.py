@@ -25,6 +25,11 @@ PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of dog"}
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
+def read_class(**options):
+    config = make_config(**options)
+    return read_class_photos(config.all_subjects[0], config)
+
+
 def make_config(**options):
     required = {"pretrained_model_name_or_path": "base", "instance_prompt": PROMPT, "resolution": 16}
     return TrainingConfig(**required | options)
@@ -115,7 +120,7 @@ def test_the_evaluation_says_what_it_does_not_use(fill, caplog):
         (["10_sks dog/a.jpg"], "--repeats 10 --instance_prompt 'sks dog'"),
         (["img/10_sks dog/a.jpg", "img/10_sks dog/b.jpg"], r"img/10_sks dog/ \(2 images\).*--repeats 10"),
         (["10_sks dog/a.jpg", "3_ohwx/a.jpg"], "--repeats 10 .*--repeats 3"),
-        (["dog/a.jpg", "cat/b.jpg"], r"cat/ \(1 image\), dog/ \(1 image\).*--instance_data_dir .*/dog$"),
+        (["dog/a.jpg", "cat/b.jpg"], r"cat/ \(1 image\), dog/ \(1 image\).*--instance_data_dir .*/dog; .*--subjects$"),
     ],
 )
 def test_photos_in_subfolders_alone_are_refused_with_the_folder_to_give(fill, names, words):
@@ -131,7 +136,7 @@ def test_photos_in_subfolders_alone_are_refused_with_the_folder_to_give(fill, na
 def test_class_images_in_subfolders_are_not_drawn_again(fill):
     folder = fill("1_dog/a.jpg")
     with pytest.raises(UserError, match=f"--class_data_dir '{folder}/1_dog'|--class_data_dir {folder}/1_dog") as error:
-        read_class_photos(make_config(class_data_dir=str(folder), **PRIOR))
+        read_class(class_data_dir=str(folder), **PRIOR)
     assert not isinstance(error.value, NoPhotosError)
 
 
@@ -433,7 +438,7 @@ def test_a_photo_s_class_prompt_about_the_subject_is_named(fill, caplog, files, 
 
 def test_captions_of_class_images_about_the_subject_are_named(fill, caplog):
     folder = fill("a.jpg", "b.jpg", **{"a.txt": "sks dog", "b.txt": "a dog"})
-    read_class_photos(make_config(class_data_dir=str(folder), **PRIOR))
+    read_class(class_data_dir=str(folder), **PRIOR)
     assert only_warning(caplog).endswith(": a.jpg")
 
 

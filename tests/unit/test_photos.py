@@ -22,6 +22,11 @@ WHITE, BLACK, RED, LIME, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 255
 PROMPT = "a photo of sks dog"
 
 
+def read_class(**options):
+    config = make_config(**options)
+    return read_class_photos(config.all_subjects[0], config)
+
+
 def make_config(**options):
     required = {"pretrained_model_name_or_path": "base", "instance_prompt": PROMPT}
     return TrainingConfig(**required | {"resolution": RESOLUTION} | options)
@@ -371,9 +376,9 @@ def test_class_images_keep_enough_pixels_for_every_bucket(tmp_path, size, expect
     """The longest side of a bucket is 320; what is smaller is enlarged only for the bucket that it is used in."""
     Image.new("RGB", size[::-1]).save(tmp_path / "class.png")
     options = {"class_data_dir": str(tmp_path), "class_prompt": "dog", "resolution": 256}
-    (photo,) = read_class_photos(make_config(**options, aspect_ratio_buckets=True))
+    (photo,) = read_class(**options, aspect_ratio_buckets=True)
     assert photo.pixels.shape[:2] == expected and photo.original_size == size
-    (photo,) = read_class_photos(make_config(**options))
+    (photo,) = read_class(**options)
     assert min(photo.pixels.shape[:2]) == 256
 
 
@@ -553,17 +558,17 @@ def test_a_caption_column_without_metadata_is_refused(album):
 
 def test_class_images_have_captions_the_same_way(album):
     folder = album(a__txt="a dog on grass")
-    photos = read_class_photos(make_config(class_data_dir=str(folder), class_prompt="a dog"))
+    photos = read_class(class_data_dir=str(folder), class_prompt="a dog")
     assert [photo.prompt for photo in photos] == ["a dog on grass", "a dog"]
 
 
 def test_class_images_that_are_missing_differ_from_captions_that_do_not_read(album, tmp_path):
     with pytest.raises(NoPhotosError):
-        read_class_photos(make_config(class_data_dir=str(tmp_path / "missing"), class_prompt="a dog"))
+        read_class(class_data_dir=str(tmp_path / "missing"), class_prompt="a dog")
     folder = album()
     (folder / "a.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="--class_data_dir .*a.txt") as error:
-        read_class_photos(make_config(class_data_dir=str(folder), class_prompt="a dog"))
+        read_class(class_data_dir=str(folder), class_prompt="a dog")
     assert not isinstance(error.value, NoPhotosError)
 
 

@@ -60,7 +60,7 @@ def is_held(photo, decoded):
 
 
 def crops_of(config):
-    return Crops(read_instance_photos(config), read_class_photos(config), config)
+    return Crops(read_instance_photos(config), read_class_photos(config.all_subjects[0], config), config)
 
 
 def batches_of(crops, config, moments=None, count=8):

@@ -274,7 +274,7 @@ def test_tokenizers_come_without_weights(base, count, request, config):
 
 def test_prompts_are_named_by_where_they_come_from(config, tmp_path):
     def photo(name, prompt, class_prompt="a photo of dog"):
-        return SimpleNamespace(path=tmp_path / name, prompt=prompt, class_prompt=class_prompt)
+        return SimpleNamespace(path=tmp_path / name, name=name, folder="", prompt=prompt, class_prompt=class_prompt)
 
     prior = {"with_prior_preservation": True, "class_prompt": "a photo of dog"}
     config = dataclasses.replace(config, **prior, class_data_dir="class", validation_prompt=["v", "w"])
@@ -286,6 +286,6 @@ def test_prompts_are_named_by_where_they_come_from(config, tmp_path):
     assert "--instance_prompt" not in dict(prompt_sources(photos[:1], config)), "no photo is trained with it"
     by_model = dataclasses.replace(config, class_data_dir=None, prior_source="base_model")
     assert dict(prompt_sources(photos, by_model))["class prompt of 3.jpg"] == "a puppy"
-    assert dict(own_captions([photo("c.png", "a photo of dog"), photo("d.png", "x")], "a photo of dog")) == {
+    assert dict(own_captions([photo("c.png", "a photo of dog"), photo("d.png", "x")], ["a photo of dog"])) == {
         "d.png": "x"
     }

@@ -11,7 +11,8 @@ import train_dreambooth_kronecker_sdxl as sdxl
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
 from dreambooth.kronecker import KRONECKER
-from dreambooth.options.parsing import parse_options
+from dreambooth.options.evaluation import EvaluationOptions
+from dreambooth.options.parsing import parse_options, read_options
 from dreambooth.options.training import config_class
 from kron_formats.architectures import load_architecture
 from methods.train import FAMILIES, METHODS
@@ -46,7 +47,7 @@ def test_a_recipe_s_own_command_parses_without_a_warning(path, monkeypatch, caps
     options, arguments = options_of(script, words[words.index(script) + 1 :])
     assert arguments[arguments.index("--config") + 1] == path.relative_to(ROOT).as_posix()
     config = parse_options(options, "", arguments)
-    assert config.pretrained_model_name_or_path and config.instance_prompt
+    assert config.pretrained_model_name_or_path and config.instance_prompts
     assert not capsys.readouterr().err
 
 
@@ -107,3 +108,13 @@ def test_a_recipe_trains_as_many_numbers_as_it_says(recipe, parameters, monkeypa
     assert count_trained(KRONECKER, family, models, {}, config) == (parameters, parameters)
     if said := re.search(r"\(([\d,]+) parameters\)", path.read_text()):
         assert int(said[1].replace(",", "")) == parameters
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "subjects").glob("*.yaml")), ids=lambda path: path.stem)
+def test_subjects_do_for_training_and_for_evaluation(path):
+    prompts = ["--prompt", "a photo of {}", "--pretrained_model_name_or_path", "base"]
+    described = ["--instance_data_dir", "photos", "--subjects", str(path)]
+    config = read_options(sd.Config, "", ["--config", str(ROOT / "configs" / "subjects.yaml"), *described])
+    assert list(read_options(EvaluationOptions, "", [*prompts, *described]).of_each_subject()) == [
+        subject.folder for subject in config.all_subjects
+    ]

@@ -11,6 +11,7 @@ from dreambooth.errors import UserError
 from dreambooth.families.sd import SD
 from dreambooth.families.sdxl import SDXL
 from dreambooth.method import Host
+from dreambooth.options.subjects import Subject
 from dreambooth.options.training import TrainingConfig, config_class
 from dreambooth.tokens import chunk_tokens, split_prompt, words_in
 from dreambooth.words import add_word, explain_new, has_word
@@ -82,8 +83,8 @@ def test_a_word_whose_further_tokens_are_taken_is_refused(tokenizers):
 
 def test_words_in_brackets_stay_whole_for_warnings():
     assert words_in("A photo of <New-1> dog's") == ["a", "photo", "of", "<new-1>", "dog", "s"]
-    config = SimpleNamespace(instance_prompt="photo of a <dog> dog", class_prompt="photo of a dog")
-    assert rare_words([], config) == {"<dog>"}  # or the prior would be said to keep it from being learnt
+    subject = Subject("", "photo of a <dog> dog", "photo of a dog")
+    assert rare_words([], subject) == {"<dog>"}  # or the prior would be said to keep it from being learnt
 
 
 # ---- text encoders ----
