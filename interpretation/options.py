@@ -56,7 +56,7 @@ class InterpretationOptions(EvaluationOptions):
             raise UserError("--keep makes one adapter smaller: name one ADAPTER")
         if self.num_class_images == 0:
             raise UserError("--num_class_images 0: class images tell what a part costs the class; draw at least 1")
-        for name in ("lpips", "other_prompts"):
+        for name in ("lpips", "other_prompts", "subjects"):
             if getattr(self, name):
                 raise UserError(f"--{name} has no meaning for the parts of an adapter: scripts/evaluate.py measures it")
         if self.denoising_pairs == 0:

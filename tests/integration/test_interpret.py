@@ -283,7 +283,7 @@ def test_what_cannot_be_interpreted_is_refused(run, adapter, tiny_sd, tiny_sdxl,
     assert not (tmp_path / "out").exists()
 
 
-def test_keep_needs_a_base_model_photos_and_one_adapter(run, adapter, lora, tiny_sd, scored, photos, capsys):
+def test_keep_needs_a_base_model_photos_and_one_adapter(run, adapter, lora, tiny_sd, scored, photos, tmp_path, capsys):
     assert "pretrained_model_name_or_path" in refused(run, capsys, adapter, keep=0.9)
     alone = {"pretrained_model_name_or_path": tiny_sd, "class_noun": "robot", "prompt": ["a {}"]}
     assert "--instance_data_dir" in refused(run, capsys, adapter, keep=0.9, **alone)
@@ -292,6 +292,9 @@ def test_keep_needs_a_base_model_photos_and_one_adapter(run, adapter, lora, tiny
     assert "--keep" in refused(run, capsys, adapter, **scored | {"keep": 1.5})
     assert "--lpips" in refused(run, capsys, adapter, **scored, lpips="alex")
     assert "--num_class_images" in refused(run, capsys, adapter, **scored | {"num_class_images": 0})
+    (tmp_path / "two.yaml").write_text("dog: {instance_prompt: a photo of sks dog, class_prompt: a photo of dog}\n")
+    del scored["class_noun"]
+    assert "--subjects" in refused(run, capsys, adapter, **scored, subjects=tmp_path / "two.yaml")
 
 
 def test_shifts_are_spectra_and_have_no_parts(run, scored, photos, tiny_sd, tmp_path, monkeypatch, capsys):
