@@ -22,8 +22,8 @@ from dreambooth.data.order import (
     numbers_by_folder,
     order_of_pass,
     own_pass,
+    place_in_passes,
     samples_of_step,
-    whose_turn,
 )
 from dreambooth.data.photos import Photo
 from dreambooth.data.sizes import Size
@@ -91,18 +91,15 @@ class DreamBoothDataset(Dataset):
 
     def _photo_number(self, k: int) -> int:
         config, unit = self.config, batch_unit(self.config)
-        folder, own_k = whose_turn(k, self.turns, unit)
-        pass_number, position = divmod(own_k, self.lengths[folder])
-        stream = pass_number * len(self.turns) + self.turns.index(folder)  # an order of its own for every subject
-        order = order_of_pass(config.seed, stream, self.shapes[folder], config.repeats, unit)
-        return self.numbers[folder][order[position]]
+        folder, number, place = place_in_passes(k, self.turns, unit, self.lengths)
+        order = order_of_pass(config.seed, number, self.shapes[folder], config.repeats, unit)
+        return self.numbers[folder][order[place]]
 
     def _class_photo_number(self, k: int) -> int:
-        folder, own_k = whose_turn(k, self.class_turns, batch_unit(self.config))
-        numbers = self.class_numbers[folder]
-        pass_number, position = divmod(own_k, len(numbers))
-        stream = pass_number * len(self.class_turns) + self.class_turns.index(folder)
-        return numbers[generator_of(self.config.seed, Stream.CLASS_ORDER, stream).permutation(len(numbers))[position]]
+        lengths = {folder: len(numbers) for folder, numbers in self.class_numbers.items()}
+        folder, number, place = place_in_passes(k, self.class_turns, batch_unit(self.config), lengths)
+        order = generator_of(self.config.seed, Stream.CLASS_ORDER, number).permutation(lengths[folder])
+        return self.class_numbers[folder][order[place]]
 
     def paths_of_step(self, step: int, num_ranks: int) -> list[Path]:
         """Return the files of all photos and class photos of optimizer step `step`, counted from 1."""

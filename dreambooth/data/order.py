@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dreambooth.data.photos import Photo
 from dreambooth.data.sizes import Size, shape_of
@@ -49,6 +49,16 @@ def whose_turn(k: int, turns: Sequence[str], unit: int) -> tuple[str, int]:
     owner = turns[position]
     before = rounds * turns.count(owner) + turns[:position].count(owner)
     return owner, before * unit + place
+
+
+def place_in_passes(k: int, turns: Sequence[str], unit: int, lengths: Mapping[str, int]) -> tuple[str, int, int]:
+    """Return the owner of sample k, the number of its pass, which no other owner's pass has, and the place in it.
+
+    A pass of an owner has `lengths[owner]` samples.
+    """
+    owner, own_k = whose_turn(k, turns, unit)
+    pass_number, place = divmod(own_k, lengths[owner])
+    return owner, pass_number * len(turns) + turns.index(owner), place
 
 
 def batch_unit(config: DataOptions) -> int:
