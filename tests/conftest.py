@@ -178,6 +178,21 @@ def fresh_accelerator():
 
 
 @pytest.fixture
+def quick_evaluation(tiny_sd, tiny_clip, tiny_dino) -> dict[str, Any]:
+    """Options of scripts/evaluate.py on the tiny models: an image of each prompt, in one step."""
+    return {
+        "pretrained_model_name_or_path": tiny_sd,
+        "num_images": 1,
+        "num_class_images": 1,
+        "num_inference_steps": 1,
+        "height": 64,
+        "width": 64,
+        "clip_model": tiny_clip,
+        "dino_model": tiny_dino,
+    }
+
+
+@pytest.fixture
 def run_main(monkeypatch, fresh_accelerator):
     """Run a script's main() in this process: `run_main(script, resolution=64, center_crop=True, ...)`."""
 

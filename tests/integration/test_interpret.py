@@ -140,21 +140,15 @@ def test_files_for_published_models_need_no_base_model_and_form_no_change(tmp_pa
 
 
 @pytest.fixture
-def scored(tiny_sd, tiny_clip, tiny_dino):
+def scored(quick_evaluation):
     """The options with which parts are tried, but for the photos."""
     return {
-        "pretrained_model_name_or_path": tiny_sd,
+        **quick_evaluation,
         "class_noun": "robot",
         "prompt": ["a {} in the snow", "a red {}"],
-        "num_images": 1,
         "num_class_images": 2,
-        "height": 64,
-        "width": 64,
-        "num_inference_steps": 1,
         "batch_size": 64,
         "denoising_pairs": 4,
-        "clip_model": tiny_clip,
-        "dino_model": tiny_dino,
     }
 
 

@@ -30,7 +30,7 @@ def options(options, prior, tmp_path):
     return {**options, **prior, **own, "kron_init": "contrast"}
 
 
-def test_two_subjects_train_resume_and_are_scored(options, run_main, tiny_sd, tiny_clip, tiny_dino, tmp_path, capfd):
+def test_two_subjects_train_resume_and_are_scored(options, run_main, quick_evaluation, tmp_path, capfd):
     result = launch("train_dreambooth_kronecker.py", **options, checkpointing_steps=2)
     assert result.returncode == 0, result.stderr
     assert "4 photos of 2 subjects; 4 class images; 4 steps = 0.7 passes of 6 samples" in result.stdout
@@ -60,20 +60,13 @@ def test_two_subjects_train_resume_and_are_scored(options, run_main, tiny_sd, ti
     scored = tmp_path / "scored"
     run_main(
         evaluate,
-        pretrained_model_name_or_path=tiny_sd,
         adapter=options["output_dir"] / WEIGHTS,
         instance_data_dir=options["instance_data_dir"],
         subjects=tmp_path / "subjects.yaml",
         prompt="a red {}",
         together="a photo of {dog} and {robot}",
-        num_images=1,
-        num_class_images=1,
-        num_inference_steps=1,
-        height=64,
-        width=64,
-        clip_model=tiny_clip,
-        dino_model=tiny_dino,
         output_dir=scored,
+        **quick_evaluation,
     )
     likeness = json.loads((scored / "scores.json").read_text())["likeness"]
     assert list(likeness["photos"]) == ["dog", "robot"]

@@ -252,23 +252,16 @@ def test_generate_counts_all_tokens_of_a_word_and_warns_of_prompts_without_it(
     [({}, "<dog>", "dog"), ({"instance_token": "my <dog>"}, "my <dog> dog", "dog")],
 )
 def test_evaluate_names_the_subject_by_its_word(
-    given, subject, base, word, tiny_sd, tiny_clip, tiny_dino, dog_photos, run_main, tmp_path
+    given, subject, base, word, quick_evaluation, dog_photos, run_main, tmp_path
 ):
     run_main(
         evaluate,
-        pretrained_model_name_or_path=tiny_sd,
         adapter=[str(word)],
         prompt=["a {} in the snow"],
         class_noun="dog",
         instance_data_dir=dog_photos,
-        num_images=1,
-        num_class_images=1,
-        num_inference_steps=1,
-        height=64,
-        width=64,
-        clip_model=tiny_clip,
-        dino_model=tiny_dino,
         output_dir=tmp_path / "out",
+        **quick_evaluation,
         **given,
     )
     report = json.loads((tmp_path / "out" / "scores.json").read_text())
