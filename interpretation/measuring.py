@@ -60,7 +60,7 @@ class Measured:
             "largest_rank": spectrum.bound,
             "rank_for_90_percent": spectrum.rank_for(HELD),
             "share_of_nearest_lora": {str(rank): spectrum.share(rank) for rank in RANKS},
-            **_singular_values(self.change, spectrum),
+            "singular_values": _singular_values(spectrum),
         }
 
 
@@ -74,12 +74,11 @@ def _shape(change: Change) -> dict[str, Any]:
             return {}
 
 
-def _singular_values(change: Change, spectrum: Spectrum) -> dict[str, Any]:
+def _singular_values(spectrum: Spectrum) -> dict[str, list[float]] | list[float]:
     """Return the singular values; of A ⊗ B those of A and B, whose products they are: far fewer numbers."""
-    if isinstance(change, Factors):
-        values = {side: torch.linalg.svdvals(getattr(change, side).double()) for side in "AB"}
-        return {"singular_values": {side: _short(found) for side, found in values.items()}}
-    return {"singular_values": _short(spectrum.values)}
+    if spectrum.of_factors:
+        return {side: _short(found) for side, found in spectrum.of_factors.items()}
+    return _short(spectrum.values)
 
 
 def _short(values: Tensor) -> list[float]:

@@ -8,8 +8,8 @@
 All are fp64, for the strength that a change has.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Spectrum:
 
     values: Tensor  # (n,) fp64, descending
     bound: int  # the largest rank that ΔW can have
+    of_factors: Mapping[str, Tensor] | None = None  # "A" and "B" -> its singular values, of A ⊗ B
 
     @property
     def frobenius(self) -> float:
@@ -84,8 +85,8 @@ def spectrum_of(change: Change, size: Size, weight: ReadWeight | None = None) ->
 
 def factors_spectrum(factors: Factors) -> Spectrum:
     """Return σ(A) ⊗ σ(B)."""
-    products = torch.outer(*(torch.linalg.svdvals(factor.double()) for factor in (factors.A, factors.B)))
-    return _descending(products.flatten())
+    sigma = {side: torch.linalg.svdvals(factor.double()) for side, factor in (("A", factors.A), ("B", factors.B))}
+    return replace(_descending(torch.outer(*sigma.values()).flatten()), of_factors=sigma)
 
 
 def low_rank_values(lora: LowRank) -> Tensor:
