@@ -20,6 +20,7 @@ from dreambooth.markdown import loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, Host, adapter_groups, check_state
 from dreambooth.options.kronecker import KroneckerOptions
 from dreambooth.seeds import Stream, seed_of, torch_seed
+from dreambooth.start import read_start, shapes_of, start_from_adapter
 from kron_adapter import (
     KroneckerLinear,
     add_kronecker,
@@ -32,6 +33,7 @@ from kron_adapter import (
     remove_kronecker,
     save_kronecker,
 )
+from kron_formats.matching import MatchedAdapter
 from kron_formats.names import components
 from kron_formats.reading import AdapterFile
 
@@ -113,7 +115,7 @@ class Kronecker:
     def check(self, host: Host, photos: Sequence[Photo], config: KroneckerOptions) -> None:
         """Raise KroneckerError if a target or factors match no layer, or factors do not divide a layer's sizes.
 
-        Raise UserError if --kron_init contrast concerns no layer, or there is no contrast.
+        Raise UserError if --kron_init contrast concerns no layer, or there is no contrast; and as `read_start` does.
         """
         self._inject_all(host, config)
         if config.kron_init == "contrast":
@@ -127,17 +129,22 @@ class Kronecker:
         return AttachedKronecker(host, layers, adapter_groups(host.family, parameters, config))
 
     def _inject_all(self, host: Host, config: KroneckerOptions) -> dict[str, dict[str, KroneckerLinear]]:
-        """Return component -> name -> layer, with A as it is drawn."""
+        """Return component -> name -> layer, with A as it is drawn, or both factors as --init_adapter has them."""
+        start = read_start(host.models, config) if config.init_adapter else None
         layers = {}
         for number, (name, model) in enumerate(host.models.items()):
             with torch_seed(seed_of(config.seed, Stream.FACTORS, number)):
-                layers[name] = self._inject(host.family, name, model, config)
+                layers[name] = self._inject(host.family, name, model, config, start)
+        if start:
+            start_from_adapter(layers, start, config)
         return layers
 
     def _inject(
-        self, family: Family, name: str, model: nn.Module, config: KroneckerOptions
+        self, family: Family, name: str, model: nn.Module, config: KroneckerOptions, start: MatchedAdapter | None
     ) -> dict[str, KroneckerLinear]:
         init = "invariant" if config.kron_init == "contrast" else config.kron_init
+        if start and (shapes := shapes_of(start, name)):
+            return inject_kronecker(model, *config.shape(), list(shapes), shapes, init)
         if name == family.denoiser:
             factors = config.factors_by_target()
             return inject_kronecker(model, *config.shape(), config.kron_targets, factors, init)

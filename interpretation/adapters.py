@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.conversion import named_models
-from dreambooth.drawing.pipelines import split_scale
 from dreambooth.errors import UserError
 from dreambooth.layout import TENSORS_NAME, checkpoint_step, list_checkpoints
+from dreambooth.options.base_model import split_scale
 from interpretation.options import FileOptions
 from kron_formats.architectures import load_architecture, match_published
 from kron_formats.errors import naming

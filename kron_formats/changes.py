@@ -153,7 +153,8 @@ class Factors(StoredFactors):
 
     def dense(self) -> Tensor:
         """Return ΔW (d_out, d_in), fp64: exact."""
-        product = torch.kron(self.A.double(), self.B.double())
+        A, B = (factor.double().contiguous() for factor in (self.A, self.B))  # torch.kron takes no other view of one
+        product = torch.kron(A, B)
         return transpose_rows(product, self.A.shape[0]) if self.transposed_rows else product
 
 

@@ -1,13 +1,14 @@
 """Deltas in the weights themselves: strengths, which layers can take one, and the sum, rounded once."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kron_formats.changes import as_matrix
-from kron_formats.errors import KroneckerError
+from kron_formats.changes import Change, as_matrix
+from kron_formats.errors import KroneckerError, naming
+from kron_formats.names import Layer, Models, find_parameters
 
 PLAIN = "torch.nn.modules."  # where PyTorch's own layers are
 
@@ -41,6 +42,22 @@ def check_takes_delta(layer: nn.Module, parameter: str = "weight") -> None:
             f"a weight of {weight.dtype} cannot take a merged delta, which its few bits would round away; merge before "
             "layerwise casting is enabled, or leave the adapters unmerged"
         )
+
+
+def merge_changes(models: Models, changes: Mapping[Layer, Sequence[Change]]) -> None:
+    """Add to each parameter of the models all its changes, rounding once. Their layers are found by component and name.
+
+    Raises KroneckerError, before anything is changed, if a weight cannot take one; and as `merged_weight` does.
+    """
+    here = {parameter: parameter for parameter in find_parameters(models)}  # equal to those that were matched
+    for parameter in changes:
+        with naming(parameter.dotted):
+            check_takes_delta(here[parameter].module, parameter.parameter)
+    for parameter, parts in changes.items():
+        weight = getattr(here[parameter].module, parameter.parameter)
+        with naming(parameter.dotted):
+            deltas = (change.delta(weight) for change in parts)
+            weight.data = merged_weight(weight, deltas, weight.dtype, "the changed weight")
 
 
 def merged_weight(weight: Tensor, deltas: Iterable[Tensor], dtype: torch.dtype, what: str) -> Tensor:

@@ -8,6 +8,11 @@ from dreambooth.options.field import GIVEN, option
 from dreambooth.options.prompts import CHUNK_LENGTH
 from dreambooth.options.steps import OptimizerOptions, SeedOptions, TextEncoderOptions
 
+STARTS = (  # the answer to flags of other trainers that start from a file
+    "network_weights dim_from_weights init_lora",
+    "training starts from --pretrained_model_name_or_path; --base_adapter merges adapters into it before",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions(TextEncoderOptions):
@@ -28,6 +33,7 @@ class LoraOptions(TextEncoderOptions):
         ("network_alpha alpha", "use --lora_alpha"),
         ("network_module lora_type algo", "this method is LoRA, whose size is --rank"),
         ("kron_a1 kron_a2 kron_b1 kron_b2 kron_factors", "a LoRA's size is --rank"),
+        STARTS,
     )
 
     @property
@@ -54,6 +60,7 @@ class DreamBoothOptions(TextEncoderOptions):
             "DreamBooth has no rank: all weights train",
         ),
         ("kron_a1 kron_a2 kron_b1 kron_b2 kron_factors", "DreamBooth has no factors: all weights train"),
+        STARTS,
         (
             "save_model_as use_safetensors no_safe_serialization output_kohya_format save_as_full_pipeline",
             "OUTPUT_DIR/pipeline is a diffusers pipeline in safetensors; --single_file also writes one file",
@@ -67,10 +74,6 @@ class DreamBoothOptions(TextEncoderOptions):
             "lora_dropout network_dropout rank_dropout module_dropout scale_weight_norms",
             "there is no adapter; fewer --max_train_steps, a lower --learning_rate or --with_prior_preservation "
             "overfit less",
-        ),
-        (
-            "network_weights dim_from_weights base_weights base_weights_multiplier",
-            "training starts from --pretrained_model_name_or_path; scripts/merge.py merges adapters into one before",
         ),
     )
 
@@ -92,6 +95,7 @@ class SvdiffOptions(TextEncoderOptions):
             "SVDiff has no rank: every singular value trains",
         ),
         ("kron_a1 kron_a2 kron_b1 kron_b2 kron_factors", "SVDiff has no factors: every singular value trains"),
+        STARTS,
     )
 
     def check(self) -> None:

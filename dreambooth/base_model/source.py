@@ -8,10 +8,11 @@ A VAE of its own is one component in diffusers' layout, or one file, whose confi
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dreambooth.base_model.adapted import AdaptedWeights
 from dreambooth.base_model.configurations import Configurations
 from dreambooth.base_model.mistaken import explain_file
 from dreambooth.base_model.process import EDM, with_noise
@@ -50,14 +51,21 @@ def base_source(config: BaseModelOptions) -> Source:
         if config.base_config is not None:
             raise UserError(f"--base_config {config.base_config} is for a base model in one file; {flag} is not one")
         configurations = Configurations(flag, name, {"revision": config.revision, "cache_dir": config.cache_dir})
-        return Source(configurations, FolderWeights(configurations, config.variant))
+        return _adapted(Source(configurations, FolderWeights(configurations, config.variant)), config)
     for option in ("variant", "revision"):
         if value := getattr(config, option):
             raise UserError(f"--{option} {value} is for a model in diffusers' layout; {flag} is one file")
     with _flagged(flag):
         family = family_of_file(file)
     configurations = _configurations_of(file, family, config)
-    return Source(configurations, FileWeights(file, configurations, flag, family), file, family)
+    return _adapted(Source(configurations, FileWeights(file, configurations, flag, family), file, family), config)
+
+
+def _adapted(source: Source, config: BaseModelOptions) -> Source:
+    """Return a base model with the adapters that are part of it."""
+    if not config.base_adapter:
+        return source
+    return replace(source, weights=AdaptedWeights(source.weights, source.configurations, tuple(config.base_adapter)))
 
 
 def vae_source(config: BaseModelOptions) -> Source:

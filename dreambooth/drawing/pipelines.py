@@ -4,6 +4,7 @@ What changes depend on the base weights themselves (spectral shifts, weights tha
 the base model is loaded, in fp32. What can stay beside them is added by readers, and can be removed again.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,17 @@ from dreambooth.base_model.loading import DTYPES
 from dreambooth.base_model.process import build_sampler
 from dreambooth.base_model.source import base_source, load_scheduler, load_tokenizers, vae_source
 from dreambooth.drawing.words import add_words, check_strength_of_words
-from dreambooth.options.base_model import AdaptedModelOptions
+from dreambooth.options.base_model import AdaptedModelOptions, split_scale
 from dreambooth.tokens import subject_words
 from kron_formats.errors import KroneckerError, naming
 from kron_formats.families import COMPONENTS
+from kron_formats.files import printable
 from kron_formats.matching import MatchedAdapter, match_layers
-from kron_formats.merging import check_strength, check_takes_delta, merged_weight
-from kron_formats.names import find_layers, find_parameters
+from kron_formats.merging import check_strength, check_takes_delta, merge_changes, merged_weight
+from kron_formats.names import find_layers
 from kron_formats.reading import AdapterFile, read_adapter
+
+logger = logging.getLogger(__name__)
 
 BaseLayer = nn.Linear | nn.Conv2d
 Delta = Callable[[], Tensor]  # makes a layer's ΔW (d_out, d_in), large enough to make one at a time
@@ -98,10 +102,17 @@ def read_adapters(config: AdaptedModelOptions, readers: Sequence[Reader]) -> lis
         what = f"--adapter {entry}: the strength"
         strength = check_strength(scale * config.adapter_scale, what)
         check_strength_of_words(matched.file, strength, what)
+        _warn_of_missing_base(matched.file, config)
         adapters.append(Adapter(matched, strength, f"adapter-{number}"))
     if any(adapter.matched.file.words for adapter in adapters):
         adapted_tokenizers(config, adapters)
     return adapters
+
+
+def _warn_of_missing_base(file: AdapterFile, config: AdaptedModelOptions) -> None:
+    """Warn if a file was trained on top of other adapters, and none are part of the base model."""
+    if (beneath := file.own_metadata.get("base_adapter")) and not config.base_adapter:
+        logger.warning("%s was trained on top of %s: name that with --base_adapter", file.path, printable(beneath))
 
 
 def adapted_tokenizers(config: AdaptedModelOptions, adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -150,20 +161,12 @@ def _merge_changes(pipeline: Any, adapters: Sequence[Adapter]) -> None:
 
     Raises KroneckerError, before anything is changed, if a weight cannot take one.
     """
-    here = {parameter: parameter for parameter in find_parameters(pipeline)}  # equal to those that were matched
     changes = defaultdict(list)
     for adapter in adapters:
         for parameter, change in adapter.matched.layers.items():
             if change.needs_weight:
-                changes[here[parameter]].append(change.scaled(adapter.scale))
-    for parameter in changes:
-        with naming(parameter.dotted):
-            check_takes_delta(parameter.module, parameter.parameter)
-    for parameter, parts in changes.items():
-        weight = getattr(parameter.module, parameter.parameter)
-        with naming(parameter.dotted):
-            deltas = (change.delta(weight) for change in parts)
-            weight.data = merged_weight(weight, deltas, weight.dtype, "the changed weight")
+                changes[parameter].append(change.scaled(adapter.scale))
+    merge_changes(pipeline, changes)
 
 
 def merge_adapters(pipeline: Any, readers: Sequence[Reader]) -> int:
@@ -214,12 +217,3 @@ def prepare_drawing(pipeline: Any, readers: Sequence[Reader], config: AdaptedMod
     pipeline.vae.float()
     if config.dtype != "bf16" and can_merge(pipeline, readers):
         merge_adapters(pipeline, readers)
-
-
-def split_scale(entry: str) -> tuple[str, float]:
-    """Return the path and the strength of "FILE:SCALE", 1.0 if none is given."""
-    path, _, scale = entry.rpartition(":")
-    try:
-        return (path, float(scale)) if path else (entry, 1.0)
-    except ValueError:
-        return entry, 1.0  # the colon belongs to the path

@@ -35,6 +35,12 @@ class BaseModelOptions:
         None,
         hub=True,
     )
+    base_adapter: list[str] = option(
+        "Adapters of any method that are part of the base model, merged into its weights, as FILE or FILE:SCALE. "
+        "Default: none.",
+        [],
+        path=True,
+    )
     revision: str | None = option("Revision of the base model on the Hub. Default: its main branch.", None)
     variant: str | None = option("Variant of the base model's weight files, for example fp16. Default: none.", None)
     cache_dir: str | None = option(
@@ -86,3 +92,12 @@ class AdaptedModelOptions(BaseModelOptions):
         needs={"adapter": GIVEN},
     )
     dtype: Literal["fp32", "fp16", "bf16"] = option("Precision of the model.", "fp32")
+
+
+def split_scale(entry: str) -> tuple[str, float]:
+    """Return the path and the strength of "FILE:SCALE", 1.0 if none is given."""
+    path, _, scale = entry.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (entry, 1.0)
+    except ValueError:
+        return entry, 1.0  # the colon belongs to the path

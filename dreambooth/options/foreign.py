@@ -22,14 +22,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         "the adapter has no dropout; fewer --max_train_steps or a lower --learning_rate overfit less",
     ),
     ("scale_weight_norms", "the adapter's norm is not limited; a lower --learning_rate keeps it small"),
-    (
-        "network_weights dim_from_weights",
-        "training starts with a new adapter; --resume_from_checkpoint continues a run",
-    ),
-    (
-        "base_weights base_weights_multiplier",
-        "merge the adapter into the base model with scripts/merge.py, and train on the folder that it writes",
-    ),
+    ("base_weights base_weights_multiplier", "use --base_adapter FILE:SCALE"),
     ("use_ema offload_ema foreach_ema", "there is no EMA of the weights; --optimizer ScheduleFreeAdamW averages them"),
     # ---- the base model ----
     (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dreambooth.errors import UserError
-from dreambooth.options.field import option
+from dreambooth.options.field import defaults, option
 from dreambooth.options.steps import TextEncoderOptions
 from dreambooth.options.subjects import SubjectOptions
 from kron_formats.errors import KroneckerError
@@ -14,6 +14,7 @@ from kron_formats.sizes import FactorSize, as_size, check_size
 
 DEFAULT_SHAPE = (4, 64)  # (a1, a2)
 TEXT_PROJECTIONS = ("attn2.to_k", "attn2.to_v")  # the layers that read prompts
+SHAPE_OPTIONS = ("kron_a1", "kron_a2", "kron_b1", "kron_b2", "kron_factors", "kron_targets")
 FORM = "write NAME=A1,A2, for example to_k=8,64 or attn2.to_k=1,d_in"
 
 
@@ -57,6 +58,13 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
         "class_prompt; kron_factors apart, A is then (1, d_in) there, or with subjects (their number, d_in).",
         "invariant",
     )
+    init_adapter: str | None = option(
+        "File to start from. A Kronecker adapter decides which layers are adapted and the sizes of their factors; of "
+        "a LoRA, training starts from the nearest factors of the sizes given here, and says how near they are. "
+        "Default: none.",
+        None,
+        path=True,
+    )
     text_encoder_kron_a1: FactorSize | None = option(
         "kron_a1 of the text encoders. Default: as in the UNet.", None, at_least=1
     )
@@ -84,6 +92,7 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
             "network_module lora_type algo",
             "this script trains a Kronecker adapter (LoKr), whose sizes are --kron_a1 and --kron_a2",
         ),
+        ("network_weights dim_from_weights init_lora", "use --init_adapter FILE; the file gives the sizes"),
         ("conv_dim conv_alpha", "convolutions are not adapted; --kron_targets are linear layers"),
         (
             "lora_layers lora_unet_blocks lora_blocks lora_target_modules target_modules use_blora freeze_model",
@@ -93,11 +102,14 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
     )
 
     def __post_init__(self) -> None:
-        """Put a number where a size is the text of one, and the default where a side has no size."""
+        """Put a number where a size is the text of one, and the default where a side has no size.
+
+        With init_adapter, what was not given stays so: its file may decide it.
+        """
         for name in ("kron_a1", "kron_a2", "text_encoder_kron_a1", "text_encoder_kron_a2"):
             object.__setattr__(self, name, as_size(getattr(self, name)))
         for a, b, default in zip(("kron_a1", "kron_a2"), ("kron_b1", "kron_b2"), DEFAULT_SHAPE):
-            if getattr(self, a) is None and getattr(self, b) is None:
+            if self.init_adapter is None and getattr(self, a) is None and getattr(self, b) is None:
                 object.__setattr__(self, a, default)
 
     @property
@@ -106,9 +118,8 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
 
     def shape(self) -> tuple[FactorSize, FactorSize]:
         """Return (a1, a2) of the UNet's layers; a size of B is a fraction of the layer's."""
-        a1 = self.kron_a1 if self.kron_b1 is None else f"d_out/{self.kron_b1}"
-        a2 = self.kron_a2 if self.kron_b2 is None else f"d_in/{self.kron_b2}"
-        assert a1 is not None and a2 is not None
+        a1 = self.kron_a1 or DEFAULT_SHAPE[0] if self.kron_b1 is None else f"d_out/{self.kron_b1}"
+        a2 = self.kron_a2 or DEFAULT_SHAPE[1] if self.kron_b2 is None else f"d_in/{self.kron_b2}"
         return a1, a2
 
     def text_encoder_shape(self) -> tuple[FactorSize, FactorSize]:
@@ -149,8 +160,17 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
         selected = {projection for target, projection in pairs if f".{projection}".endswith(f".{target}")}
         return selected | {target for target, projection in pairs if f".{target}".endswith(f".{projection}")}
 
+    def shape_options_given(self) -> list[str]:
+        """Return the options about layers of the UNet and their factors that differ from their defaults."""
+        default = defaults(KroneckerOptions)
+        return [name for name in SHAPE_OPTIONS if getattr(self, name) != default[name]]
+
     def check(self) -> None:
         self.factors_by_target()
+        if self.init_adapter is not None and self.kron_init == "contrast":
+            raise UserError(
+                f"--init_adapter {self.init_adapter} and --kron_init contrast are two starts: leave one of them out"
+            )
         for a, b, side in (("kron_a1", "kron_b1", "d_out"), ("kron_a2", "kron_b2", "d_in")):
             rows, rest = getattr(self, a), getattr(self, b)
             if rows is not None and rest is not None:

@@ -17,7 +17,7 @@ from dreambooth.options.training import TrainingConfig
 from kron_formats.errors import KroneckerError
 from kron_formats.files import open_safetensors, read_json
 from kron_formats.layout import METADATA_PREFIX
-from kron_formats.paths import shared_name
+from kron_formats.paths import last_part, shared_name
 
 
 def write_result(path: Path, state: TrainingState, step: int, config: TrainingConfig) -> None:
@@ -67,6 +67,7 @@ def result_metadata(step: int, config: TrainingConfig) -> dict[str, str]:
         return {}
     return {
         "base_model": shared_name(config.pretrained_model_name_or_path),
+        **({"base_adapter": " ".join(map(last_part, config.base_adapter))} if config.base_adapter else {}),
         "instance_prompt": config.instance_prompts,
         "class_prompt": "; ".join(config.class_prompts),
         "step": str(step),

@@ -23,7 +23,7 @@ from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import shared_yaml
 from dreambooth.output.best import LOSS, read_best
 from kron_formats.files import write_text
-from kron_formats.paths import is_hub_name, shared_name
+from kron_formats.paths import is_hub_name, last_part, shared_name
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,9 @@ def _body(
         rows = "".join(f"{number}. {code(text)}\n" for number, text in enumerate(config.validation_prompt, 1))
         parts += ["## Samples", f"![Samples, one row for each prompt]({sheet})", rows.rstrip()]
     parts += ["## Use", description.usage]
+    if config.base_adapter:
+        beneath = ", ".join(code(last_part(entry)) for entry in config.base_adapter)
+        parts.append(f"It was trained on top of {beneath}: load that too.")
     if config.max_token_length > CHUNK_LENGTH:
         parts.append(_long_prompts(config.max_token_length))
     parts += [f"## The {description.noun}", *description.contents, "## Training", _settings(groups, steps, config)]

@@ -353,7 +353,7 @@ def test_a_lora_in_a_folder_that_peft_wrote_is_drawn_with_as_peft_does(tmp_path,
 
 
 def test_an_adapter_s_colon_is_a_strength_only_before_a_number():
-    from dreambooth.drawing.pipelines import split_scale
+    from dreambooth.options.base_model import split_scale
 
     assert split_scale("a.safetensors") == ("a.safetensors", 1.0)
     assert split_scale("a.safetensors:0.8") == ("a.safetensors", 0.8)

@@ -101,7 +101,7 @@ def train(run_main, once, shared_folder):
                 "kron_a1": 2,  # as in the quickstart
                 "kron_a2": 32,
                 "train_batch_size": 4,
-                "max_train_steps": 300,
+                "max_train_steps": 200,
                 "learning_rate": 1e-2,
                 "output_dir": output,
                 "report_to": "none",

@@ -658,7 +658,7 @@ EVERYTHING = """
     --class_prompt null --num_class_images 7 --sample_batch_size 2 --prior_num_inference_steps 9
     --prior_guidance_scale 1e-3 --prior_negative_prompt "  blurry,\nno " --prior_seed 5 --kron_a1 8 --kron_a2 32
     --kron_factors to_k=8,64 attn2.to_v=1,d_in --kron_targets to_q to_k --kron_init reference
-    --output_dir "~" --seed 4294967295
+    --output_dir "~" --seed 4294967295 --init_adapter dog.safetensors --base_adapter a.safetensors:0.5 b
     --overwrite_output_dir --train_batch_size 2 --gradient_accumulation_steps 3 --max_train_steps 10
     --num_train_epochs 4 --learning_rate 1e-5 --scale_lr --lr_scheduler cosine --lr_warmup_steps 3 --lr_num_cycles 2
     --lr_power 2 --use_8bit_adam --adam_beta1 0.8 --adam_beta2 0.9 --adam_weight_decay 0 --adam_epsilon 1e-20

@@ -28,6 +28,7 @@ ROOMS = (
     "dreambooth.drawing",
     "dreambooth.method",
     "dreambooth.contrast",
+    "dreambooth.start",
     "dreambooth.kronecker",
     "dreambooth.loop",
     "dreambooth.scoring",
