@@ -45,6 +45,7 @@ from kron_formats.names import (
     find_layers,
     given_modules,
     linear_modules,
+    match_selection,
     match_target,
     matrix_size,
     unwrapped,
@@ -268,7 +269,7 @@ class KroneckerLinear(nn.Module):
         self.scale = 1.0
         self.enabled = True
         self.adapter = adapter  # tells this adapter from others on the same model
-        self.target = name  # the end of its name by which it was selected, or given its factors
+        self.target = name  # what of its name it was selected by, or given its factors
         self.transposed_rows = False  # whether the factors have the row order of the paper's code
         self.merged = False
         self._unmerged_weight: Tensor | None = None
@@ -456,35 +457,38 @@ def inject_kronecker(
 ) -> dict[str, KroneckerLinear]:
     """Freeze `model` and wrap every `nn.Linear` that a target names in a KroneckerLinear. Return name -> layer.
 
-    A target is the end of a module's dotted path: "to_q", "attn2.to_k", "to_out.0", or the whole path.
-    `factors` gives some of these layers an (a1, a2) of their own, by the end of their path too; the longest counts:
-    {"to_k": (8, 64), "attn2.to_k": (1, "d_in")}. A size is a number, or a fraction of the layer's: "d_out", "d_in/8".
+    A target is some consecutive words of a layer's dotted path: "to_q", "attn2.to_k", "attn2", "up_blocks.1"; or "re:"
+    and a regular expression for the whole path. `factors` gives some of these layers an (a1, a2) of their own, by such
+    words too; the longest count: {"to_k": (8, 64), "attn2.to_k": (1, "d_in")}. A size is a number, or a fraction of
+    the layer's: "d_out", "d_in/8".
 
-    Raises KroneckerError, with no layer replaced, if a target names no linear layer, if factors are for none of them or
-    do not divide a layer's sizes, and if the model has adapters already.
+    Raises KroneckerError, with no layer replaced, if a target selects no linear layer, if factors are for none of them
+    or do not divide a layer's sizes, and if the model has adapters already.
     """
     factors = dict(factors or {})
     if kronecker_layers(model):
         raise KroneckerError("the model has Kronecker adapters already; call remove_kronecker first")
     check_not_fused([model])
     linears = linear_modules(model)
-    found = {name: (path, target) for path, name, _ in linears if (target := match_target(name, targets))}
+    found = {name: (path, target) for path, name, _ in linears if (target := match_selection(name, targets))}
     if missing := [target for target in targets if target not in {selected for _, selected in found.values()}]:
         endings = sorted({ending(name) for _, name, _ in linears})
         raise KroneckerError(
-            f"no linear layer of {type(model).__name__} ends in {', '.join(missing)}; there are: {', '.join(endings)}"
+            f"no linear layer of {type(model).__name__} has {', '.join(missing)} in its path; paths end in: "
+            f"{', '.join(endings)}"
         )
-    own_factors = {name: match_target(name, list(factors)) for name in found}
+    own_factors = {name: match_selection(name, list(factors)) for name in found}
     if idle := [name for name in factors if name not in own_factors.values()]:
         raise KroneckerError(
             f"factors are given for {', '.join(idle)}, but the targets are {', '.join(targets)}, and no layer of these "
-            "takes them: of the names that a layer's path ends in, the longest counts"
+            "takes them: of the names that are in a layer's path, the longest counts"
         )
     layers, linear_at = {}, {path: linear for path, _, linear in linears}
     for name, (path, target) in found.items():
         own = own_factors[name]
         layers[name] = KroneckerLinear(linear_at[path], *(factors[own] if own else (a1, a2)), init, name)
-        layers[name].target = max(target, own or "", key=len)  # files and cards tell layers apart by it
+        ends_alike = own is not None and f".{own}".endswith(f".{target}")
+        layers[name].target = own if ends_alike else target  # files and cards tell layers apart by it
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(found[name][0], layer)
@@ -720,7 +724,8 @@ def save_kronecker(
             f"adapter files have no name for {len(left_out)} adapted layers, for example {left_out[0]}; nothing was "
             "written"
         )
-    targets = json.dumps(sorted({adapter.target for adapter in adapters.values()}))
+    ends = {adapter.target for layer, adapter in adapters.items() if match_target(layer.name, [adapter.target])}
+    targets = json.dumps(sorted(ends))  # a file has every layer that one of them is the end of
     layers = {layer: adapter.factors for layer, adapter in adapters.items()}
     write_native(path, layers, family(parts), {**(metadata or {}), "targets": targets}, dtype)
 

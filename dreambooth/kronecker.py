@@ -3,18 +3,19 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from dreambooth.base_model.prompts import PromptStates
 from dreambooth.contrast import check_contrast, set_contrast, text_projections
 from dreambooth.data.photos import Photo
 from dreambooth.drawing.pipelines import Adapter, BaseLayer, Delta
+from dreambooth.errors import UserError
 from dreambooth.family import Family
 from dreambooth.markdown import loading_lines, python_string, size_in_words
 from dreambooth.method import Description, Group, Host, adapter_groups, check_state
@@ -34,8 +35,10 @@ from kron_adapter import (
     save_kronecker,
 )
 from kron_formats.matching import MatchedAdapter
-from kron_formats.names import components
+from kron_formats.names import components, linear_modules, match_selection
 from kron_formats.reading import AdapterFile
+
+Layers = Mapping[str, Mapping[str, KroneckerLinear]]  # component -> name -> layer
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class AttachedKronecker:
     """Kronecker factors in a base model. See dreambooth/method.py."""
 
     host: Host
-    layers: Mapping[str, Mapping[str, KroneckerLinear]]  # component -> name -> layer
+    layers: Layers
     groups: Sequence[Group]
+    largest_norm: float | None = None  # of a layer's ΔW
 
     def without(self) -> AbstractContextManager[None]:
         return disable_kronecker(self.host.models)
@@ -60,6 +64,11 @@ class AttachedKronecker:
 
     def save(self, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
         save_kronecker(self.host.models, path, metadata, dtype)
+
+    def after_step(self) -> None:
+        """Scale down the factors of every layer whose ‖ΔW‖ = gain · ‖A‖ · ‖B‖ is larger than --scale_weight_norms."""
+        if self.largest_norm is not None:
+            limit_norms([layer for layers in self.layers.values() for layer in layers.values()], self.largest_norm)
 
     def describe(self, path: Path, base_model: str, prompt: str) -> Description:
         kinds = Counter(self._kinds())
@@ -117,7 +126,7 @@ class Kronecker:
 
         Raise UserError if --kron_init contrast concerns no layer, or there is no contrast; and as `read_start` does.
         """
-        self._inject_all(host, config)
+        groups_by_rate(host, self._inject_all(host, config), config)
         if config.kron_init == "contrast":
             check_contrast(host.denoiser, host.tokenizers.values(), photos, config)
 
@@ -125,8 +134,7 @@ class Kronecker:
         layers = self._inject_all(host, config)
         if config.kron_init == "contrast" and states is not None:
             set_contrast(text_projections(host.denoiser), states.of_instances(), states.of_class())
-        parameters = {name: kronecker_parameters(model) for name, model in host.models.items()}
-        return AttachedKronecker(host, layers, adapter_groups(host.family, parameters, config))
+        return AttachedKronecker(host, layers, groups_by_rate(host, layers, config), config.scale_weight_norms)
 
     def _inject_all(self, host: Host, config: KroneckerOptions) -> dict[str, dict[str, KroneckerLinear]]:
         """Return component -> name -> layer, with A as it is drawn, or both factors as --init_adapter has them."""
@@ -146,12 +154,50 @@ class Kronecker:
         if start and (shapes := shapes_of(start, name)):
             return inject_kronecker(model, *config.shape(), list(shapes), shapes, init)
         if name == family.denoiser:
-            factors = config.factors_by_target()
+            selected = [path for _, path, _ in linear_modules(model) if match_selection(path, config.kron_targets)]
+            of_contrast = config.contrast_factors()
+            factors = {x: of_contrast[x] for x in of_contrast if any(match_selection(path, [x]) for path in selected)}
+            factors |= config.factors_by_target()
             return inject_kronecker(model, *config.shape(), config.kron_targets, factors, init)
         return inject_kronecker(model, *config.text_encoder_shape(), family.targets[name], init=init)
 
 
 KRONECKER = Kronecker()
+
+
+def groups_by_rate(host: Host, layers: Layers, config: KroneckerOptions) -> list[Group]:
+    """Return what trains, the denoiser's layers with a learning rate of their own (--kron_lr) in groups of their own.
+
+    Raises UserError if a rate is for none of them.
+    """
+    rates, denoiser = config.rates_by_target(), host.family.denoiser
+    of_target = {name: match_selection(name, list(rates)) for name in layers[denoiser]}
+    if idle := [target for target in rates if target not in of_target.values()]:
+        raise UserError(
+            f"--kron_lr {', '.join(idle)}: no adapted layer takes its rate from this name; of those in a layer's path, "
+            "the longest counts"
+        )
+    parameters = {name: kronecker_parameters(model) for name, model in host.models.items()}
+    (whole, *others) = adapter_groups(host.family, parameters, config)
+    groups = []
+    for target in (None, *rates):
+        own = [layer for name, layer in layers[denoiser].items() if of_target[name] == target]
+        if factors := [factor for layer in own for factor in (layer.A, layer.B)]:
+            title, rate = (f"{whole.title}, {target}", rates[target]) if target else (whole.title, whole.learning_rate)
+            groups.append(replace(whole, title=title, parameters=factors, learning_rate=rate))
+    return [*groups, *others]
+
+
+@torch.no_grad()
+def limit_norms(layers: Sequence[KroneckerLinear], largest: float) -> None:
+    """Scale A and B of layers down, both alike, so that no ‖ΔW‖ is larger. Waits for no device."""
+    A: list[Tensor] = [layer.A for layer in layers]
+    B: list[Tensor] = [layer.B for layer in layers]
+    norms = torch._foreach_mul(torch._foreach_norm(A), [layer.gain for layer in layers])
+    torch._foreach_mul_(norms, torch._foreach_norm(B))
+    shrink = (largest / torch.stack(norms)).clamp(max=1).sqrt().unbind()
+    torch._foreach_mul_(A, shrink)
+    torch._foreach_mul_(B, shrink)
 
 
 @dataclass(frozen=True)

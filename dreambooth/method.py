@@ -90,6 +90,15 @@ class Attached(Protocol):
 
 
 @runtime_checkable
+class Corrected(Protocol):
+    """What an Attached also has if it corrects its parameters after every optimizer step."""
+
+    def after_step(self) -> None:
+        """Correct them in place, without waiting for the device."""
+        ...
+
+
+@runtime_checkable
 class LargeResult(Protocol):
     """What an Attached also has if its result is a whole model: checkpoints then hold only the parts that train."""
 

@@ -20,7 +20,7 @@ from dreambooth.family import Family
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup
 from dreambooth.loop.state import TrainingState
 from dreambooth.loop.steps import Denoiser, count_steps, train_steps
-from dreambooth.method import Host, Method, trained_parameters
+from dreambooth.method import Corrected, Host, Method, trained_parameters
 from dreambooth.options.training import TrainingConfig
 from dreambooth.output.checkpoint import check_room, load_checkpoint, save_checkpoint, save_result
 from dreambooth.output.folder import check_start, find_start, hold_folder, prepare_output
@@ -95,6 +95,8 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         begin_alike(trained_parameters(attached), accelerator)
         base.prepare_training(models)
         optimizer = build_optimizer(attached.groups, config, accelerator.num_processes)
+        if isinstance(attached, Corrected):
+            optimizer.register_step_post_hook(lambda *_: attached.after_step())
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
         optimizer = accelerator.prepare_optimizer(optimizer)
         denoiser = Denoiser(base.denoiser, encode, family.condition)

@@ -10,6 +10,7 @@ parameter's name is that of its module with ".weight" or ".bias"; the name of a 
 Models for which files have no names are refused.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,6 +39,7 @@ LIBRARIES = ("diffusers", "transformers")
 WRAPPERS = ("base", "base_layer")  # where KroneckerLinear and peft's layers keep the layer that they wrap
 IN_TEXT_MODEL = ("embeddings.", "encoder.", "final_layer_norm")  # what CLIPTextModel has
 UNET_PREFIX = "lora_unet"  # what kohya's names of a UNet's layers begin with
+REGULAR = "re:"  # what a regular expression begins with, among selections of layers
 COMFY_UNET_PREFIXES = ("diffusion_model.", "unet.", "")
 SGM_RESNET = {
     "norm1": "in_layers.0",
@@ -355,6 +357,25 @@ def sgm_name(name: str, unet: nn.Module) -> str:
 def match_target(name: str, targets: Sequence[str]) -> str | None:
     """Return the longest target that is the end of a layer's name, in whole words; None if none is."""
     return max((target for target in targets if f".{name}".endswith(f".{target}")), key=len, default=None)
+
+
+def match_selection(name: str, selections: Sequence[str]) -> str | None:
+    """Return the longest selection that a layer's name meets; None if it meets none.
+
+    A selection is some consecutive words of the name: a layer's last ones ("to_k", "attn2.to_k"), or those of a module
+    that it is in ("attn2", "up_blocks.1"); or "re:" and a regular expression that the whole name matches. Raises
+    KroneckerError if that is not one.
+    """
+    return max((selection for selection in selections if _selects(selection, name)), key=len, default=None)
+
+
+def _selects(selection: str, name: str) -> bool:
+    if not selection.startswith(REGULAR):
+        return f".{selection}." in f".{name}."
+    try:
+        return re.fullmatch(selection.removeprefix(REGULAR), name) is not None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise KroneckerError(f"{selection} is not a regular expression: {error}") from error
 
 
 def ending(name: str) -> str:

@@ -33,6 +33,7 @@ class LoraOptions(TextEncoderOptions):
         ("network_alpha alpha", "use --lora_alpha"),
         ("network_module lora_type algo", "this method is LoRA, whose size is --rank"),
         ("kron_a1 kron_a2 kron_b1 kron_b2 kron_factors", "a LoRA's size is --rank"),
+        ("scale_weight_norms", "the update's norm is not limited; a lower --learning_rate keeps it small"),
         STARTS,
     )
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from dreambooth.data.sizes import Size
 from dreambooth.options.steps import LossOptions
 
+NOISIEST, THINNED = 0.8, 0.25  # above this share of the timesteps, how often one is drawn, beside 1 below
+
 
 @dataclass(frozen=True)
 class RowNoise:
@@ -39,9 +41,19 @@ def draw_noise(seed: int, size: Size, channels: int, factor: int, num_timesteps:
     generator = torch.Generator().manual_seed(seed)
     height, width = size
     shape = (channels, height // factor, width // factor)
-    last = config.highest_timestep(num_timesteps)
     posterior_noise, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    timestep = torch.randint(config.min_timestep, last + 1, (), generator=generator)
+    timestep = _draw_timestep(generator, num_timesteps, config)
     if config.noise_offset:
         noise = noise + config.noise_offset * torch.randn(channels, 1, 1, generator=generator)
     return RowNoise(posterior_noise, noise, timestep)
+
+
+def _draw_timestep(generator: torch.Generator, num_timesteps: int, config: LossOptions) -> Tensor:
+    """Return a timestep, () int64."""
+    first, end = config.min_timestep, config.highest_timestep(num_timesteps) + 1
+    if config.timestep_sampling == "uniform":
+        return torch.randint(first, end, (), generator=generator)
+    thinned = min(max(round(NOISIEST * num_timesteps), first), end)  # the first of those that are drawn less often
+    usual, rest = thinned - first, (end - thinned) * THINNED
+    place = torch.rand((), generator=generator, dtype=torch.float64) * (usual + rest)
+    return torch.where(place < usual, first + place, thinned + (place - usual) / THINNED).clamp(max=end - 1).long()

@@ -21,7 +21,6 @@ TABLE: tuple[tuple[str, str], ...] = (
         "lora_dropout network_dropout rank_dropout module_dropout",
         "the adapter has no dropout; fewer --max_train_steps or a lower --learning_rate overfit less",
     ),
-    ("scale_weight_norms", "the adapter's norm is not limited; a lower --learning_rate keeps it small"),
     ("base_weights base_weights_multiplier", "use --base_adapter FILE:SCALE"),
     ("use_ema offload_ema foreach_ema", "there is no EMA of the weights; --optimizer ScheduleFreeAdamW averages them"),
     # ---- the base model ----

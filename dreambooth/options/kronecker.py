@@ -1,7 +1,8 @@
 """The Kronecker adapter:  W + scale · (A ⊗ B)  with A (a1, a2) and B (b1, b2)."""
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from kron_formats.sizes import FactorSize, as_size, check_size
 
 DEFAULT_SHAPE = (4, 64)  # (a1, a2)
 TEXT_PROJECTIONS = ("attn2.to_k", "attn2.to_v")  # the layers that read prompts
+RATE_FORM = "write NAME=RATE, for example attn2=0.02"
 SHAPE_OPTIONS = ("kron_a1", "kron_a2", "kron_b1", "kron_b2", "kron_factors", "kron_targets")
 FORM = "write NAME=A1,A2, for example to_k=8,64 or attn2.to_k=1,d_in"
 
@@ -45,12 +47,25 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
         at_least=1,
     )
     kron_factors: list[str] = option(
-        "Rows and columns of A for single layers of the UNet, by the end of their name; the longest counts: to_k=8,64 "
-        "attn2.to_k=1,d_in; in YAML {to_k: [8, 64]}. Default: none.",
+        "Rows and columns of A for some layers of the UNet, named as in kron_targets; the longest name counts: "
+        "to_k=8,64 attn2.to_k=1,d_in; in YAML {to_k: [8, 64]}. Default: none.",
+        [],
+    )
+    kron_lr: list[str] = option(
+        "Learning rates of some layers of the UNet, named as in kron_targets; the longest name counts: attn2=0.02 "
+        "up_blocks.1=0.005; in YAML {attn2: 0.02}. Default: learning_rate for all.",
         [],
     )
     kron_targets: list[str] = option(
-        "Linear layers of the UNet to adapt, by the end of their path.", ["to_q", "to_k", "to_v", "to_out.0"]
+        "Linear layers of the UNet to adapt, by words of their path: to_k, attn1 (self-attention), attn2 "
+        "(cross-attention), ff (feed-forward), up_blocks.1; or re:REGEX, which the whole path matches.",
+        ["to_q", "to_k", "to_v", "to_out.0"],
+    )
+    scale_weight_norms: float | None = option(
+        "Largest Frobenius norm of a layer's change: after every step, factors of a larger one are scaled down to it. "
+        "Default: no limit.",
+        None,
+        above=0,
     )
     kron_init: Literal["invariant", "reference", "contrast"] = option(
         "Initialisation of A. invariant: one learning rate suits all factor shapes; reference: as in the paper; "
@@ -96,7 +111,7 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
         ("conv_dim conv_alpha", "convolutions are not adapted; --kron_targets are linear layers"),
         (
             "lora_layers lora_unet_blocks lora_blocks lora_target_modules target_modules use_blora freeze_model",
-            "name the layers to adapt with --kron_targets, by the end of their path, for example attn2.to_k",
+            "name the layers to adapt with --kron_targets, by words of their path: attn2.to_k, up_blocks.1",
         ),
         ("use_dora dora_wd", "the adapter has no DoRA variant; --kron_a1 and --kron_a2 set its capacity"),
     )
@@ -128,37 +143,39 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
         return self.text_encoder_kron_a1 or a1, self.text_encoder_kron_a2 or a2
 
     def factors_by_target(self) -> dict[str, tuple[FactorSize, FactorSize]]:
-        """Return single layers' (a1, a2) as {"to_k": (8, 64)}: those of kron_factors, and what contrast needs.
+        """Return kron_factors as {"to_k": (8, 64)}.
 
-        Raises UserError if an entry of kron_factors cannot be parsed, or is repeated.
+        Raises UserError if an entry cannot be parsed, or is repeated.
         """
         factors = {}
-        for entry in self.kron_factors:
-            target, _, sizes = entry.partition("=")
-            parts = [as_size(size) for size in sizes.split(",")]
-            if not target or len(parts) != 2:
+        for target, value, entry in _named_values("kron_factors", self.kron_factors, FORM):
+            parts = [as_size(size) for size in value.split(",")]
+            if len(parts) != 2:
                 raise UserError(f"--kron_factors {entry}: {FORM}")
             for factor, size in zip(("a1", "a2"), parts):
                 _check_size(f"--kron_factors {entry}", factor, size, f"; {FORM}")
-            if target in factors:
-                raise UserError(f"--kron_factors {entry}: {target} has factors already; give one pair for each name")
             factors[target] = (parts[0], parts[1])
-        if self.kron_init == "contrast":
-            factors = {**dict.fromkeys(self._text_targets(), self._text_shape()), **factors}
         return factors
 
-    def _text_shape(self) -> tuple[FactorSize, FactorSize]:
-        """Return (a1, a2) of layers that start from the contrast of prompts: A sees whole inputs.
+    def contrast_factors(self) -> dict[str, tuple[FactorSize, FactorSize]]:
+        """Return (a1, a2) of the layers that start from the contrast of prompts: A sees whole inputs.
 
         It looks in as many directions as there are subjects, or the next power of two, which divides a layer's outputs.
         """
-        return 1 << (len(self.all_subjects) - 1).bit_length(), "d_in"
+        rows = 1 << (len(self.all_subjects) - 1).bit_length()
+        return dict.fromkeys(TEXT_PROJECTIONS, (rows, "d_in")) if self.kron_init == "contrast" else {}
 
-    def _text_targets(self) -> set[str]:
-        """Return the ends of names by which kron_targets selects layers that read prompts."""
-        pairs = [(target, projection) for target in self.kron_targets for projection in TEXT_PROJECTIONS]
-        selected = {projection for target, projection in pairs if f".{projection}".endswith(f".{target}")}
-        return selected | {target for target, projection in pairs if f".{target}".endswith(f".{projection}")}
+    def rates_by_target(self) -> dict[str, float]:
+        """Return kron_lr as {"attn2": 0.02}. Raises UserError if an entry cannot be parsed, or is repeated."""
+        rates = {}
+        for target, value, entry in _named_values("kron_lr", self.kron_lr, RATE_FORM):
+            try:
+                rates[target] = float(value)
+            except ValueError:
+                raise UserError(f"--kron_lr {entry}: {RATE_FORM}") from None
+            if not (math.isfinite(rates[target]) and rates[target] >= 0):
+                raise UserError(f"--kron_lr {entry}: a learning rate is a finite number of at least 0")
+        return rates
 
     def shape_options_given(self) -> list[str]:
         """Return the options about layers of the UNet and their factors that differ from their defaults."""
@@ -167,6 +184,13 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
 
     def check(self) -> None:
         self.factors_by_target()
+        if self.rates_by_target() and self.optimizer_name() == "Prodigy":
+            raise UserError("--optimizer Prodigy finds a single learning rate and does not work with --kron_lr")
+        if self.scale_weight_norms is not None and self.optimizer_name() == "ScheduleFreeAdamW":
+            raise UserError(
+                "--optimizer ScheduleFreeAdamW saves an average of what it trains, which --scale_weight_norms does not "
+                "limit"
+            )
         if self.init_adapter is not None and self.kron_init == "contrast":
             raise UserError(
                 f"--init_adapter {self.init_adapter} and --kron_init contrast are two starts: leave one of them out"
@@ -184,6 +208,19 @@ class KroneckerOptions(SubjectOptions, TextEncoderOptions):
         for name in ("text_encoder_kron_a1", "text_encoder_kron_a2"):
             if getattr(self, name) is not None and not self.train_text_encoder:
                 raise UserError(f"--{name} needs --train_text_encoder")
+
+
+def _named_values(option_name: str, entries: Sequence[str], form: str) -> Iterator[tuple[str, str, str]]:
+    """Yield name, value and the whole of every NAME=VALUE. Raises UserError if one is not that, or repeats a name."""
+    names = set()
+    for entry in entries:
+        name, _, value = entry.rpartition("=")
+        if not name:
+            raise UserError(f"--{option_name} {entry}: {form}")
+        if name in names:
+            raise UserError(f"--{option_name} {entry}: {name} has a value already; give one for each name")
+        names.add(name)
+        yield name, value, entry
 
 
 def _check_size(where: str, factor: str, size: FactorSize, form: str = "") -> None:

@@ -35,6 +35,12 @@ class LossOptions:
     min_timestep: int = option("Lowest training timestep.", 0, at_least=0)
     max_timestep: int | None = option("Highest training timestep. Default: the base model's.", None, at_least=0)
 
+    timestep_sampling: Literal["uniform", "thinned"] = option(
+        "How often timesteps are trained on. uniform: all alike; thinned: those of the most noise, the last fifth, a "
+        "quarter as often as the others.",
+        "uniform",
+    )
+
     def highest_timestep(self, num_timesteps: int) -> int:
         """Return the highest training timestep for a base model with timesteps 0 ... num_timesteps - 1."""
         return num_timesteps - 1 if self.max_timestep is None else self.max_timestep

@@ -83,9 +83,11 @@ def _describe(photo: Photo) -> dict[str, str | None]:
 def refuse_other_options(start: Path, method: Method, config: TrainingConfig, accelerator: Accelerator) -> None:
     """Raise UserError, with a table of the differences, if the checkpoint's run had options that change the result.
 
-    With --allow_config_change this is a warning.
+    Options that there were not when it was written had their defaults. With --allow_config_change this is a warning.
     """
-    _refuse(start, "options", _read_run(start)["options"], deciding_options(method, config, accelerator), config)
+    now, default = deciding_options(method, config, accelerator), defaults(type(config))
+    then = {name: default[name] for name in now if name in default} | _read_run(start)["options"]
+    _refuse(start, "options", then, now, config)
 
 
 def _flat(photos: Mapping[str, Mapping[str, str | None]]) -> dict[str, str | None]:

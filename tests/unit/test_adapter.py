@@ -411,7 +411,7 @@ def test_a_fraction_is_of_each_layer_and_gives_the_size_of_b(model):
 
 
 def test_a_target_is_whole_words_of_a_path(model):
-    with pytest.raises(KroneckerError, match="ends in o_q; there are: proj, to_k, to_out.0, to_q, to_v"):
+    with pytest.raises(KroneckerError, match="o_q in its path; paths end in: proj, to_k, to_out.0, to_q, to_v"):
         inject_kronecker(model, 4, 8, targets=("o_q",))
 
 

@@ -658,6 +658,7 @@ EVERYTHING = """
     --class_prompt null --num_class_images 7 --sample_batch_size 2 --prior_num_inference_steps 9
     --prior_guidance_scale 1e-3 --prior_negative_prompt "  blurry,\nno " --prior_seed 5 --kron_a1 8 --kron_a2 32
     --kron_factors to_k=8,64 attn2.to_v=1,d_in --kron_targets to_q to_k --kron_init reference
+    --kron_lr attn2=0.02 're:up.*(?=to_k)=1e-3' --scale_weight_norms 1
     --output_dir "~" --seed 4294967295 --init_adapter dog.safetensors --base_adapter a.safetensors:0.5 b
     --overwrite_output_dir --train_batch_size 2 --gradient_accumulation_steps 3 --max_train_steps 10
     --num_train_epochs 4 --learning_rate 1e-5 --scale_lr --lr_scheduler cosine --lr_warmup_steps 3 --lr_num_cycles 2
@@ -674,7 +675,7 @@ EVERYTHING = """
     --caption_dropout_probability 0.1 --repeats 3 --unmasked_weight 0.2 --random_flip --aspect_ratio_buckets
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
     --text_encoder_kron_a1 2 --text_encoder_kron_a2 d_in/16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
-    --huber_c 0.2 --min_timestep 1 --max_timestep 900 --channels_last
+    --huber_c 0.2 --min_timestep 1 --max_timestep 900 --timestep_sampling thinned --channels_last
     --tracker_project_name dogs --tracker_run_name rex --tracker_group pets --no_metadata
     --push_to_hub --hub_model_id me/dog --cache_dir "~/hub" --logging_steps 4 --skip_nonfinite 2
     --holdout 2 --score_checkpoints --reference_dir "other photos"

@@ -1,5 +1,6 @@
 """What makes a resumed run the same run."""
 
+import json
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from dreambooth.data.photos import Photo
 from dreambooth.data.pixels import Pixels
+from dreambooth.errors import UserError
 from dreambooth.kronecker import KRONECKER
+from dreambooth.layout import RUN_NAME
 from dreambooth.output import identity
 from tests.faults.checkpoints import ALONE, make_config
 
@@ -55,6 +58,16 @@ def test_the_global_batch_counts_and_with_buckets_its_rows_too(tmp_path):
 def test_the_length_counts_where_the_schedule_looks_at_it(tmp_path):
     cosine = [make_config(tmp_path, lr_scheduler="cosine", max_train_steps=steps) for steps in (5, 6)]
     assert deciding_options(cosine[0], ALONE) != deciding_options(cosine[1], ALONE)
+
+
+def test_an_option_that_there_was_not_yet_had_its_default(tmp_path):
+    now = deciding_options(make_config(tmp_path), ALONE)
+    then = {name: value for name, value in now.items() if name not in ("timestep_sampling", "kron_lr")}
+    (tmp_path / RUN_NAME).write_text(json.dumps({"options": then}))
+    identity.refuse_other_options(tmp_path, KRONECKER, make_config(tmp_path), ALONE)
+    with pytest.raises(UserError, match="timestep_sampling"):
+        changed = make_config(tmp_path, timestep_sampling="thinned")
+        identity.refuse_other_options(tmp_path, KRONECKER, changed, ALONE)
 
 
 def test_another_method_is_another_run(tmp_path):

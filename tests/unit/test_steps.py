@@ -54,6 +54,21 @@ def test_timesteps_stay_within_the_limits_and_reach_them():
     assert set(timesteps.tolist()) == {10, 11, 12, 13}
 
 
+def test_thinned_timesteps_are_a_quarter_as_often_in_the_noisiest_fifth_and_noise_is_the_same():
+    noise, timesteps = draw(range(4000), timestep_sampling="thinned")
+    counts = torch.histc(timesteps.float(), bins=20, min=0, max=1000)
+    expected = torch.cat([torch.full((16,), 1.0), torch.full((4,), 0.25)]) * 4000 / 17
+    assert ((counts - expected).abs() < 4 * expected.sqrt()).all()
+    assert torch.equal(noise, draw(range(4000))[0])
+
+
+@pytest.mark.parametrize("first, last", [(798, 801), (900, 903), (10, 13), (999, 999)])
+def test_thinned_timesteps_stay_within_the_limits_and_reach_them(first, last):
+    limits = {"min_timestep": first, "max_timestep": last}
+    _, timesteps = draw(range(300), timestep_sampling="thinned", **limits)
+    assert set(timesteps.tolist()) == set(range(first, last + 1))
+
+
 def test_noise_offset_is_constant_over_a_channel_and_moves_nothing_else():
     plain, timesteps = draw(range(500))
     noise, same = draw(range(500), noise_offset=0.5)

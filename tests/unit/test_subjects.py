@@ -408,9 +408,7 @@ def test_prompts_are_those_of_each_subject():
 @pytest.mark.parametrize("names, rows", [(["dog"], 1), (["dog", "robot"], 2), (["dog", "hound", "robot"], 4)])
 def test_the_start_from_contrast_has_a_direction_for_each_subject(names, rows):
     config = make_config({name: SUBJECTS[name] for name in names}, kron_init="contrast", kron_targets=["attn2.to_k"])
-    assert config.factors_by_target() == {"attn2.to_k": (rows, "d_in")}
-    own = dataclasses.replace(config, kron_factors=["attn2.to_k=8,d_in/2"])
-    assert own.factors_by_target() == {"attn2.to_k": (8, "d_in/2")}
+    assert config.contrast_factors() == dict.fromkeys(["attn2.to_k", "attn2.to_v"], (rows, "d_in"))
 
 
 def test_a_subject_without_a_contrast_is_named():
