@@ -4,6 +4,7 @@ OUTPUT_DIR/<method.weights_name>                    the result, for other tools:
 OUTPUT_DIR/<method.weights_name>.safetensors        a result that is a folder, also in one file
 OUTPUT_DIR/checkpoint-N/                            after N optimizer steps: training_state.*, run.json, the result
 OUTPUT_DIR/best/                                    with --score_checkpoints, the best result and score.json
+OUTPUT_DIR/ema/                                     with --ema_decay, the average of the result; in checkpoints too
 OUTPUT_DIR/samples/step-NNNNNN.png                  sheets of samples
 OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses, learning rate, gradient norm
 OUTPUT_DIR/README.md, config.yaml                   the model card; all options
@@ -24,6 +25,7 @@ LOCK_NAME = ".lock"
 SAMPLES_NAME = "samples"
 TRAINING_NAME = "training.json"  # the metadata of a result that is a folder
 BEST_NAME = "best"
+AVERAGE_NAME = "ema"
 SCORE_NAME = "score.json"
 # In a checkpoint
 TENSORS_NAME = "training_state.safetensors"

@@ -17,6 +17,7 @@ from dreambooth.data.photos import read_instance_photos
 from dreambooth.data.sources import own_captions, prompt_sources
 from dreambooth.drawing.class_images import ensure_class_images
 from dreambooth.family import Family
+from dreambooth.loop.average import Average
 from dreambooth.loop.optimizers import build_lr_scheduler, build_optimizer, check_optimizer, check_warmup
 from dreambooth.loop.state import TrainingState
 from dreambooth.loop.steps import Denoiser, count_steps, train_steps
@@ -97,10 +98,11 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         optimizer = build_optimizer(attached.groups, config, accelerator.num_processes)
         if isinstance(attached, Corrected):
             optimizer.register_step_post_hook(lambda *_: attached.after_step())
+        average = Average(optimizer, config.ema_decay) if config.ema_decay else None
         lr_scheduler = build_lr_scheduler(optimizer, config, total_steps)
         optimizer = accelerator.prepare_optimizer(optimizer)
         denoiser = Denoiser(base.denoiser, encode, family.condition)
-        state = TrainingState(attached, optimizer, lr_scheduler, accelerator.scaler, base_metadata)
+        state = TrainingState(attached, optimizer, lr_scheduler, accelerator.scaler, average, base_metadata)
 
         check_room(state, total_steps, config)
         prepare_output(method, config, start, accelerator)

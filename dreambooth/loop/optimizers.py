@@ -153,19 +153,31 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not _is_schedule_free(optimizer):
         yield
         return
-    vectors = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    trained = [vector.detach().clone() for vector in vectors]
-    flat = getattr(optimizer, "optimizer", optimizer)
-    assert isinstance(flat, FlatGroups)
+    trained = [value.clone() for value in values_of(optimizer)]
     optimizer.eval()
-    flat.count_change()
+    _count_change(optimizer)
     try:
         yield
     finally:
         optimizer.train()
-        with torch.no_grad():
-            for vector, value in zip(vectors, trained):
-                vector.copy_(value)
+        set_values(optimizer, trained)
+
+
+def values_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return what an optimizer steps: the vectors of its groups, or the parameters themselves. They are not copies."""
+    return [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def set_values(optimizer: torch.optim.Optimizer, values: Sequence[Tensor]) -> None:
+    """Set what an optimizer steps to values like those that `values_of` returns."""
+    for own, value in zip(values_of(optimizer), values, strict=True):
+        own.copy_(value)
+    _count_change(optimizer)
+
+
+def _count_change(optimizer: torch.optim.Optimizer) -> None:
+    flat = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
+    if isinstance(flat, FlatGroups):
         flat.count_change()
 
 

@@ -4,18 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dreambooth.loop.average import Average
 from dreambooth.loop.optimizers import load_optimizer_state
 from dreambooth.method import Attached
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What trains, its optimizer, the learning-rate schedule and, with fp16, the gradient scaler."""
+    """What trains, perhaps its average, its optimizer, the learning-rate schedule and, with fp16, the gradient scaler."""
 
     attached: Attached
     optimizer: Any
     lr_scheduler: Any
     scaler: Any | None = None
+    average: Average | None = None
     base_metadata: Mapping[str, str] = field(default_factory=dict)  # what the result says of the base model; not state
 
     def state_dict(self) -> dict[str, Any]:
@@ -25,6 +27,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
+            "average": self.average.state() if self.average else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -33,3 +36,5 @@ class TrainingState:
         load_optimizer_state(self.optimizer, self.lr_scheduler, state["optimizer"], state["lr_scheduler"])
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state(state["average"])

@@ -22,7 +22,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         "the adapter has no dropout; fewer --max_train_steps or a lower --learning_rate overfit less",
     ),
     ("base_weights base_weights_multiplier", "use --base_adapter FILE:SCALE"),
-    ("use_ema offload_ema foreach_ema", "there is no EMA of the weights; --optimizer ScheduleFreeAdamW averages them"),
+    ("use_ema offload_ema foreach_ema", "use --ema_decay 0.99, which saves the average beside the result"),
     # ---- the base model ----
     (
         "tokenizer_name",

@@ -104,6 +104,13 @@ class OptimizerOptions:
     adam_weight_decay: float = option("Weight decay, for every optimizer.", 1e-2, at_least=0)
     adam_epsilon: float = option("Epsilon of Adam-like optimizers.", 1e-8, at_least=0)
     max_grad_norm: float = option("Norm to which gradients are clipped; 1e9 clips nothing.", 1.0, above=0)
+    ema_decay: float | None = option(
+        "Decay of an exponential moving average of what trains, for example 0.99, which is saved beside the result, in "
+        "OUTPUT_DIR/ema. Default: no average.",
+        None,
+        above=0,
+        below=1,
+    )
     skip_nonfinite: int = option(
         "Optimizer steps with a non-finite loss or gradient to skip before the run stops. Resuming resets the count. "
         "Values above 0 synchronise with the device at every step.",
@@ -150,6 +157,8 @@ class OptimizerOptions:
             raise UserError(f"{flag} does not work with --lr_scheduler {self.lr_scheduler}; constant_with_warmup does")
         if self.adam_beta1 == 0:
             raise UserError(f"{flag} needs --adam_beta1 above 0")
+        if self.ema_decay is not None:
+            raise UserError(f"{flag} saves an average itself and does not work with --ema_decay")
 
 
 @dataclass(frozen=True, kw_only=True)

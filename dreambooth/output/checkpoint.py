@@ -38,7 +38,7 @@ from dreambooth.method import trained_parameters
 from dreambooth.options.output import OutputOptions
 from dreambooth.options.training import TrainingConfig
 from dreambooth.options.yaml_file import save_config
-from dreambooth.output.result import result_sizes, write_result, write_result_so_far
+from dreambooth.output.result import result_sizes, write_average, write_result, write_result_so_far
 from dreambooth.runtime.ranks import on_main
 from kron_formats.files import flush
 from kron_formats.streaming import file_digest, pending, stream_tensors
@@ -99,7 +99,7 @@ def check_room(state: TrainingState, total_steps: int, config: TrainingConfig) -
     """
     so_far, result = result_sizes(state, config)
     trained = trained_parameters(state.attached)
-    weights, number = sum(parameter.nbytes for parameter in trained), 1
+    weights, number = sum(parameter.nbytes for parameter in trained) * (2 if state.average else 1), 1
     checkpoint = weights + state_bytes(trained, config) + so_far
     if limit := config.checkpoints_total_limit:
         there = len(list_checkpoints(Path(config.output_dir)))
@@ -223,6 +223,7 @@ def save_result(
     def write() -> None:
         with saving(path):
             write_result(path, state, step, config)
+            write_average(path.parent, weights_name, state, step, config)
 
     on_main(accelerator, write)
     return path

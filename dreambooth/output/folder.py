@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from dreambooth.errors import UserError
 from dreambooth.layout import (
+    AVERAGE_NAME,
     CONFIG_NAME,
     LOCK_NAME,
     SUMMARY_NAME,
@@ -243,7 +244,7 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
         if config.overwrite_output_dir and (others or start is None):
             for path in others:
                 shutil.rmtree(path)
-            for path in (*result_paths(output, method.weights_name), output / TRACKERS_NAME):
+            for path in (*result_paths(output, method.weights_name), output / AVERAGE_NAME, output / TRACKERS_NAME):
                 remove(path)
         remove(output / SUMMARY_NAME)  # it is of a finished run
         for path in output.glob(UNFINISHED):  # left by a run that was killed while writing

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth.base_model.loading import DTYPES
-from dreambooth.layout import TRAINING_NAME, list_sheets
+from dreambooth.layout import AVERAGE_NAME, TRAINING_NAME, list_sheets
 from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.state import TrainingState
 from dreambooth.method import LargeResult, trained_parameters
@@ -27,12 +27,21 @@ def write_result(path: Path, state: TrainingState, step: int, config: TrainingCo
         state.attached.save(path, metadata, DTYPES[config.save_precision])
 
 
+def write_average(folder: Path, weights_name: str, state: TrainingState, step: int, config: TrainingConfig) -> None:
+    """Write the average of what trains, if there is one, as a result in a folder of its own in `folder`."""
+    if state.average:
+        (folder / AVERAGE_NAME).mkdir(exist_ok=True)
+        with state.average.applied():
+            write_result(folder / AVERAGE_NAME / weights_name, state, step, config)
+
+
 def write_result_so_far(
     folder: Path, weights_name: str, state: TrainingState, step: int, config: TrainingConfig
 ) -> None:
     """Write into a checkpoint's folder what `step` optimizer steps have trained: the result, or a large one's parts."""
     if not isinstance(state.attached, LargeResult):
         write_result(folder / weights_name, state, step, config)
+        write_average(folder, weights_name, state, step, config)
         return
     with evaluating(state.optimizer):
         state.attached.save_parts(folder, DTYPES[config.save_precision])
@@ -40,11 +49,12 @@ def write_result_so_far(
 
 def result_sizes(state: TrainingState, config: TrainingConfig) -> tuple[int, int]:
     """Return about how large the result so far, as a checkpoint holds it, and the result are, bytes."""
-    dtype = DTYPES[config.save_precision]
+    dtype, copies = DTYPES[config.save_precision], 2 if state.average else 1
     if isinstance(state.attached, LargeResult):
-        return state.attached.result_sizes(dtype)
+        so_far, size = state.attached.result_sizes(dtype)
+        return so_far, copies * size
     size = sum(parameter.numel() for parameter in trained_parameters(state.attached)) * dtype.itemsize
-    return size, size
+    return copies * size, copies * size
 
 
 def result_step(path: Path) -> int:

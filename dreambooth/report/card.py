@@ -12,7 +12,16 @@ from huggingface_hub import HfApi
 
 from dreambooth.errors import warn_only
 from dreambooth.family import Family
-from dreambooth.layout import BEST_NAME, CARD_NAME, CONFIG_NAME, CURVES_NAME, SAMPLES_NAME, list_sheets, result_paths
+from dreambooth.layout import (
+    AVERAGE_NAME,
+    BEST_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    CURVES_NAME,
+    SAMPLES_NAME,
+    list_sheets,
+    result_paths,
+)
 from dreambooth.markdown import code
 from dreambooth.method import Attached, Description, Group
 from dreambooth.options.drawing import PriorOptions
@@ -85,6 +94,11 @@ def _body(
         parts.append(
             f"`{BEST_NAME}/` has the result of step {best['step']:,}, whose loss on photos that were not trained on is "
             f"{best[LOSS]:.4f}: {best['rule']}."
+        )
+    if config.ema_decay:
+        parts.append(
+            f"`{AVERAGE_NAME}/` has the exponential moving average of what was trained, with a decay of "
+            f"{config.ema_decay:g}."
         )
     if (Path(config.output_dir) / CURVES_NAME).exists():
         parts.append(f"![Loss, learning rate and gradient norm]({CURVES_NAME})")

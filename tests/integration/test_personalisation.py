@@ -30,7 +30,6 @@ PHOTOS = ROOT / "toyworld" / "photos" / "robot"
 SCRIPTS = {"sd": train_dreambooth_kronecker, "sdxl": train_dreambooth_kronecker_sdxl}
 PRIOR = {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of robot"}
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": ""}
-PROMPTS = prompts("robot")[::2]
 RISE_OF_DINO, RISE_OF_CLIP_I, FALL_OF_CLIP_T = 0.15, 0.05, 0.05
 
 
@@ -68,14 +67,14 @@ def examine(evaluators, photos, once):
             pipeline = load_adapted_pipeline(config, READERS)
             prepare_drawing(pipeline, READERS, config)
             pipeline.set_progress_bar_config(disable=True)
-            rows = [draw_images(pipeline, range(2), 2, prompt=prompt, **DRAWING) for prompt in PROMPTS]
+            rows = [draw_images(pipeline, range(2), 2, prompt=prompt, **DRAWING) for prompt in prompts("robot")]
             return Drawn(rows, draw_images(pipeline, range(8), 8, prompt="a photo of a robot", **DRAWING))
 
         return once(f"drawn {kind} {adapter}", make)
 
     def examined(kind: str, adapter: Path | None = None) -> Result:
         drawn, before = draw(kind, adapter), draw(kind, None)
-        texts = [prompt.replace("sks ", "") for prompt in PROMPTS]
+        texts = [prompt.replace("sks ", "") for prompt in prompts("robot")]
         return Result(
             score_images(drawn.rows, photos, texts, evaluators),
             score_prior(before.class_images, drawn.class_images, photos, evaluators),

@@ -675,7 +675,7 @@ EVERYTHING = """
     --caption_dropout_probability 0.1 --repeats 3 --unmasked_weight 0.2 --random_flip --aspect_ratio_buckets
     --cache_latents on --cache_latents_to_disk "~/latents" --train_text_encoder --text_encoder_lr 1e-6
     --text_encoder_kron_a1 2 --text_encoder_kron_a2 d_in/16 --snr_gamma 5 --noise_offset 0.05 --loss_type huber
-    --huber_c 0.2 --min_timestep 1 --max_timestep 900 --timestep_sampling thinned --channels_last
+    --huber_c 0.2 --min_timestep 1 --max_timestep 900 --timestep_sampling thinned --channels_last --ema_decay 0.9
     --tracker_project_name dogs --tracker_run_name rex --tracker_group pets --no_metadata
     --push_to_hub --hub_model_id me/dog --cache_dir "~/hub" --logging_steps 4 --skip_nonfinite 2
     --holdout 2 --score_checkpoints --reference_dir "other photos"
