@@ -11,7 +11,7 @@ from dreambooth.method import Attached
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What trains, perhaps its average, its optimizer, the learning-rate schedule and, with fp16, the gradient scaler."""
+    """What trains, its optimizer and schedule, with fp16 the gradient scaler, and with --ema_decay the average."""
 
     attached: Attached
     optimizer: Any
