@@ -32,6 +32,16 @@ pytorch_custom_diffusion_weights.safetensors (custom_diffusion) or learned_embed
 checkpoint-*/, samples/*.png, metrics.jsonl, training.png, README.md (the model card), config.yaml and logs/.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2",
+#     "bitsandbytes==0.50.2", "safetensors==0.8.0", "datasets==5.2.0", "filelock==4.3.1", "psutil==7.2.2",
+#     "numpy==2.4.6", "pillow==13.0.0", "PyYAML==6.0.3", "Jinja2==3.1.6", "matplotlib==3.11.2", "tqdm==4.70.1",
+#     "tensorboard==2.21.0", "wandb==0.31.0",
+# ]
+# ///
+
 import importlib
 import sys
 from collections.abc import Sequence

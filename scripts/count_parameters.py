@@ -16,6 +16,16 @@ Methods are really attached, as training attaches them, to models without weight
 kron_formats/architectures: nothing is downloaded, and a CPU does it in seconds.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2",
+#     "bitsandbytes==0.50.2", "safetensors==0.8.0", "datasets==5.2.0", "filelock==4.3.1", "psutil==7.2.2",
+#     "numpy==2.4.6", "pillow==13.0.0", "PyYAML==6.0.3", "Jinja2==3.1.6", "matplotlib==3.11.2", "tqdm==4.70.1",
+#     "tensorboard==2.21.0", "wandb==0.31.0",
+# ]
+# ///
+
 import argparse
 import functools
 import sys

@@ -41,6 +41,16 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
 
 
+# What `uv run PROGRAM` and its like install, as PEP 723 has it: a block of comments that holds TOML
+INLINE = re.compile(r"^# /// script\n((?:^#(?: .*)?\n)+)^# ///$", re.MULTILINE)
+SCRIPTS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in (".", "methods", "scripts")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if 'if __name__ == "__main__":' in path.read_text()
+]
+
+
 def requirements(file: str) -> list[Requirement]:
     lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
     return [Requirement(line) for line in lines if line]
@@ -96,6 +106,14 @@ def test_an_extra_is_its_requirements_file(metadata, extra, file):
     assert of_extra == {f"{pin.name}{pin.specifier}" for pin in requirements(file)}
     assert all(re.fullmatch(r"==[^*]+", str(pin.specifier)) for pin in requirements(file))
     assert extra in metadata.get_all("Provides-Extra")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_that_is_run_by_itself_asks_for_the_pins(script):
+    (block,) = INLINE.findall((ROOT / script).read_text())
+    asked = tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
+    assert asked["requires-python"] == PROJECT["requires-python"]
+    assert [Requirement(line) for line in asked["dependencies"]] == requirements("requirements.txt")
 
 
 def test_the_installed_package_works_without_the_checkout(wheel, tmp_path):
