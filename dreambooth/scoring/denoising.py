@@ -134,14 +134,14 @@ class Denoising:
         pictures, steps, whole, masked = self.references, [], [], []
         for rows, timesteps, target, prediction in self._rows(denoiser, pictures, SUBJECT):
             steps.append(timesteps.cpu())
-            whole.append(row_losses(prediction, target, timesteps, None, self.process, PLAIN).double().cpu())
+            whole.append(row_losses(prediction, target, timesteps, None, self.process, PLAIN).cpu().double())
             masked.append(torch.full_like(whole[-1], torch.nan))
             # A mask may be empty here, if the subject is at the photo's edge
             masks = {place: mask for place, row in enumerate(rows) if (mask := pictures.masks[row]) is not None}
             if shown := [place for place, mask in masks.items() if mask.any()]:
                 weights = torch.stack([masks[place] for place in shown]).to(self.device)
                 inside = (prediction[shown], target[shown], timesteps[shown], weights)
-                masked[-1][shown] = row_losses(*inside, self.process, PLAIN).double().cpu()
+                masked[-1][shown] = row_losses(*inside, self.process, PLAIN).cpu().double()
         return RowLosses(torch.cat(steps), torch.cat(whole), torch.cat(masked))
 
     @torch.no_grad()
