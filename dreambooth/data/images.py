@@ -199,6 +199,11 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
 
 
+def is_black(mask: Image.Image) -> bool:
+    """Whether a mask, 8-bit grey, marks nothing. So does one that holds 0 and 1, which is not what was meant."""
+    return np.asarray(mask).max() <= 1
+
+
 def read_mask(path: Path | None, photo_size: Size, source: str) -> Image.Image | None:
     """Return the mask of a photo, 8-bit grey and of any size, or None if there is none. Transparent parts are outside.
 
@@ -217,6 +222,6 @@ def read_mask(path: Path | None, photo_size: Size, source: str) -> Image.Image |
             f"{photo_width} x {photo_height} px"
         )
     mask = picture.image.convert("L")
-    if np.asarray(mask).max() <= 1:
+    if is_black(mask):
         raise UserError(f"{source}: {path.name} is black everywhere; white (255) marks what is trained on")
     return mask

@@ -57,7 +57,7 @@ def test_streams_that_are_missing_or_not_files_are_left_alone(monkeypatch):
 PROGRAMS = [
     "train_dreambooth_kronecker.py", "train_dreambooth_kronecker_sdxl.py", "methods/train.py lora sd",
     "scripts/generate.py", "scripts/merge.py", "scripts/evaluate.py",
-    "scripts/interpret.py",
+    "scripts/interpret.py", "scripts/make_masks.py",
 ]  # fmt: skip
 
 

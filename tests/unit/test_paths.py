@@ -20,9 +20,16 @@ from interpretation.options import FileOptions
 from kron_formats.files import read_text
 from kron_formats.paths import last_part, shared_metadata, shared_name
 from kron_formats.writing import file_metadata
-from scripts import convert, evaluate, generate, merge
+from scripts import convert, evaluate, generate, make_masks, merge
 
-CONFIGS = [train_dreambooth_kronecker.Config, generate.Config, merge.Config, evaluate.Config, FileOptions]
+CONFIGS = [
+    train_dreambooth_kronecker.Config,
+    generate.Config,
+    merge.Config,
+    evaluate.Config,
+    make_masks.Config,
+    FileOptions,
+]
 NOT_PATHS = {
     "tracker_project_name",
     "hub_model_id",
