@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Masked:
     def doubt(self) -> str | None:
         """What may be wrong with the mask."""
         if self.mask_name is None:
-            return "no subject was found; no mask is written, and training takes the whole photo"
+            return "no subject was found, so no mask is written; draw one by hand if the photo shows the subject"
         if self.share < FEW:
             return f"only {self.share:.1%} is subject; look at the sheet, and draw the mask by hand if it is wrong"
         if self.share > MOST:
@@ -89,13 +89,14 @@ def load_segmenter(model: str) -> Segment:
 
 
 @contextlib.contextmanager
-def _blaming(model: str):
+def _blaming(model: str) -> Iterator[None]:
     """Turn errors in this context into a UserError that names the model."""
     try:
         yield
     except Exception as error:  # unknown names, no network, damaged files, prompts that a model needs
         reason = printable(str(error) or type(error).__name__)
-        raise UserError(f"--model {model}, which is rembg's and downloaded at its first use: {reason}") from error
+        advice = "rembg's page lists its models, which it downloads at their first use"
+        raise UserError(f"--model {model}: {reason}; {advice}") from error
 
 
 def make_mask(photo: Path, path: Path, segment: Segment) -> Masked:

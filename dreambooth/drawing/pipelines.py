@@ -32,6 +32,7 @@ from kron_formats.reading import AdapterFile, read_adapter
 logger = logging.getLogger(__name__)
 
 BaseLayer = nn.Linear | nn.Conv2d
+HAVE_FP64 = ("cpu", "cuda")  # devices; Apple's GPUs and some of Intel's lack it
 Delta = Callable[[], Tensor]  # makes a layer's ΔW (d_out, d_in), large enough to make one at a time
 
 
@@ -211,9 +212,13 @@ def prepare_drawing(pipeline: Any, readers: Sequence[Reader], config: AdaptedMod
     """Give the pipeline a fast solver and a VAE in fp32, since SDXL's gives NaN in fp16, and merge its adapters.
 
     In bf16 adapters stay unmerged: its 8 bits of precision would round away much of a small delta. So they do where a
-    base model cannot take them, as a quantised one.
+    base model cannot take them, as a quantised one. Sums are in fp64, so a device that lacks it leaves them to the CPU.
     """
     pipeline.scheduler = build_sampler(pipeline.scheduler)
     pipeline.vae.float()
     if config.dtype != "bf16" and can_merge(pipeline, readers):
+        device = pipeline.device
+        if device.type not in HAVE_FP64:
+            pipeline.to("cpu", silence_dtype_warnings=True)  # it does not run there
         merge_adapters(pipeline, readers)
+        pipeline.to(device)

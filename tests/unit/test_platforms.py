@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 
 from dreambooth.base_model.loading import free_memory
+from dreambooth.drawing import pipelines
 from dreambooth.layout import LOCK_NAME
 from dreambooth.options.field import declarations
 from dreambooth.options.training import TrainingConfig, config_class
@@ -119,6 +120,21 @@ def test_memory_of_any_accelerator_is_given_back(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda: SimpleNamespace(empty_cache=lambda: calls.append(1)))
     free_memory()
     assert calls
+
+
+def test_adapters_are_merged_on_a_device_with_fp64(monkeypatch):
+    places = {}
+    for kind in ("cuda", "mps", "xpu"):
+        pipeline = SimpleNamespace(device=torch.device(kind), scheduler=None, vae=torch.nn.Identity())
+        pipeline.to = lambda device, of=pipeline, **how: setattr(of, "device", torch.device(device))
+        monkeypatch.setattr(pipelines, "build_sampler", lambda scheduler: scheduler)
+        monkeypatch.setattr(pipelines, "can_merge", lambda *_: True)
+        monkeypatch.setattr(
+            pipelines, "merge_adapters", lambda merged, _, kind=kind: places.update({kind: merged.device.type})
+        )
+        pipelines.prepare_drawing(pipeline, [], SimpleNamespace(dtype="fp32"))
+        assert pipeline.device.type == kind
+    assert places == {"cuda": "cuda", "mps": "cpu", "xpu": "cpu"}
 
 
 def test_a_run_in_another_thread_leaves_signals_alone(tmp_path):
