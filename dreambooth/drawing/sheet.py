@@ -1,13 +1,18 @@
-"""A labelled sheet: rows of images in one picture, each row under its label."""
+"""A labelled sheet: rows of images in one picture, each row under its label. Its file says where the images are."""
 
 import bisect
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.drawing.fonts import draw_text, legible, text_width
-from kron_formats.files import printable
+from dreambooth.drawing.kept_images import DAMAGED
+from kron_formats.files import printable, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +21,16 @@ GAP = 4  # px, between images
 LINE = 21  # px, height of a line of text
 LETTERS = 15  # px
 MOST_LINES = 4  # of a label; the rest of a prompt is cut off
+ROWS_NAME = "rows"  # in a sheet's file
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, px
+
+
+class SheetRow(NamedTuple):
+    """A row of a sheet: its label, in full, and where its images are."""
+
+    label: str
+    boxes: list[Box]
 
 
 def draw_sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = "") -> Image.Image:
@@ -23,6 +38,35 @@ def draw_sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], tit
 
     A label that no installed font can write in full is numbered, and a warning has all of it.
     """
+    return _laid_out(rows, labels, title)[0]
+
+
+def save_sheet(
+    path: Path, rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = ""
+) -> Image.Image:
+    """Write what `draw_sheet` returns as a PNG, whole or not at all, and return it. Its text has its rows."""
+    sheet, placed = _laid_out(rows, labels, title)
+    text = PngInfo()
+    text.add_text(ROWS_NAME, json.dumps(placed))
+    with whole_file(path) as unfinished:
+        sheet.save(unfinished, format="PNG", pnginfo=text)
+    return sheet
+
+
+def rows_of_sheet(path: Path) -> list[SheetRow]:
+    """Return the rows of a sheet that `save_sheet` wrote; [] if the file is something else. Decodes no pixels."""
+    try:
+        with Image.open(path, formats=["PNG"]) as sheet:
+            return [
+                SheetRow(label, [tuple(box) for box in boxes]) for label, boxes in json.loads(sheet.info[ROWS_NAME])
+            ]
+    except (*DAMAGED, KeyError, TypeError):
+        return []
+
+
+def _laid_out(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str
+) -> tuple[Image.Image, list[SheetRow]]:
     cells = [[_fitted(image) for image in row] for row in rows]
     width = max(sum(cell.width + GAP for cell in row) - GAP for row in cells)
     texts = [_wrap(_written(label, number), width - 12) for number, label in enumerate(labels, 1)]
@@ -31,15 +75,19 @@ def draw_sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], tit
     sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     draw_text(draw, 6, 5, title, "#656d76", LETTERS)
-    for row, lines, height in zip(cells, texts, heights):
+    placed = []
+    for label, row, lines, height in zip(labels, cells, texts, heights):
         for number, line in enumerate(lines):
             draw_text(draw, 6, top + 4 + number * LINE, line, "black", LETTERS)
-        left = 0
+        left, boxes = 0, []
         for cell in row:
-            sheet.paste(cell, (left, top + LINE * len(lines) + 10))
+            upper = top + LINE * len(lines) + 10
+            sheet.paste(cell, (left, upper))
+            boxes.append((left, upper, left + cell.width, upper + cell.height))
             left += cell.width + GAP
+        placed.append(SheetRow(label, boxes))
         top += height
-    return sheet
+    return sheet, placed
 
 
 _told: set[str] = set()  # labels that were warned of: the same ones are drawn again and again

@@ -6,7 +6,7 @@ from PIL import Image
 
 from dreambooth.drawing import fonts
 from dreambooth.drawing.fonts import _font_of, _letters, _runs, legible
-from dreambooth.drawing.sheet import GAP, LETTERS, LINE, _wrap, draw_sheet
+from dreambooth.drawing.sheet import GAP, LETTERS, LINE, _wrap, draw_sheet, rows_of_sheet, save_sheet
 
 
 def test_a_sheet_has_a_row_of_images_under_each_label():
@@ -18,6 +18,30 @@ def test_a_sheet_has_a_row_of_images_under_each_label():
     assert sheet.getpixel((191, second_row + 191)) == (0, 0, 255)
     for top, bottom in ((0, LINE + 8), (LINE + 8, first_row), (first_row + 192, second_row)):
         assert np.asarray(sheet)[top:bottom].min() < 128  # something is written there
+
+
+def test_the_file_of_a_sheet_says_where_each_image_is(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 200, 300, 3), np.uint8)
+    images, path = [Image.fromarray(pixels) for pixels in noise], tmp_path / "sheet.png"
+    labels = ["小狗 " * 60, "second"]  # the first has several lines, and may not be written in full
+    sheet = save_sheet(path, [images[:2], images[2:]], labels, "step 7")
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(sheet))
+    rows = rows_of_sheet(path)
+    assert [(row.label, len(row.boxes)) for row in rows] == [(labels[0], 2), (labels[1], 1)]
+    cut = [sheet.crop(box) for row in rows for box in row.boxes]
+    assert all(np.array_equal(np.asarray(ours), own) for ours, own in zip(cut, noise, strict=True))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_what_is_no_sheet_has_no_rows(tmp_path):
+    path = tmp_path / "sheet.png"
+    save_sheet(path, [[Image.new("RGB", (192, 192))]], ["one"])
+    content = path.read_bytes()
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    for damaged in (b"", b"not a PNG", content[:40], content.replace(b"[[", b"{["), plain.read_bytes()):
+        path.write_bytes(damaged)
+        assert rows_of_sheet(path) == []
 
 
 @pytest.mark.parametrize("size, shown", [((64, 32), (192, 96)), ((100, 100), (200, 200)), ((1024, 768), (512, 384))])
