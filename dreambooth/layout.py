@@ -6,6 +6,8 @@ OUTPUT_DIR/checkpoint-N/                            after N optimizer steps: tra
 OUTPUT_DIR/best/                                    with --score_checkpoints, the best result and score.json
 OUTPUT_DIR/ema/                                     with --ema_decay, the average of the result; in checkpoints too
 OUTPUT_DIR/samples/step-NNNNNN.png                  sheets of samples
+OUTPUT_DIR/samples/index.html                       all of them to compare, and the scores of the photos
+OUTPUT_DIR/photos.json                              with --score_photos: what a finished run learned of each photo
 OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses, learning rate, gradient norm
 OUTPUT_DIR/README.md, config.yaml                   the model card; all options
 OUTPUT_DIR/summary.json                             of a finished run: parameters, time, memory, versions
@@ -23,6 +25,8 @@ METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "training.png"
 LOCK_NAME = ".lock"
 SAMPLES_NAME = "samples"
+PAGE_NAME = "index.html"  # among the samples
+PHOTOS_NAME = "photos.json"
 TRAINING_NAME = "training.json"  # the metadata of a result that is a folder
 BEST_NAME = "best"
 AVERAGE_NAME = "ema"

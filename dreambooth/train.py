@@ -29,6 +29,8 @@ from dreambooth.output.identity import identify_run
 from dreambooth.report.card import push_to_hub, save_card
 from dreambooth.report.metrics import save_curves
 from dreambooth.report.opening import opening_line
+from dreambooth.report.page import save_page
+from dreambooth.report.photos import score_photos
 from dreambooth.report.progress import Progress
 from dreambooth.report.samples import validate
 from dreambooth.report.scores import Scores, prepare_scores, read_scored
@@ -116,6 +118,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
         )
 
         if accelerator.is_main_process:
+            save_page(config)  # samples of later steps may have been removed
             print(opening_line(photos, class_photos, samples, first_step, total_steps, ranks, config), flush=True)
         progress = Progress(accelerator, dataset, config, first_step, total_steps)
         scores = Scores(denoising, base, encode, prompts, attached, optimizer, progress, config)
@@ -136,7 +139,9 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
             show(step=step)
         path = save_result(accelerator, state, method.weights_name, step, config)
         scores.keep_best(step, method.weights_name, final=True)
+        score_photos(progress, dataset, draw, latents_of, process, base, encode, attached, optimizer, config)
         if accelerator.is_main_process:
+            save_page(config)
             save_curves(config)
             save_card(path, attached, family, step, config)
             save_summary(path, method, attached, family, step, accelerator.device, ranks, config)

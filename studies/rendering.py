@@ -1,16 +1,15 @@
-"""The templates of pages with their content: Markdown, and HTML that holds its pictures, in the style of style.css."""
+"""The templates of reports with their content: Markdown, and HTML that holds its pictures."""
 
-import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.markdown import code
+from dreambooth.report.html import address, environment, jpeg
 from studies.exports import command
 
 HERE = Path(__file__).parent
@@ -19,16 +18,9 @@ NAME_KEY = "plot"  # in a plot's file
 
 def render(template: str, content: Mapping[str, Any], folder: Path = HERE) -> str:
     """Return a template of a folder with its content. HTML is escaped; Markdown has filters of its own."""
-    environment = Environment(
-        loader=FileSystemLoader([folder, HERE]),
-        autoescape=select_autoescape(["html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"cell": markdown_cell, "code": markdown_code, "command": command, "png": png, "jpeg": jpeg}
-    return environment.get_template(template).render(content)
+    templates = environment([folder, HERE])
+    templates.filters |= {"cell": markdown_cell, "code": markdown_code, "command": command, "png": png, "jpeg": jpeg}
+    return templates.get_template(template).render(content)
 
 
 def markdown_cell(text: str) -> str:
@@ -62,11 +54,4 @@ def name_of_plot(path: Path) -> str | None:
 
 def png(image: Image.Image) -> str:
     """Return a plot as the address of an image that holds it."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
-
-
-def jpeg(image: Image.Image) -> str:
-    """Return a picture as the address of an image that holds it."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return address("png", png_bytes(image))

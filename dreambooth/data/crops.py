@@ -1,7 +1,7 @@
 """Crops: the part of a photo that a row of a batch shows, a function of the seed and the sample's number."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,14 @@ class Crops:
         crops = [self._crop(*place, index=0, mirrored=mirrored) for place in places for mirrored in flips]
         varying = not (self.config.center_crop or self.frozen)
         return None if varying and any(crop.resized != crop.shape for crop in crops) else crops
+
+    def still(self, number: int) -> Crop:
+        """Return the crop that stands for instance photo `number`: its own if crops are fixed, else the central one."""
+        crop = self._crop(False, number, self.shapes[number], index=0, mirrored=False)
+        if self.fixed() is not None:
+            return crop
+        top, left = np.subtract(crop.resized, crop.shape) // 2
+        return replace(crop, corner=(int(top), int(left)))
 
     def _crop(self, is_class: bool, number: int, shape: Size, index: int, mirrored: bool) -> Crop:
         """Return a crop of photo `number`, at random by `index` unless crops are fixed."""

@@ -101,6 +101,11 @@ class DreamBoothDataset(Dataset):
         order = generator_of(self.config.seed, Stream.CLASS_ORDER, number).permutation(lengths[folder])
         return self.class_numbers[folder][order[place]]
 
+    def row_of_photo(self, number: int) -> Row:
+        """Return a row of instance photo `number` alone, under its prompt. No sample: it has the noise of sample 0."""
+        seed = seed_of(self.config.seed, Stream.INSTANCE_NOISE, 0)
+        return self._row(self.crops.still(number), self.photos[number].prompt, seed)
+
     def paths_of_step(self, step: int, num_ranks: int) -> list[Path]:
         """Return the files of all photos and class photos of optimizer step `step`, counted from 1."""
         samples = samples_of_step(step, self.config, num_ranks)

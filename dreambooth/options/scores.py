@@ -1,4 +1,4 @@
-"""Scores of checkpoints, on photos that are not trained on."""
+"""Scores of checkpoints, on photos that are not trained on, and of the photos that are."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from dreambooth.options.field import option
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Scores of checkpoints."""
+    """Scores of checkpoints and photos."""
 
     score_checkpoints: bool = option(
         "Have every checkpoint, and the result, denoise photos that are not trained on, those of holdout or of "
@@ -21,4 +21,10 @@ class ScoreOptions:
         decides_result=False,
         path=True,
         needs={"score_checkpoints": [True]},
+    )
+    score_photos: bool = option(
+        "After training, measure what was learned of each photo, for photos.json and samples/index.html in output_dir, "
+        "and warn of one that stands out. Takes the time of about 11 training steps for each photo.",
+        False,
+        decides_result=False,
     )

@@ -18,6 +18,8 @@ from dreambooth.layout import (
     AVERAGE_NAME,
     CONFIG_NAME,
     LOCK_NAME,
+    PHOTOS_NAME,
+    SAMPLES_NAME,
     SUMMARY_NAME,
     TRACKERS_NAME,
     checkpoint_step,
@@ -246,8 +248,8 @@ def prepare_output(method: Method, config: TrainingConfig, start: Path | None, a
                 shutil.rmtree(path)
             for path in (*result_paths(output, method.weights_name), output / AVERAGE_NAME, output / TRACKERS_NAME):
                 remove(path)
-        remove(output / SUMMARY_NAME)  # it is of a finished run
-        for path in output.glob(UNFINISHED):  # left by a run that was killed while writing
+        cut_off = [*output.glob(UNFINISHED), *(output / SAMPLES_NAME).glob(UNFINISHED)]  # by a run that was killed
+        for path in (output / SUMMARY_NAME, output / PHOTOS_NAME, *cut_off):  # those are of a finished run
             remove(path)
         first_step = saved_step(start) if start else 0
         drop_best(output, first_step)

@@ -1,4 +1,4 @@
-"""Sample images: drawn from the encoded prompts during training, saved as one labelled sheet."""
+"""Sample images: drawn from the encoded prompts during training, saved as one labelled sheet, shown in a page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from dreambooth.base_model.latents import vae_on_device
 from dreambooth.base_model.prompts import Encode
 from dreambooth.drawing.draw import draw_images
-from dreambooth.drawing.sheet import draw_sheet
+from dreambooth.drawing.sheet import save_sheet
 from dreambooth.errors import warn_only
 from dreambooth.family import Embeddings
 from dreambooth.layout import SAMPLES_NAME, sheet_path
@@ -19,6 +19,7 @@ from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.steps import steps_per_pass
 from dreambooth.options.drawing import SampleOptions
 from dreambooth.options.training import TrainingConfig
+from dreambooth.report.page import save_page
 from dreambooth.report.progress import Progress
 from dreambooth.report.trackers import log_image
 from dreambooth.runtime.ranks import splits_models
@@ -102,10 +103,10 @@ def _row(embeddings: Embeddings, row: int) -> Embeddings:
 def save_samples(
     accelerator: Accelerator, rows: Sequence[Sequence[Image.Image]], step: int, config: TrainingConfig
 ) -> Path:
-    """Write OUTPUT_DIR/samples/step-NNNNNN.png and send it to the trackers; return its path."""
-    sheet = draw_sheet(rows, config.validation_prompt, title=f"step {step}")
+    """Write OUTPUT_DIR/samples/step-NNNNNN.png, show it in the page and send it to the trackers; return its path."""
     path = sheet_path(Path(config.output_dir), step)
     path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    sheet = save_sheet(path, rows, config.validation_prompt, title=f"step {step}")
+    save_page(config)
     log_image(accelerator, SAMPLES_NAME, sheet, step)
     return path

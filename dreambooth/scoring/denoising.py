@@ -50,6 +50,11 @@ class RowLosses:
     whole: Tensor  # (rows,) fp64, over whole pictures
     masked: Tensor  # (rows,) fp64, inside the masks; NaN of pictures that have none, or an empty one
 
+    @property
+    def trained(self) -> Tensor:
+        """Of every row what training counts: the loss inside its mask, or over the whole picture if it has none."""
+        return torch.where(self.masked.isnan(), self.whole, self.masked)
+
     def scores(self) -> DenoisingScores:
         """Return the means."""
         inside = self.masked[~self.masked.isnan()]

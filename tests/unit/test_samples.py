@@ -166,7 +166,13 @@ def test_the_sheet_is_written_and_sent_to_the_trackers(config, accelerator, tmp_
     for step in range(251):
         run_validate(FakePipeline(), config, accelerator, step)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert names == ["step-000000.png", "step-000100.png", "step-000200.png", "step-000250.png"]
+    page, *names = names
+    assert page == "index.html" and names == [
+        "step-000000.png",
+        "step-000100.png",
+        "step-000200.png",
+        "step-000250.png",
+    ]
     assert [step for _, step in sent] == [0, 100, 200, 250]
     written = np.asarray(Image.open(tmp_path / "samples" / names[0]))
     assert np.array_equal(np.asarray(sent[0][0]["samples"][0]), written)
