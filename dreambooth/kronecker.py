@@ -33,6 +33,7 @@ from kron_adapter import (
     load_kronecker_state_dict,
     remove_kronecker,
     save_kronecker,
+    set_kronecker_scale,
 )
 from kron_formats.matching import MatchedAdapter
 from kron_formats.names import components, linear_modules, match_selection
@@ -210,6 +211,9 @@ class KroneckerReader:
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             add_kronecker(pipeline, adapter.matched, adapter.scale, adapter.name)
+
+    def set_strengths(self, pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
+        set_kronecker_scale(pipeline, strengths)
 
     def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
         for model in components(pipeline).values():

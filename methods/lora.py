@@ -165,7 +165,10 @@ class LoraReader:
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             attach_lora(pipeline, adapter.matched.layers, adapter.name)
-        pipeline.set_adapters([adapter.name for adapter in adapters], [adapter.scale for adapter in adapters])
+        self.set_strengths(pipeline, {adapter.name: adapter.scale for adapter in adapters})
+
+    def set_strengths(self, pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
+        pipeline.set_adapters([*strengths], [*strengths.values()])
 
     def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
         for layer in _lora_layers(pipeline):

@@ -154,6 +154,9 @@ class WordReader:
                 pipeline.load_textual_inversion(vectors, token=word.text, text_encoder=model, tokenizer=tokenizer)
                 pool_at_end(model, tokenizer)
 
+    def set_strengths(self, pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
+        """Do nothing: a word has no strength."""
+
     def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
         """Yield nothing: a word changes no weights."""
         return iter(())

@@ -6,7 +6,7 @@ the base model is loaded, in fp32. What can stay beside them is added by readers
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,6 +54,10 @@ class Reader(Protocol):
 
     def add(self, pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:
         """Put adapters into the base model. Later readers' layers may wrap these or go inside them."""
+        ...
+
+    def set_strengths(self, pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
+        """Set the strength of each of this method's adapters, by its name. They must not be merged."""
         ...
 
     def deltas(self, pipeline: DiffusionPipeline) -> Iterator[tuple[BaseLayer, Delta]]:
@@ -157,6 +161,26 @@ def add_adapters(pipeline: Any, adapters: Sequence[Adapter], readers: Sequence[R
             reader.add(pipeline, own)
 
 
+def check_adjustable(adapters: Sequence[Adapter]) -> None:
+    """Raise KroneckerError, naming the file, if the strength of an adapter cannot be changed once it is added."""
+    for file in (adapter.matched.file for adapter in adapters):
+        if file.needs_weights or file.words:
+            what = "changes the base model's weights for good" if file.needs_weights else "holds a new word"
+            raise KroneckerError(
+                f"{file.path} {what}, so its strength cannot be changed afterwards; scripts/generate.py draws with it"
+            )
+
+
+def set_strengths(
+    pipeline: Any, adapters: Sequence[Adapter], strengths: Sequence[float], readers: Sequence[Reader]
+) -> None:
+    """Set the strength of each adapter, which are in the pipeline, not merged; 0 for all is the base model."""
+    for reader in readers:
+        own = [(adapter.name, s) for adapter, s in zip(adapters, strengths) if reader.takes(adapter.matched.file)]
+        if own:
+            reader.set_strengths(pipeline, dict(own))
+
+
 def _merge_changes(pipeline: Any, adapters: Sequence[Adapter]) -> None:
     """Add to each weight all changes that depend on it, rounding once.
 
@@ -208,14 +232,19 @@ def _deltas(pipeline: Any, readers: Sequence[Reader]) -> dict[BaseLayer, list[De
     return deltas
 
 
+def prepare_sampling(pipeline: Any) -> None:
+    """Give a pipeline a fast solver and a VAE in fp32, since SDXL's gives NaN in fp16."""
+    pipeline.scheduler = build_sampler(pipeline.scheduler)
+    pipeline.vae.float()
+
+
 def prepare_drawing(pipeline: Any, readers: Sequence[Reader], config: AdaptedModelOptions) -> None:
-    """Give the pipeline a fast solver and a VAE in fp32, since SDXL's gives NaN in fp16, and merge its adapters.
+    """Prepare a pipeline as `prepare_sampling` does, and merge its adapters.
 
     In bf16 adapters stay unmerged: its 8 bits of precision would round away much of a small delta. So they do where a
     base model cannot take them, as a quantised one. Sums are in fp64, so a device that lacks it leaves them to the CPU.
     """
-    pipeline.scheduler = build_sampler(pipeline.scheduler)
-    pipeline.vae.float()
+    prepare_sampling(pipeline)
     if config.dtype != "bf16" and can_merge(pipeline, readers):
         device = pipeline.device
         if device.type not in HAVE_FP64:

@@ -150,13 +150,10 @@ class SampleOptions(SampleBatchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingOptions(PromptOptions):
-    """Images to draw."""
+class PictureOptions(PromptOptions):
+    """How images are drawn."""
 
     negative_prompt: str = option("Negative prompt for all images.", "")
-    num_images: int = option("Images per prompt.", 4, at_least=1)
-    batch_size: int = option("Images drawn at once.", 4, at_least=1)
-    seed: int = option("Seed of each prompt's first image; each further image adds 1.", 0, at_least=0, below=2**63)
     height: int | None = option(
         "Height of the images, px. A multiple of 8. Default: the base model's.", None, at_least=8, multiple_of=8
     )
@@ -176,3 +173,25 @@ class DrawingOptions(PromptOptions):
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions(PictureOptions):
+    """Images to draw."""
+
+    num_images: int = option("Images per prompt.", 4, at_least=1)
+    batch_size: int = option("Images drawn at once.", 4, at_least=1)
+    seed: int = option("Seed of each prompt's first image; each further image adds 1.", 0, at_least=0, below=2**63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(PictureOptions):
+    """The page: where it listens, and what it begins with."""
+
+    host: str = option(
+        "Address to listen on. 127.0.0.1 is this computer alone; with 0.0.0.0 everyone who reaches it can draw.",
+        "127.0.0.1",
+    )
+    port: int = option("Port to listen on.", 7860, at_least=1, at_most=65535)
+    prompt: str = option("Prompt that the page begins with.", "")
+    seed: int = option("Seed that the page begins with.", 0, at_least=0, below=2**53)
