@@ -20,7 +20,7 @@ from dreambooth.report.photos import read_photo_scores
 from kron_formats.files import whole_file, write_text
 
 TEMPLATE = "samples.html.j2"
-PIXELS = 2**26  # in all pictures of a page
+PIXELS = 2**25  # in all pictures of a page
 SIDES = (384, 320, 256, 192, 160, 128, 96, 64, 48, 32)  # px, of the longer side of a picture
 
 
@@ -28,8 +28,8 @@ def save_page(config: OutputOptions) -> None:
     """Write OUTPUT_DIR/samples/index.html, whole or not at all. Never raises: a failure is a warning.
 
     Without sheets and scores there is no page. All sheets are in it, as JPEGs whose longer side is at most 384 px, and
-    less if they would have more than 2²⁶ pixels together (455 squares of 384 px). Photos take about 0.2 bytes a pixel,
-    so a page has some 18 MB at most; pure noise would take 40.
+    less if they would have more than 2²⁵ pixels together (227 squares of 384 px). That is a page of about 15 MB, at 0.3
+    bytes a pixel, and of 34 MB for pure noise.
     """
     output = Path(config.output_dir)
     path = output / SAMPLES_NAME / PAGE_NAME

@@ -24,17 +24,18 @@ from methods.readers import READERS
 from scripts import convert, demo
 from tests.adapters import adapted_pipeline
 
-SETTINGS = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64}
+SETTINGS = {"num_inference_steps": 1, "guidance_scale": 3.0, "height": 64, "width": 64}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tiny_sd, tmp_path_factory):
     """A Kronecker adapter, and the same as a LoRA."""
     folder = tmp_path_factory.mktemp("adapters")
     pipeline = adapted_pipeline("sd", 4, 8, text=True, strength=0.1)
     dog, lora = folder / "dog.safetensors", folder / "lora.safetensors"
     save_kronecker({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, dog)
-    convert.main([str(dog), "--to", "lora", "--output", str(lora)])
+    base = ["--pretrained_model_name_or_path", str(tiny_sd)]
+    convert.main([str(dog), "--to", "lora", "--output", str(lora), *base])
     return dog, lora
 
 
@@ -63,19 +64,21 @@ def expected(tiny_sd, adapters, seed) -> np.ndarray:
 
 
 def drawing(**change) -> Drawing:
-    values = {"prompt": "a dog", "negative_prompt": "", "seed": 3, "steps": 2, "guidance": 3.0, "strengths": (1.0, 0.5)}
+    values = {"prompt": "a dog", "negative_prompt": "", "seed": 3, "steps": 1, "guidance": 3.0, "strengths": (1.0, 0.5)}
     return Drawing(**values | change)
 
 
 def test_strengths_change_from_drawing_to_drawing_and_leave_the_base_model_alone(pair, tiny_sd, files):
     dog, lora = files
-    base = expected(tiny_sd, [], 3)
-    for strengths in ((0.5, 0.0), (0.0, 1.0), (1.0, -0.5), (0.5, 0.0), (0.0, 0.0)):
-        before, after = pair.draw(drawing(strengths=strengths))
-        wanted = expected(tiny_sd, [f"{dog}:{strengths[0]}", f"{lora}:{strengths[1]}"], 3)
-        assert np.array_equal(np.asarray(before), base)
-        assert np.abs(np.asarray(after) - wanted).max() <= 1
-        assert np.array_equal(wanted, base) == (strengths == (0.0, 0.0))
+    base, adapted = expected(tiny_sd, [], 3), expected(tiny_sd, [f"{dog}:0.5", f"{lora}:-0.8"], 3)
+    assert np.abs(adapted - base).max() > 20
+    for strengths, wanted in (((0.5, -0.8), adapted), ((1.0, 0.0), None), ((0.0, 0.0), base), ((0.5, -0.8), adapted)):
+        before, after = (np.asarray(image, int) for image in pair.draw(drawing(strengths=strengths)))
+        assert np.array_equal(before, base)
+        if wanted is None:
+            assert np.abs(after - base).max() > 20 and np.abs(after - adapted).max() > 20
+        else:
+            assert np.abs(after - wanted).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -161,22 +164,26 @@ def client(address, tmp_path_factory):
 
 
 def test_the_page_draws_before_and_after(client, pair):
-    before, after, said = client.predict("a dog", "", 3, 2, 3.0, 1.0, 0.5, api_name="/draw")
+    before, after, said = client.predict("a dog", "", 3, 1, 3.0, 1.0, 0.5, api_name="/draw")
     wanted = pair.draw(drawing())
     for path, image in zip((before, after), wanted):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
     assert said.startswith("Seed 3,")
 
 
-def test_the_page_takes_numbers_and_prompts_and_neither_paths_nor_models(client):
+def test_the_page_takes_numbers_and_prompts_and_neither_paths_nor_models(client, pair, monkeypatch):
     api = client.view_api(return_format="dict")
     assert [*api["named_endpoints"]] == ["/draw"] and not api["unnamed_endpoints"]
     parameters = api["named_endpoints"]["/draw"]["parameters"]
     assert [parameter["component"] for parameter in parameters] == ["Textbox"] * 2 + ["Number"] + ["Slider"] * 4
-    with pytest.raises(Exception, match="Prompt"):
-        client.predict({"path": "/etc/passwd"}, "", 3, 2, 3.0, 1.0, 1.0, api_name="/draw")
     with pytest.raises(Exception, match="Strength|Value"):
         client.predict("a dog", "", 3, 2, 3.0, 5.0, 1.0, api_name="/draw")
+    asked, blank = [], (Image.new("RGB", (8, 8)),) * 2
+    monkeypatch.setattr(pair, "draw", lambda drawing: asked.append(drawing) or blank)
+    client.predict({"path": __file__}, "another/model", 3, 2, 3.0, 1.0, 1.0, api_name="/draw")
+    (drawing,) = asked
+    assert isinstance(drawing.prompt, str) and drawing.prompt.startswith("{")  # a prompt like any other
+    assert drawing.negative_prompt == "another/model" and drawing.strengths == (1.0, 1.0)
 
 
 def status(request) -> int:

@@ -20,11 +20,12 @@ from interpretation.options import FileOptions
 from kron_formats.files import read_text
 from kron_formats.paths import last_part, shared_metadata, shared_name
 from kron_formats.writing import file_metadata
-from scripts import convert, evaluate, generate, make_masks, merge
+from scripts import convert, demo, evaluate, generate, make_masks, merge
 
 CONFIGS = [
     train_dreambooth_kronecker.Config,
     generate.Config,
+    demo.Config,
     merge.Config,
     evaluate.Config,
     make_masks.Config,

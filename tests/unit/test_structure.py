@@ -26,6 +26,7 @@ ROOMS = (
     "dreambooth.base_model",
     "dreambooth.conversion",
     "dreambooth.drawing",
+    "dreambooth.demo",
     "dreambooth.method",
     "dreambooth.contrast",
     "dreambooth.start",
