@@ -39,7 +39,7 @@ def main() -> None:
     import torch
 
     from dreambooth.demo.page import check_address, import_gradio, serve
-    from dreambooth.demo.pair import Pair
+    from dreambooth.demo.pair import Pair, check_first
     from dreambooth.drawing.pipelines import check_adjustable, load_pipeline_with, prepare_sampling, read_adapters
     from methods.readers import READERS
 
@@ -47,6 +47,7 @@ def main() -> None:
     check_address(config)
     adapters = read_adapters(config, READERS)
     check_adjustable(adapters)
+    check_first(adapters, config)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     pipeline = load_pipeline_with(adapters, config, READERS).to(device)
     prepare_sampling(pipeline)

@@ -9,7 +9,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dreambooth.demo.pair import GUIDANCE, MOST_STEPS, STRENGTHS, Drawing, Pair
@@ -108,14 +107,13 @@ def _image(gradio: Any, when: str, what: str) -> Any:
         )
 
 
-def build_server(page: Any, config: DemoOptions, folder: Path) -> Any:
-    """Return a uvicorn server for the page, to `run()`. Images are kept in `folder` for an hour.
+def build_server(page: Any, config: DemoOptions) -> Any:
+    """Return a uvicorn server for the page, to `run()`.
 
     What the page does not need is refused: uploads, and all that is loaded from elsewhere.
     """
     gradio, fastapi = import_gradio(), importlib.import_module("fastapi")
     uvicorn = importlib.import_module("uvicorn")
-    page.GRADIO_CACHE = str(folder)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
@@ -147,7 +145,7 @@ def build_server(page: Any, config: DemoOptions, folder: Path) -> Any:
 def serve(pair: Pair, names: Sequence[str], config: DemoOptions) -> None:
     """Show the page until the program is stopped."""
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        server = build_server(build_page(pair, names, config), config, Path(folder))
+        os.environ["GRADIO_TEMP_DIR"] = folder  # images are kept there for an hour
+        server = build_server(build_page(pair, names, config), config)
         print(f"http://{config.host}:{config.port} - Ctrl-C ends it", flush=True)
         server.run()

@@ -1,6 +1,5 @@
 """One seed drawn twice: by the base model, and with adapters whose strengths change from one drawing to the next."""
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +12,7 @@ from PIL import Image
 from dreambooth.drawing.draw import draw_images
 from dreambooth.drawing.pipelines import Adapter, Reader, set_strengths
 from dreambooth.errors import UserError
-from dreambooth.options.drawing import PictureOptions
-
-logger = logging.getLogger(__name__)
+from dreambooth.options.drawing import DemoOptions, PictureOptions
 
 MOST_STEPS, MOST_LETTERS = 150, 2000
 STRENGTHS, GUIDANCE, SEEDS = (-1.0, 2.0), (1.0, 20.0), (0, 2**53 - 1)  # a seed that JavaScript can hold
@@ -45,6 +42,13 @@ class Drawing:
         _check_number("Guidance", self.guidance, GUIDANCE)
         for strength in self.strengths:
             _check_number("Strength", strength, STRENGTHS)
+
+
+def check_first(adapters: Sequence[Adapter], config: DemoOptions) -> None:
+    """Raise UserError, naming the field, if the page would begin with a value out of range."""
+    numbers = config.seed, config.num_inference_steps, config.guidance_scale
+    strengths = tuple(adapter.scale for adapter in adapters)
+    Drawing(config.prompt, config.negative_prompt, *numbers, strengths).check(len(adapters))
 
 
 def _check_number(name: str, value: Any, between: tuple[float, float], whole: bool = False) -> None:

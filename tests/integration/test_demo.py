@@ -129,6 +129,12 @@ def test_what_cannot_be_shown_is_refused_before_the_base_model_is_read(tiny_sd, 
     monkeypatch.setattr("dreambooth.drawing.pipelines.load_pipeline_with", lambda *_: pytest.fail("read"))
     with pytest.raises(ValueError, match=f"{word.name} holds a new word, .*scripts/generate.py"):
         run(monkeypatch, *given, "--adapter", word, "--port", free_port())
+    for flags, said in {
+        ("--adapter", f"{files[0]}:5"): "Strength: ",
+        ("--num_inference_steps", 999): "Steps: ",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            run(monkeypatch, *given, "--adapter", files[0], "--port", free_port(), *flags)
 
 
 def free_port() -> int:
@@ -145,8 +151,10 @@ def address(pair, tiny_sd, files, tmp_path_factory):
     """The page, served."""
     pytest.importorskip("gradio", reason="Gradio is optional: scripts/demo-requirements.txt")
     config = config_of(tiny_sd, *files, port=free_port(), prompt="a dog")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("images")))
     served = page.build_page(pair, ["dog", "lora"], config)
-    server = page.build_server(served, config, tmp_path_factory.mktemp("images"))
+    server = page.build_server(served, config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -154,6 +162,7 @@ def address(pair, tiny_sd, files, tmp_path_factory):
     yield f"http://{config.host}:{config.port}"
     server.should_exit = True
     thread.join(20)
+    monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -678,7 +678,7 @@ EVERYTHING = """
     --huber_c 0.2 --min_timestep 1 --max_timestep 900 --timestep_sampling thinned --channels_last --ema_decay 0.9
     --tracker_project_name dogs --tracker_run_name rex --tracker_group pets --no_metadata
     --push_to_hub --hub_model_id me/dog --cache_dir "~/hub" --logging_steps 4 --skip_nonfinite 2
-    --holdout 2 --score_checkpoints --reference_dir "other photos"
+    --holdout 2 --score_checkpoints --score_photos --reference_dir "other photos"
 """
 # what does not work with the above
 REST = """

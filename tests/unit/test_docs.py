@@ -26,8 +26,8 @@ PROGRAMS = [
 FOLDERS = {path.parent.name for path in ROOT.glob("[!.]*/*.*") if path.is_file()} - {"outputs", "wandb"}
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 COMMAND = r"(?:python3? |accelerate launch |sbatch |scripts/\w+\.sh)"
-# pytest's, see tests/conftest.py, sbatch's, and Docker's
-FLAGS_OF_OTHERS = {"--kills", "--array", "--dependency", "--build-arg", "--gpus", "--init", "--rm"}
+# pytest's, see tests/conftest.py, sbatch's, Docker's and pip's
+FLAGS_OF_OTHERS = {"--kills", "--array", "--dependency", "--build-arg", "--gpus", "--init", "--rm", "--no-deps"}
 FILES_OF_OTHERS = {  # a run's, diffusers', and SVDiff's
     "config.yaml",
     "train_dreambooth.py",
