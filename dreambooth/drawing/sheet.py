@@ -57,9 +57,8 @@ def rows_of_sheet(path: Path) -> list[SheetRow]:
     """Return the rows of a sheet that `save_sheet` wrote; [] if the file is something else. Decodes no pixels."""
     try:
         with Image.open(path, formats=["PNG"]) as sheet:
-            return [
-                SheetRow(label, [tuple(box) for box in boxes]) for label, boxes in json.loads(sheet.info[ROWS_NAME])
-            ]
+            rows = json.loads(sheet.info[ROWS_NAME])
+        return [SheetRow(label, [tuple(box) for box in boxes]) for label, boxes in rows]
     except (*DAMAGED, KeyError, TypeError):
         return []
 

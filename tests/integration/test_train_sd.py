@@ -200,7 +200,7 @@ def test_trackers_and_samples(tracker, options, run_main, tmp_path, offline_wand
         sd, **{**options, "report_to": tracker}, validation_prompt=["sks dog in snow", "a cat"], validation_steps=2,
         num_validation_images=2, validation_num_inference_steps=2,
     )  # fmt: skip
-    sheets = sorted(path.name for path in (options["output_dir"] / "samples").iterdir())
+    sheets = sorted(path.name for path in (options["output_dir"] / "samples").glob("*.png"))
     assert sheets == ["step-000000.png", "step-000002.png", "step-000004.png"]
     assert Image.open(options["output_dir"] / "samples" / sheets[0]).width > 2 * 192
     written = {
