@@ -18,10 +18,8 @@ measurements, to methods_step-ARCHITECTURE-DTYPE.md and .json in --output_dir.
 """
 
 import argparse
-import copy
 import functools
 import gc
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,18 +34,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.peers import FROZEN, adapt
+from benchmarks.random_models import pipeline_of, random_encoders, random_unet, shared
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
-from benchmarks.unet_step import WARM_UP, bytes_in_use, optimizer_over, peak_bytes, random_unet
+from benchmarks.unet_step import WARM_UP, bytes_in_use, optimizer_over, peak_bytes
 from dreambooth.base_model.loading import DTYPES
 from dreambooth.errors import readable_errors
 from dreambooth.family import Family
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Host, trained_parameters
 from dreambooth.options.prompts import CHUNK_LENGTH
-from kron_formats.architectures import ARCHITECTURES, load_architecture
+from kron_formats.architectures import ARCHITECTURES
 from methods.train import METHODS
 from scripts.count_parameters import Contender, configure, kronecker, lora, others, size
-from toyworld.tiny_pipeline import build_pipeline, build_tokenizer
 
 PROMPT = "a photo of <new1> <dog>"  # with the words of both methods that learn one
 TINY = "tiny"
@@ -93,14 +91,8 @@ def parse() -> argparse.Namespace:
 
 def random_models(architecture: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return component -> model: the UNet, then the text encoders, with random weights."""
-    if architecture == TINY:
-        pipeline: Any = build_pipeline("sd")
-        models = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
-    else:
-        _, *encoders = load_architecture(architecture).items()
-        models = {name: type(model)(model.config) for name, model in encoders}
-        models = {"unet": random_unet(architecture, device, dtype), **models}
-    return {name: model.requires_grad_(False).to(device, dtype).train() for name, model in models.items()}
+    models = {"unet": random_unet(architecture, device, dtype), **random_encoders(architecture, device, dtype)}
+    return {name: model.requires_grad_(False).train() for name, model in models.items()}
 
 
 def compare(contender: Contender, base: dict[str, Any], arguments: argparse.Namespace) -> tuple[list[str], Any]:
@@ -154,24 +146,6 @@ def method_step(contender: Contender, base: dict[str, Any], arguments: argparse.
     count = sum(parameter.numel() for parameter in trained_parameters(attached))
     in_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return stepper(family, pipeline, text_trains, in_optimizer, optimizer, arguments), count
-
-
-def shared(base: dict[str, Any]) -> dict[str, Any]:
-    """Return copies of models whose parameters are others, on the same memory.
-
-    What trains in place changes that memory for all of them, which changes no time.
-    """
-    parameters = (parameter for model in base.values() for parameter in model.parameters())
-    known = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in parameters}
-    return copy.deepcopy(base, known)
-
-
-def pipeline_of(family: Family, models: dict[str, Any]) -> Any:
-    """Return a pipeline of the models, with a tokenizer of its own for every text encoder, and nothing else."""
-    needed = inspect.signature(family.pipeline_class).parameters.values()
-    absent = {part.name: None for part in needed if part.default is part.empty}
-    tokenizers = {name: build_tokenizer() for name in family.tokenizers}
-    return family.pipeline_class(**{**absent, **family.loading, **models, **tokenizers})
 
 
 def stepper(

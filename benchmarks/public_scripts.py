@@ -22,7 +22,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -37,8 +36,8 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.runs import RunFailed, last_error, measure
 from benchmarks.timing import CLOCKS, interleave, machine, parser, ratios, spread, write_results
-from benchmarks.training_run import RunFailed, measure
 from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.paths import path_argument
 
@@ -217,13 +216,6 @@ def step_cost(command: Command, arguments: argparse.Namespace, folder: Path) -> 
     short, long = (run(command, steps, folder) for steps in arguments.steps)
     clock = list(CLOCKS).index(arguments.clock)
     return 1e3 * (long[clock] - short[clock]) / (arguments.steps[1] - arguments.steps[0]), long[2]
-
-
-def last_error(said: str) -> str:
-    """Return the last error in what a run said, but for that of the launcher."""
-    errors = re.findall(r"^\W*(\w*(?:Error|Exception): .*|error: .*)$", said, re.MULTILINE)
-    errors = [error.strip() for error in errors if not error.startswith("CalledProcessError")]
-    return errors[-1] if errors else said.strip().splitlines()[-1]
 
 
 def row(name: str, found: Mapping[str, list[tuple[float, float]]], failed: Mapping[str, str]) -> list[str]:

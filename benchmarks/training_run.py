@@ -15,12 +15,9 @@ quartile), and theirs / ours of each round. Writes it, and all measurements, to 
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,17 +25,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.runs import measure
 from benchmarks.timing import interleave, machine, parser, ratios, spread, write_results
-from dreambooth.errors import UserError, readable_errors
+from dreambooth.errors import readable_errors
 from dreambooth.options.paths import path_argument
 from toyworld.tiny_pipeline import build_pipeline
 
 OURS = {"sd": "train_dreambooth_kronecker.py", "sdxl": "train_dreambooth_kronecker_sdxl.py"}
 MEASURES = ("wall time, s", "processor time, s", "peak memory, MiB")
-
-
-class RunFailed(UserError):
-    """A run ended with an error. The message has the command and the end of what it said."""
 
 
 def main() -> None:
@@ -120,21 +114,6 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[
     if not arguments.draw_class_images:
         run(ours, max_train_steps=1)
     return {ours.name: lambda: run(ours), f"diffusers' {theirs.name}": lambda: run(theirs)}
-
-
-def measure(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> tuple[float, float, float]:
-    """Run a command, by default in this environment, and return its MEASURES. Raises RunFailed."""
-    start = time.perf_counter()
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        # The usage is that of the process and of the processes that it waited for: the training is a child's child.
-        _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    if status:
-        said = log.read_text(encoding="utf-8", errors="replace")
-        raise RunFailed(f"{' '.join(command)} failed:\n{said[-3000:]}")
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB elsewhere
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
 
 if __name__ == "__main__":

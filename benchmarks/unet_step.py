@@ -11,16 +11,18 @@ pass runs under autocast, as accelerate runs it.
 
 Prints a table of time / time of the bound, as median (first to third quartile) of the rounds' own ratios; of the bytes
 that the forward pass keeps for the backward pass beyond the parameters; and of the step's peak memory beyond what was
-in use before it: allocated memory on a GPU, resident memory on Linux. Writes it, and all measurements, to
-unet_step-ARCHITECTURE-DTYPE.md and .json in --output_dir.
+in use before it: allocated memory on a GPU, resident memory on Linux. A peer that does not run has its error below the
+table. Writes it, and all measurements, to unet_step-ARCHITECTURE-DTYPE.md and .json in --output_dir.
 """
 
 import argparse
 import copy
 import ctypes
 import functools
+import gc
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -35,17 +37,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
+from benchmarks.random_models import CHOICES, random_unet
 from benchmarks.timing import interleave, machine, milliseconds, parser, ratios, spread, write_results
-from dreambooth.base_model.loading import DTYPES
+from dreambooth.base_model.loading import DTYPES, compile_blocks
 from dreambooth.errors import readable_errors
 from dreambooth.loop.optimizers import build_optimizer
 from dreambooth.method import Group
 from dreambooth.options.training import TrainingConfig
-from kron_formats.architectures import ARCHITECTURES, load_architecture
 
 OPTIONS = TrainingConfig(pretrained_model_name_or_path="", instance_prompt="")
 MIB = 2**20
 WARM_UP = 1  # rounds
+Step = Callable[[], None]
 
 
 def main() -> None:
@@ -53,7 +56,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     unet = random_unet(arguments.architecture, device, DTYPES[arguments.dtype])
     inputs = random_inputs(unet, arguments)
-    steps = {peer: stepper(peer, unet, inputs, arguments) for peer in arguments.peers}
+    steps, held, failed = prepare(unet, inputs, arguments)
     timed = {peer: functools.partial(milliseconds, step, device, arguments.clock) for peer, step in steps.items()}
     times = interleave(timed, arguments.rounds, WARM_UP)
     saved = {peer: saved_bytes(step, unet) for peer, step in steps.items()}
@@ -68,9 +71,18 @@ def main() -> None:
         ]
         for peer in times
     ]
+    rows += [[peer, "does not run", "", "", ""] for peer in failed]
     what = f"A training step of the {arguments.architecture} UNet, {arguments.dtype}, batch {arguments.batch}, "
     what += f"{arguments.latents}x{arguments.latents} latents; {machine(device)}."
-    measurements = {"milliseconds": times, "saved_bytes": saved, "peak_bytes": peaks}
+    what += "".join(f"\n\n{peer}: {error}" for peer, error in failed.items())
+    measurements = {
+        "milliseconds": times,
+        "saved_bytes": saved,
+        "peak_bytes": peaks,  # beyond what is held between steps: the weights, which all share, and:
+        "held_bytes": held,
+        "weights_bytes": sum(parameter.nbytes for parameter in unet.parameters()),
+        "failed": failed,
+    }
     header = ["", "ms", "time / frozen", "saved, MiB", "peak, MiB"]
     write_results(arguments, f"unet_step-{arguments.architecture}-{arguments.dtype}", what, header, rows, measurements)
 
@@ -78,7 +90,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     options = parser(__doc__, rounds=10)
     gpu = torch.cuda.is_available()
-    options.add_argument("--architecture", choices=list(ARCHITECTURES.values()), default="sd15")
+    options.add_argument("--architecture", choices=CHOICES, default="sd15")
     options.add_argument("--device", default="cuda" if gpu else "cpu")
     options.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32", help="Of the base.")
     options.add_argument(
@@ -87,6 +99,12 @@ def parse() -> argparse.Namespace:
     options.add_argument("--batch", type=int, default=1, help="Images.")
     options.add_argument("--gradient_checkpointing", action="store_true")
     options.add_argument("--compile", action="store_true", help="Compile the UNet's repeated blocks.")
+    options.add_argument(
+        "--prepare_seconds",
+        type=float,
+        default=math.inf,
+        help="After this time no further peer is prepared, which compiles it (default: all are).",
+    )
     options.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="NAME")
     arguments = options.parse_args()
     if arguments.latents is None:
@@ -95,13 +113,32 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def random_unet(architecture: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Return a UNet of the real configuration with random weights."""
-    unet: Any = load_architecture(architecture)["unet"].to(dtype).to_empty(device=device).train()
-    for parameter in unet.parameters():
-        fan_in = parameter.numel() / len(parameter)
-        nn.init.normal_(parameter, std=fan_in**-0.5 if parameter.dim() > 1 else 0.1)
-    return unet
+def prepare(
+    unet: UNet2DConditionModel, inputs: dict[str, Any], arguments: argparse.Namespace
+) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
+    """Return each peer's step, made once; the memory that it holds between steps, bytes; and the errors of the others.
+
+    Raises what the bound raises, without which there is nothing to compare with.
+    """
+    device, began = torch.device(arguments.device), time.monotonic()
+    steps, held, failed = {}, {}, {}
+    for peer in arguments.peers:
+        if time.monotonic() - began > arguments.prepare_seconds:
+            failed[peer] = f"not prepared within {arguments.prepare_seconds:g} s"
+            continue
+        before = bytes_in_use(device)
+        try:
+            step = stepper(peer, unet, inputs, arguments)
+            step()
+        except Exception as error:
+            if peer == FROZEN:
+                raise
+            failed[peer] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        else:
+            steps[peer] = step
+            gc.collect()
+            held[peer] = bytes_in_use(device) - before
+    return steps, held, failed
 
 
 def random_inputs(unet: UNet2DConditionModel, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -123,9 +160,7 @@ def random_inputs(unet: UNet2DConditionModel, arguments: argparse.Namespace) -> 
     return inputs
 
 
-def stepper(
-    peer: str, unet: UNet2DConditionModel, inputs: dict[str, Any], arguments: argparse.Namespace
-) -> Callable[[], None]:
+def stepper(peer: str, unet: UNet2DConditionModel, inputs: dict[str, Any], arguments: argparse.Namespace) -> Step:
     """Return a function that makes one training step of a UNet that shares its frozen weights with `unet`."""
     model = copy.deepcopy(unet, {id(parameter): parameter for parameter in unet.parameters()})
     parameters = adapt(model, peer)
@@ -134,7 +169,7 @@ def stepper(
     if arguments.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if arguments.compile:
-        model.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(model)
     inputs = dict(inputs)
     target = inputs.pop("target").float()
 
@@ -157,7 +192,7 @@ def optimizer_over(parameters: Sequence[nn.Parameter], peer: str) -> torch.optim
     return torch.optim.AdamW(parameters, lr=OPTIONS.learning_rate, fused=True)
 
 
-def saved_bytes(step: Callable[[], None], unet: nn.Module) -> int:
+def saved_bytes(step: Step, unet: nn.Module) -> int:
     """Return the bytes of the storages, other than parameters', that the step's forward pass keeps."""
     known = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
     kept = {}
@@ -173,7 +208,7 @@ def saved_bytes(step: Callable[[], None], unet: nn.Module) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> float:
+def peak_bytes(step: Step, device: torch.device) -> float:
     """Return the peak memory of the step beyond what was in use before it; NaN if it cannot be measured."""
     counters = torch.get_device_module(device)
     if hasattr(counters, "reset_peak_memory_stats"):

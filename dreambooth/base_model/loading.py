@@ -18,6 +18,7 @@ from dreambooth.runtime.ranks import split_frozen, splits_models
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUANTISED = ("nf4", "int8")
+VERSIONS = 128  # of one compiled block
 
 
 class BaseModel:
@@ -101,10 +102,22 @@ class BaseModel:
                 if name in models:
                     getattr(self.pipeline, name).activation_checkpointing_enable({"use_reentrant": False})
         if self.config.compile:
-            self.denoiser.compile_repeated_blocks(fullgraph=True)
+            compile_blocks(self.denoiser)
         if splits_models():
             split_frozen(models.values(), self.accelerator)
         self.denoiser.train()
+
+
+def compile_blocks(denoiser: Any) -> None:
+    """Compile a denoiser's repeated blocks, each whole, in as many versions as are needed.
+
+    A version is for one width, one batch size, and one of: training, the base model's prediction, samples. That is soon
+    more than the 8 that PyTorch allows by default.
+    """
+    import torch._dynamo  # slow, and most runs do not compile
+
+    torch._dynamo.config.recompile_limit = VERSIONS  # pyright: ignore[reportAttributeAccessIssue]  set by install_config_module
+    denoiser.compile_repeated_blocks(fullgraph=True)
 
 
 def _frozen_dtype(config: FrozenModelOptions, accelerator: Accelerator) -> torch.dtype:

@@ -12,8 +12,8 @@ from torch import nn
 from benchmarks import methods_step, prior, public_scripts, unet_step
 from benchmarks.layer import Layer
 from benchmarks.peers import FROZEN, PEERS, adapt, choose_peers
+from benchmarks.runs import RunFailed
 from benchmarks.timing import interleave, ratios, spread
-from benchmarks.training_run import RunFailed
 from dreambooth.errors import UserError
 from dreambooth.options.parsing import parse_options
 from scripts.count_parameters import kronecker, lora, others

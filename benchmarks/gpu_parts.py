@@ -1,0 +1,133 @@
+"""The parts of benchmarks/gpu.py: which program each runs, for how long at most, and its rows of the table."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import ratios, spread  # and nothing that makes a context on the GPU, which would take memory
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("Kronecker (4, 64)", "PEFT LoRA r=4", "Kronecker (16, 16)", "PEFT LoKr")  # in this order if time is short
+RECIPES = (8, 12, 24, 80)  # GB
+GIB = 2**30
+JUNIT = "tests.xml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, a part's name apart."""
+
+    what: str
+    figure: str = ""
+    ratio: str = ""
+    allocated: float | None = None  # bytes, as the next
+    reserved: float | None = None
+    result: str = ""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """A program with its arguments, but for --output_dir."""
+
+    name: str
+    program: str  # a module of this folder, or pytest
+    words: tuple[str, ...]
+    seconds: float  # after which it is ended
+    read: Callable[[Path], list[Row]]  # its rows, from the folder that it wrote to
+
+
+def parts(scratch: Path, dry_run: bool) -> list[Part]:
+    """Return all parts, in the order in which they are worth most. What has to be compiled may take long: last."""
+    base = scratch / "random-sdxl"
+    step, drawing, gpu_tests = "unet_step", "drawing", str(ROOT / "tests" / "gpu")
+    small = ("--device", "cpu", "--dtype", "fp32", "--rounds", "1")
+    peers = ("--peers", *PEERS)
+    sizes = {name: ("--architecture", name) for name in ("sd15", "sdxl")}
+    images = {"sd15": ("--images", "4"), "sdxl": ("--images", "1", "--rounds", "3")}
+    training, folder, compiled = (), ("sdxl", str(base)), ("--compile", "--prepare_seconds")
+    rounds = {"sd15": ("--rounds", "20"), "sdxl": ("--rounds", "10")}
+    if dry_run:
+        sizes = {"sd15": ("--architecture", "tiny", *small), "sdxl": ("--architecture", "tiny-sdxl", *small)}
+        images = dict.fromkeys(sizes, ("--images", "1", "--num_inference_steps", "1", "--resolution", "64"))
+        training, folder = ("--steps", "3", "--resolution", "64"), ("tiny-sdxl", str(base), "--device", "cpu")
+        rounds, compiled = dict.fromkeys(sizes, ("--latents", "4")), ("--prepare_seconds",)
+    return [
+        Part("tests", "pytest", (gpu_tests, "-m", "gpu", "--verbose"), 120, test_rows),
+        Part("step, SDXL 1024 px", step, (*sizes["sdxl"], *rounds["sdxl"], *peers), 60, step_rows),
+        Part("step, SD 1.5 512 px", step, (*sizes["sd15"], *rounds["sd15"], *peers), 40, step_rows),
+        Part("random SDXL", "random_models", folder, 60, lambda folder: [Row("folder", result="written")]),
+        *(_recipe(gb, base, training) for gb in RECIPES),
+        Part("drawing, SD 1.5 512 px", drawing, (*sizes["sd15"], *images["sd15"]), 40, drawing_rows),
+        Part("drawing, SDXL 1024 px", drawing, (*sizes["sdxl"], *images["sdxl"]), 60, drawing_rows),
+        *(
+            Part(f"compiled step, {title}", step, (*sizes[name], *rounds[name], *peers, *compiled, "50"), 90, step_rows)
+            for name, title in (("sd15", "SD 1.5 512 px"), ("sdxl", "SDXL 1024 px"))
+        ),
+    ]
+
+
+def _recipe(gb: int, base: Path, training: tuple[str, ...]) -> Part:
+    name = f"sdxl-{gb}gb.yaml"
+    words = (str(ROOT / "configs" / name), "--pretrained_model_name_or_path", str(base), *training)
+    return Part(f"recipe {name}", "recipes", words, 100 if gb == 80 else 50, recipe_rows)
+
+
+def measurements(folder: Path) -> Any:
+    """Return what a program measured, from the JSON file that it wrote."""
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text(encoding="utf-8"))["measurements"]
+
+
+def step_rows(folder: Path) -> list[Row]:
+    """Allocated: the weights, what the peer holds between steps, and the step's peak beyond both."""
+    found = measurements(folder)
+    first, *_ = found["milliseconds"].values()
+    rows = []
+    for peer, times in found["milliseconds"].items():
+        allocated = found["weights_bytes"] + found["held_bytes"][peer] + found["peak_bytes"][peer]
+        rows.append(Row(peer, f"{spread(times, 1)} ms", spread(ratios(times, first), 3), allocated))
+    return rows + [Row(peer, result=error, failed=True) for peer, error in found["failed"].items()]
+
+
+def recipe_rows(folder: Path) -> list[Row]:
+    found = measurements(folder)
+    result = found["problem"] or ("no limit" if found["limit_bytes"] is None else f"fits {found['gib']} GiB")
+    figure = f"{spread(found['step_seconds'], 2)} s"
+    memory = found["allocated"], found["reserved"]
+    return [Row(f"for {found['gib']} GB", figure, "", *memory, result, failed=found["problem"] is not None)]
+
+
+def drawing_rows(folder: Path) -> list[Row]:
+    speeds = measurements(folder)["images_per_second"]
+    first, *_ = speeds.values()
+    return [Row(way, f"{spread(own, 2)} images/s", spread(ratios(own, first), 3)) for way, own in speeds.items()]
+
+
+def test_rows(folder: Path) -> list[Row]:
+    """One row for each test, from pytest's report."""
+    return [_test_row(case) for case in ElementTree.parse(folder / JUNIT).iter("testcase")]
+
+
+def _test_row(case: ElementTree.Element) -> Row:
+    what = case.get("name", "").removeprefix("test_").replace("_", " ")
+    figure = f"{float(case.get('time', 0)):.1f} s"
+    for outcome in case:
+        if outcome.tag in ("failure", "error", "skipped"):
+            message = outcome.get("message", "").partition("\n")[0]
+            result = f"{'skipped' if outcome.tag == 'skipped' else 'failed'}: {message}"
+            return Row(what, figure, result=result, failed=outcome.tag != "skipped")
+    return Row(what, figure, result="passed")
+
+
+def cells(part: str, row: Row) -> list[str]:
+    """Return a row as the table has it."""
+    memory = ("" if size is None else f"{size / GIB:.2f}" for size in (row.allocated, row.reserved))
+    result = row.result.replace("|", r"\|")
+    return [part, row.what, row.figure, row.ratio, *memory, f"failed: {result}" if row.failed else result]
+
+
+HEADER = ["part", "what", "figure", "to the first", "allocated, GiB", "reserved, GiB", "result"]
