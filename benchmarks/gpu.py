@@ -41,7 +41,7 @@ from dreambooth.errors import UserError, readable_errors
 from dreambooth.options.paths import check_folder, path_argument
 
 if TYPE_CHECKING:  # it needs packages that have to be looked for first
-    from benchmarks.gpu_parts import Part
+    from benchmarks.gpu_parts import Part, Row
 
 UNUSED = {"datasets", "tensorboard", "wandb"}  # of requirements.txt: nothing here reads a dataset or reports
 ON_CPU = {"KRON_GPU_TESTS": "cpu"}  # see tests/gpu/conftest.py
@@ -62,6 +62,8 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=roomiest()) as scratch:
         for part in parts(Path(scratch), arguments.dry_run):
+            if not any(word in part.name for word in arguments.parts):
+                continue
             remaining = TIME - (time.monotonic() - began)
             results[part.name] = run_part(part, Path(scratch) / "parts", remaining, arguments)
             found["seconds"] = round(time.monotonic() - began, 1)
@@ -78,6 +80,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=path_argument, default=Path("outputs/gpu"), help="Folder for the results.")
     parser.add_argument("--wheels", type=path_argument, help="Folder of wheels to install missing packages from.")
     parser.add_argument("--dry_run", action="store_true", help="Run in little on a CPU. Its figures mean nothing.")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=[""],
+        metavar="WORD",
+        help="Run the parts whose names contain one of these alone, for example compiled (default: all).",
+    )
     arguments = parser.parse_args()
     arguments.output_dir = arguments.output_dir.absolute()
     return arguments
@@ -153,7 +162,7 @@ def run_part(part: "Part", folder: Path, remaining: float, arguments: argparse.N
         run_program(part, own, logs / f"{own.name}.log", seconds, arguments)
         rows = part.read(own)
     except Exception as error:  # whatever it is, the other parts are worth running
-        rows = [Row("", result=last_error(f"{type(error).__name__}: {error}"), failed=True)]
+        rows = [*rows_so_far(part, own), Row("", result=last_error(f"{type(error).__name__}: {error}"), failed=True)]
     except SystemExit as end:  # of a program that runs in this process
         rows = [Row("", result=f"it ended with exit code {end.code}", failed=True)]
     measured = [json.loads(path.read_text(encoding="utf-8")) for path in own.glob("*.json")]
@@ -162,6 +171,13 @@ def run_part(part: "Part", folder: Path, remaining: float, arguments: argparse.N
         "rows": [asdict(row) for row in rows],
         "measured": measured,
     }
+
+
+def rows_so_far(part: "Part", folder: Path) -> "list[Row]":
+    """Return the rows of a part that was interrupted: the tests write those that they have."""
+    with contextlib.suppress(Exception):
+        return part.read(folder)
+    return []
 
 
 def run_program(part: "Part", folder: Path, log: Path, seconds: float, arguments: argparse.Namespace) -> None:

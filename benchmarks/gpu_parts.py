@@ -55,8 +55,9 @@ def parts(scratch: Path, dry_run: bool) -> list[Part]:
         images = dict.fromkeys(sizes, ("--images", "1", "--num_inference_steps", "1", "--resolution", "64"))
         training, folder = ("--steps", "3", "--resolution", "64"), ("tiny-sdxl", str(base), "--device", "cpu")
         rounds, compiled = dict.fromkeys(sizes, ("--latents", "4")), ("--prepare_seconds",)
+        gpu_tests += "/test_unet.py"  # the quickest
     return [
-        Part("tests", "pytest", (gpu_tests, "-m", "gpu", "--verbose"), 120, test_rows),
+        Part("tests", "pytest", (gpu_tests, "-m", "gpu", "--verbose"), 150, test_rows),
         Part("step, SDXL 1024 px", step, (*sizes["sdxl"], *rounds["sdxl"], *peers), 60, step_rows),
         Part("step, SD 1.5 512 px", step, (*sizes["sd15"], *rounds["sd15"], *peers), 40, step_rows),
         Part("random SDXL", "random_models", folder, 60, lambda folder: [Row("folder", result="written")]),
@@ -64,7 +65,7 @@ def parts(scratch: Path, dry_run: bool) -> list[Part]:
         Part("drawing, SD 1.5 512 px", drawing, (*sizes["sd15"], *images["sd15"]), 40, drawing_rows),
         Part("drawing, SDXL 1024 px", drawing, (*sizes["sdxl"], *images["sdxl"]), 60, drawing_rows),
         *(
-            Part(f"compiled step, {title}", step, (*sizes[name], *rounds[name], *peers, *compiled, "50"), 90, step_rows)
+            Part(f"compiled step, {title}", step, (*sizes[name], *rounds[name], *peers, *compiled, "40"), 80, step_rows)
             for name, title in (("sd15", "SD 1.5 512 px"), ("sdxl", "SDXL 1024 px"))
         ),
     ]

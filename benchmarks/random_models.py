@@ -81,11 +81,11 @@ def random_pipeline(architecture: str, device: torch.device, dtype: torch.dtype)
     if architecture in TINY:
         return build_pipeline(TINY[architecture]).to(device, dtype)
     with device:
-        vae = AutoencoderKL(**VAE, **VAE_OF_FAMILY[family.name]).to(dtype)
+        vae: Any = AutoencoderKL(**VAE, **VAE_OF_FAMILY[family.name])
     models = {
         "unet": random_unet(architecture, device, dtype).eval(),
         **random_encoders(architecture, device, dtype),
-        "vae": vae.eval(),
+        "vae": vae.to(dtype).eval(),
         "scheduler": build_scheduler("epsilon"),
     }
     return pipeline_of(family, models)

@@ -116,14 +116,14 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Need:
 
 def options(arguments: argparse.Namespace, folder: str, device: torch.device) -> list[str]:
     """Return the command line of the recipe's training."""
-    base, recipe = arguments.pretrained_model_name_or_path, yaml.safe_load(arguments.recipe.read_text("utf-8"))
+    base, recipe = arguments.pretrained_model_name_or_path, yaml.safe_load(arguments.recipe.read_text(encoding="utf-8"))
     given = {
         "config": arguments.recipe,
         "pretrained_model_name_or_path": base,
         "instance_data_dir": arguments.instance_data_dir,
         "instance_prompt": "a photo of sks dog",
         "class_prompt": "a photo of dog",
-        "mixed_precision": "bf16",
+        "mixed_precision": "bf16" if device.type == "cuda" else "no",
         "resolution": arguments.resolution,
         "max_train_steps": arguments.steps,
         "logging_steps": 1,

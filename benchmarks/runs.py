@@ -1,5 +1,6 @@
 """Whole programs as processes of their own: what they cost, how they end, and what they say then."""
 
+import contextlib
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dreambooth.errors import UserError
+
+GRACE = 5.0  # s, for a program that was interrupted to write what it has
 
 
 class RunFailed(UserError):
@@ -40,7 +43,7 @@ def run_within(
     environment: Mapping[str, str] | None = None,
     accepted: Sequence[int] = (0,),
 ) -> None:
-    """Run a command, and end it with all that it started if it takes longer.
+    """Run a command. If it takes longer, interrupt it, and then end it with all that it started.
 
     Raises RunFailed if it does, or unless its exit code is one of `accepted`.
     """
@@ -51,6 +54,9 @@ def run_within(
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired as error:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
             raise RunFailed(f"error: it was ended after {seconds:.0f} s, its share of the time") from error
         finally:
             _end_group(process.pid)
@@ -60,10 +66,8 @@ def run_within(
 
 
 def _end_group(leader: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # all have ended
         os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:  # all have ended
-        pass
 
 
 def _failure(command: Sequence[str], log: Path) -> RunFailed:
