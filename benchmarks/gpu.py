@@ -196,6 +196,7 @@ def run_program(part: "Part", folder: Path, log: Path, seconds: float, arguments
     with (
         log.open("w", encoding="utf-8") as output,
         contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
         mock.patch.object(sys, "argv", [part.program, *words]),
     ):
         importlib.import_module(f"benchmarks.{part.program}").main()

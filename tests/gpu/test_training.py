@@ -89,8 +89,8 @@ def profiler() -> profile:
     return profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
 
-@pytest.mark.parametrize("extra", [RUNS[name] for name in ("bf16", "fp16", "8-bit optimizer", "nf4", "checkpointing")])
-def test_no_step_waits_for_the_gpu(cuda, extra, options, prior, run_main, tmp_path, monkeypatch):
+@pytest.mark.parametrize("run", ["bf16", "fp16", "8-bit optimizer", "nf4", "checkpointing"])
+def test_no_step_waits_for_the_gpu(cuda, run, options, prior, run_main, tmp_path, monkeypatch):
     """Steps 3 to 7 of 9, whose losses are read after the last."""
     train_steps, profiled = training.train_steps, profiler()
 
@@ -109,7 +109,7 @@ def test_no_step_waits_for_the_gpu(cuda, extra, options, prior, run_main, tmp_pa
 
     monkeypatch.setattr(training, "train_steps", watched_steps)
     common = {"max_train_steps": 9, "logging_steps": 100, "center_crop": True}
-    run_main(sd, **{**options, **prior, **extra, **common})
+    run_main(sd, **{**options, **prior, **RUNS[run], **common})
     profiled.export_chrome_trace(str(tmp_path / "trace.json"))
     events = read_events(tmp_path / "trace.json")
     assert len(steps_in(events)) == 5

@@ -81,7 +81,7 @@ def test_the_device_computes_what_the_cpu_does(unet, inputs, device):
     assert_close([here[0], *here[1]], [there[0], *there[1]], 1e-3)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2**-5)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2**-5)], ids=["fp32", "bf16"])
 def test_checkpointing_gives_the_same_gradients(unet, inputs, dtype, tolerance):
     inject_kronecker(unet, 4, 64)
     perturb(unet)

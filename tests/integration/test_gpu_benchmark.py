@@ -121,12 +121,14 @@ def test_rows_of_tests_say_how_each_ended(tmp_path):
 def test_a_step_s_memory_is_what_it_would_need_alone(tmp_path):
     measured = {
         "milliseconds": {"frozen": [10.0, 20.0], "b": [20.0, 30.0]}, "weights_bytes": 100,
-        "held_bytes": {"frozen": 1, "b": 2}, "peak_bytes": {"frozen": 10, "b": 20}, "failed": {"c": "GraphBreak: x"},
+        "held_bytes": {"frozen": 1, "b": 2}, "peak_bytes": {"frozen": 10, "b": 20},
+        "failed": {"Kronecker (4, 64)": "GraphBreak: x", "PEFT LoKr": "Unsupported: y"},
     }  # fmt: skip
     (tmp_path / "x.json").write_text(json.dumps({"measurements": measured}))
-    frozen, own, failed = step_rows(tmp_path)
+    frozen, own, failed, not_ours = step_rows(tmp_path)
     assert (frozen.allocated, own.allocated) == (111, 122) and own.ratio.startswith("1.750")
     assert failed.failed and failed.result == "GraphBreak: x"
+    assert not not_ours.failed and not_ours.result == "does not run: Unsupported: y"
 
 
 # ---- what there is ----
