@@ -61,9 +61,7 @@ def main() -> None:
 
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=roomiest()) as scratch:
-        for part in parts(Path(scratch), arguments.dry_run):
-            if not any(word in part.name for word in arguments.parts):
-                continue
+        for part in chosen(parts(Path(scratch), arguments.dry_run), arguments.parts):
             remaining = TIME - (time.monotonic() - began)
             results[part.name] = run_part(part, Path(scratch) / "parts", remaining, arguments)
             found["seconds"] = round(time.monotonic() - began, 1)
@@ -90,6 +88,15 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.output_dir = arguments.output_dir.absolute()
     return arguments
+
+
+def chosen(parts: "list[Part]", words: list[str]) -> "list[Part]":
+    """Return the parts whose names contain one of the words. Raises UserError if none does."""
+    found = [part for part in parts if any(word in part.name for word in words)]
+    if not found:
+        names = "; ".join(part.name for part in parts)
+        raise UserError(f"--parts {' '.join(words)}: no part is called so; there are: {names}")
+    return found
 
 
 # ---- what there is ----

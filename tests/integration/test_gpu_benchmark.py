@@ -97,6 +97,14 @@ def test_parts_that_the_time_is_over_for_are_not_begun(tmp_path, monkeypatch):
     assert "time for all parts was over" in result["rows"][0]["result"] and result["rows"][0]["failed"]
 
 
+def test_parts_are_chosen_by_words_of_their_names(tmp_path):
+    known = parts(tmp_path, True)
+    assert [part.name for part in gpu.chosen(known, ["tests", "80gb"])] == ["tests", "recipe sdxl-80gb.yaml"]
+    assert gpu.chosen(known, [""]) == known
+    with pytest.raises(UserError, match="--parts 90gb: .*recipe sdxl-80gb.yaml"):
+        gpu.chosen(known, ["90gb"])
+
+
 def test_all_parts_together_have_less_than_ten_minutes():
     assert gpu.TIME < 600
 
