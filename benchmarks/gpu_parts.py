@@ -12,8 +12,35 @@ from benchmarks.timing import ratios, spread  # and nothing that makes a context
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("Kronecker (4, 64)", "PEFT LoRA r=4", "Kronecker (16, 16)", "PEFT LoKr")  # in this order if time is short
 RECIPES = (8, 12, 24, 80)  # GB
+SD15, SDXL = "SD 1.5 512 px", "SDXL 1024 px"
 GIB = 2**30
 JUNIT = "tests.xml"
+TESTS = str(ROOT / "tests" / "gpu")
+
+# The arguments of the programs: in the sizes that people train and draw in, and in little on a CPU, where nothing is
+# compiled.
+REAL: dict[str, tuple[str, ...]] = {
+    "tests": (TESTS,),
+    f"step, {SD15}": ("--architecture", "sd15", "--rounds", "20"),
+    f"step, {SDXL}": ("--architecture", "sdxl", "--rounds", "10"),
+    "compiled": ("--compile", "--prepare_seconds", "40"),
+    "random SDXL": ("sdxl",),
+    "recipe": (),
+    f"drawing, {SD15}": ("--architecture", "sd15", "--images", "4"),
+    f"drawing, {SDXL}": ("--architecture", "sdxl", "--images", "1", "--rounds", "3"),
+}
+ON_CPU = ("--device", "cpu", "--dtype", "fp32", "--rounds", "1")
+SMALL_IMAGE = ("--images", "1", "--num_inference_steps", "1", "--resolution", "64")
+LITTLE: dict[str, tuple[str, ...]] = {
+    "tests": (f"{TESTS}/test_unet.py",),  # the quickest
+    f"step, {SD15}": ("--architecture", "tiny", "--latents", "4", *ON_CPU),
+    f"step, {SDXL}": ("--architecture", "tiny-sdxl", "--latents", "4", *ON_CPU),
+    "compiled": ("--prepare_seconds", "40"),
+    "random SDXL": ("tiny-sdxl", "--device", "cpu"),
+    "recipe": ("--steps", "3", "--resolution", "64"),
+    f"drawing, {SD15}": ("--architecture", "tiny", *SMALL_IMAGE, *ON_CPU),
+    f"drawing, {SDXL}": ("--architecture", "tiny-sdxl", *SMALL_IMAGE, *ON_CPU),
+}
 
 
 @dataclass(frozen=True)
@@ -42,39 +69,31 @@ class Part:
 
 def parts(scratch: Path, dry_run: bool) -> list[Part]:
     """Return all parts, in the order in which they are worth most. What has to be compiled may take long: last."""
-    base = scratch / "random-sdxl"
-    step, drawing, gpu_tests = "unet_step", "drawing", str(ROOT / "tests" / "gpu")
-    small = ("--device", "cpu", "--dtype", "fp32", "--rounds", "1")
+    words, base = LITTLE if dry_run else REAL, str(scratch / "random-sdxl")
     peers = ("--peers", *PEERS)
-    sizes = {name: ("--architecture", name) for name in ("sd15", "sdxl")}
-    images = {"sd15": ("--images", "4"), "sdxl": ("--images", "1", "--rounds", "3")}
-    training, folder, compiled = (), ("sdxl", str(base)), ("--compile", "--prepare_seconds")
-    rounds = {"sd15": ("--rounds", "20"), "sdxl": ("--rounds", "10")}
-    if dry_run:
-        sizes = {"sd15": ("--architecture", "tiny", *small), "sdxl": ("--architecture", "tiny-sdxl", *small)}
-        images = dict.fromkeys(sizes, ("--images", "1", "--num_inference_steps", "1", "--resolution", "64"))
-        training, folder = ("--steps", "3", "--resolution", "64"), ("tiny-sdxl", str(base), "--device", "cpu")
-        rounds, compiled = dict.fromkeys(sizes, ("--latents", "4")), ("--prepare_seconds",)
-        gpu_tests += "/test_unet.py"  # the quickest
+
+    def recipe(gb: int) -> Part:
+        name = f"sdxl-{gb}gb.yaml"
+        given = (str(ROOT / "configs" / name), "--pretrained_model_name_or_path", base, *words["recipe"])
+        return Part(f"recipe {name}", "recipes", given, 100 if gb == 80 else 60, recipe_rows)
+
+    def step(model: str, name: str, seconds: float, *more: str) -> Part:
+        return Part(name, "unet_step", (*words[f"step, {model}"], *more, *peers), seconds, step_rows)
+
+    def drawing(model: str) -> Part:
+        return Part(f"drawing, {model}", "drawing", words[f"drawing, {model}"], 80, drawing_rows)
+
     return [
-        Part("tests", "pytest", (gpu_tests, "-m", "gpu", "--verbose"), 150, test_rows),
-        Part("step, SDXL 1024 px", step, (*sizes["sdxl"], *rounds["sdxl"], *peers), 60, step_rows),
-        Part("step, SD 1.5 512 px", step, (*sizes["sd15"], *rounds["sd15"], *peers), 40, step_rows),
-        Part("random SDXL", "random_models", folder, 60, lambda folder: [Row("folder", result="written")]),
-        *(_recipe(gb, base, training) for gb in RECIPES),
-        Part("drawing, SD 1.5 512 px", drawing, (*sizes["sd15"], *images["sd15"]), 40, drawing_rows),
-        Part("drawing, SDXL 1024 px", drawing, (*sizes["sdxl"], *images["sdxl"]), 60, drawing_rows),
-        *(
-            Part(f"compiled step, {title}", step, (*sizes[name], *rounds[name], *peers, *compiled, "40"), 80, step_rows)
-            for name, title in (("sd15", "SD 1.5 512 px"), ("sdxl", "SDXL 1024 px"))
-        ),
+        Part("tests", "pytest", (*words["tests"], "-m", "gpu", "--verbose"), 150, test_rows),
+        step(SDXL, f"step, {SDXL}", 80),
+        step(SD15, f"step, {SD15}", 60),
+        Part("random SDXL", "random_models", (*words["random SDXL"], base), 60, written_row),
+        *map(recipe, RECIPES),
+        drawing(SD15),
+        drawing(SDXL),
+        step(SD15, f"compiled step, {SD15}", 80, *words["compiled"]),
+        step(SDXL, f"compiled step, {SDXL}", 80, *words["compiled"]),
     ]
-
-
-def _recipe(gb: int, base: Path, training: tuple[str, ...]) -> Part:
-    name = f"sdxl-{gb}gb.yaml"
-    words = (str(ROOT / "configs" / name), "--pretrained_model_name_or_path", str(base), *training)
-    return Part(f"recipe {name}", "recipes", words, 100 if gb == 80 else 50, recipe_rows)
 
 
 def measurements(folder: Path) -> Any:
@@ -95,6 +114,10 @@ def step_rows(folder: Path) -> list[Row]:
         ours = peer.startswith("Kronecker")  # what others cannot do is worth knowing, and no fault of this project
         rows.append(Row(peer, result=error if ours else f"does not run: {error}", failed=ours))
     return rows
+
+
+def written_row(folder: Path) -> list[Row]:
+    return [Row("folder for the recipes", result="written")]
 
 
 def recipe_rows(folder: Path) -> list[Row]:

@@ -116,7 +116,7 @@ def compile_blocks(denoiser: Any) -> None:
     """
     import torch._dynamo  # slow, and most runs do not compile
 
-    torch._dynamo.config.recompile_limit = VERSIONS  # pyright: ignore[reportAttributeAccessIssue]  set by install_config_module
+    torch._dynamo.config.recompile_limit = VERSIONS
     denoiser.compile_repeated_blocks(fullgraph=True)
 
 

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from benchmarks import gpu, packages, runs
+from benchmarks import drawing, gpu, packages, recipes, runs, unet_step
 from benchmarks.gpu_parts import PEERS, RECIPES, parts, step_rows
 from benchmarks.gpu_parts import test_rows as rows_of_tests
 from dreambooth.errors import UserError
@@ -95,6 +95,18 @@ def test_parts_that_the_time_is_over_for_are_not_begun(tmp_path, monkeypatch):
     arguments = gpu.argparse.Namespace(output_dir=tmp_path, dry_run=True, wheels=None)
     result = gpu.run_part(parts(tmp_path, True)[0], tmp_path, -1.0, arguments)
     assert "time for all parts was over" in result["rows"][0]["result"] and result["rows"][0]["failed"]
+
+
+def test_the_real_parts_are_commands_that_their_programs_take(tmp_path, monkeypatch):
+    """They cannot run here."""
+    taken = {"unet_step": unet_step, "drawing": drawing, "recipes": recipes}
+    real = [part for part in parts(tmp_path, False) if part.program in taken]
+    for part in real:
+        monkeypatch.setattr(sys, "argv", [part.program, *part.words, "--output_dir", str(tmp_path)])
+        arguments = taken[part.program].parse()
+        assert getattr(arguments, "compile", False) is part.name.startswith("compiled")
+        assert "SDXL" not in part.name or arguments.architecture == "sdxl"
+    assert len(real) == 4 + len(RECIPES) + 2
 
 
 def test_parts_are_chosen_by_words_of_their_names(tmp_path):
