@@ -23,6 +23,7 @@ from kron_adapter import save_kronecker
 from methods.readers import READERS
 from scripts import convert, demo
 from tests.adapters import adapted_pipeline
+from tests.browser import browser, needs_chromium
 
 SETTINGS = {"num_inference_steps": 1, "guidance_scale": 3.0, "height": 64, "width": 64}
 
@@ -178,6 +179,22 @@ def test_the_page_draws_before_and_after(client, pair):
     for path, image in zip((before, after), wanted):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
     assert said.startswith("Seed 3,")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_person_draws_in_a_browser(address, pair, width, tmp_path):
+    images = "[...document.querySelectorAll('.images img')]"
+    with browser(tmp_path) as tab:
+        tab.open(address, width)
+        tab.wait("document.querySelector('button.primary')")
+        assert tab.value(images) == []
+        tab.value("document.querySelector('button.primary').click()")
+        tab.wait(f"{images}.length == 2 && {images}.every(image => image.complete && image.naturalWidth == 64)")
+        assert tab.value(f"new Set({images}.map(image => image.src)).size") == 2
+        assert tab.value(f"Math.max(...{images}.map(image => image.getBoundingClientRect().right))") <= width
+        assert tab.overflow() <= 0
+        tab.wait("document.body.innerText.includes('Seed 0,')")
 
 
 def test_the_page_takes_numbers_and_prompts_and_neither_paths_nor_models(client, pair, monkeypatch):

@@ -15,6 +15,7 @@ from dreambooth.layout import sheet_path
 from dreambooth.report import page
 from dreambooth.report.page import PIXELS, SIDES, save_page
 from dreambooth.report.photos import save_photo_scores
+from tests.browser import browser, needs_chromium
 
 COLOURS = {0: "red", 10: "lime", 20: "blue"}
 
@@ -132,6 +133,24 @@ def test_damaged_sheets_and_full_disks_are_not_the_end(config, tmp_path, caplog,
     monkeypatch.setattr(page, "write_text", fail)
     save_page(config)
     assert "index.html was not written" in caplog.text and written(tmp_path)[1] == whole
+
+
+@needs_chromium
+def test_in_a_browser_keys_choose_the_step_and_a_phone_is_wide_enough(config, tmp_path):
+    for step in COLOURS:
+        draw(tmp_path, step, prompts=["a dog " * 20], size=384)
+    save_photo_scores(["a photo with a rather long name.jpg"] * 4, [0.7, 0.72, 0.71, 0.69], config)
+    save_page(config)
+    shown = "[...document.querySelectorAll('.after img')].filter(i => i.offsetWidth).map(i => i.dataset.step).join()"
+    with browser(tmp_path / "profile") as tab:
+        for width in (1280, 400):
+            tab.open((tmp_path / "samples" / "index.html").as_uri(), width)
+            assert tab.value(shown) == "20,20" and tab.overflow() <= 0
+            tab.press("ArrowLeft")
+            tab.press("ArrowLeft")
+            assert tab.value(shown) == "10,10" and tab.value("document.querySelector('output').value") == "10"
+            tab.press("ArrowRight")
+            assert tab.value(shown) == "20,20"
 
 
 # ---- the photos ----
