@@ -222,7 +222,10 @@ class FlatGroups(torch.optim.Optimizer):
         parameters = (parameter for group in self.parameters for parameter in group)
         if any(_places(parameter) != places for parameter, places in zip(parameters, self.places)):
             raise RuntimeError("a parameter or its gradient no longer lies in the optimizer's buffers")
-        return super().step(closure)
+        step: Any = super().step
+        if getattr(step, "hooked", False):  # torch has run the hooks around this step, and would run them here again
+            step = step.__wrapped__.__get__(self)
+        return step(closure)
 
     def count_change(self) -> None:
         """Have the version of every parameter say that it has changed."""

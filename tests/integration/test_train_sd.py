@@ -231,7 +231,7 @@ def test_nothing_that_holds_a_result_is_overwritten_by_mistake(options, run_main
             r"to_q maps 64 to 64 features: b2 = 48 .* does not divide d_in = 64 \(nearest .* 32 and 64\)",
         ),
         ({"kron_factors": ["attn3.to_k=1,d_in"]}, "factors are given for attn3.to_k, but the targets are to_q"),
-        ({"kron_targets": ["to_q", "to_w"]}, "no linear layer of UNet2DConditionModel ends in to_w; there are: .*to_v"),
+        ({"kron_targets": ["to_q", "to_w"]}, "no linear layer of UNet2DConditionModel has to_w in its path; .*to_v"),
         (
             {"pretrained_model_name_or_path": "./nowhere"},
             "--pretrained_model_name_or_path ./nowhere is not a base model",
