@@ -37,35 +37,36 @@ class AdaptedWeights:
         self._changes()
 
     def load(self, part: str, dtype: torch.dtype) -> Any:
-        changes = {layer: own for layer, own in self._changes().items() if layer.component == part}
-        if not changes:
-            return self.plain.load(part, dtype)
-        model = self.plain.load(part, torch.float32)
-        merge_changes({part: model}, changes)
-        return model.to(dtype)
+        changes = self._changes()
+        return self._load(part, dtype, changes[part]) if part in changes else self.plain.load(part, dtype)
 
     def load_for_pipeline(self, parts: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
-        parts, changed = list(parts), {layer.component for layer in self._changes()}
-        loaded = {part: self.load(part, dtype) for part in parts if part in changed}
-        return self.plain.load_for_pipeline([part for part in parts if part not in changed], dtype) | loaded
+        parts, changes = list(parts), self._changes()
+        loaded = {part: self._load(part, dtype, changes[part]) for part in parts if part in changes}
+        return self.plain.load_for_pipeline([part for part in parts if part not in changes], dtype) | loaded
 
     def state(self, parts: Iterable[str]) -> Any:
         paths = [Path(split_scale(entry)[0]) for entry in self.entries]
         files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
         return self.plain.state(parts), self.entries, file_states(files)
 
-    def _changes(self) -> Mapping[Layer, list[Change]]:
-        """Return what the adapters change, each at its strength."""
+    def _load(self, part: str, dtype: torch.dtype, changes: Mapping[Layer, list[Change]]) -> Any:
+        model = self.plain.load(part, torch.float32)
+        merge_changes({part: model}, changes)
+        return model.to(dtype)
+
+    def _changes(self) -> Mapping[str, Mapping[Layer, list[Change]]]:
+        """Return component -> what the adapters change in it, each at its strength. Reads their files."""
         present = [part for part in COMPONENTS if part in self.configurations.classes]
         models = {part: self.configurations.empty(part) for part in present}
-        changes = defaultdict(list)
+        changes: dict[str, dict[Layer, list[Change]]] = defaultdict(lambda: defaultdict(list))
         for entry in self.entries:
             path, scale = split_scale(entry)
             strength = check_strength(scale, f"--base_adapter {entry}: the strength")
             matched = match_layers(read_adapter(path), models)
             _check_weights_alone(matched.file)
             for layer, change in matched.layers.items():
-                changes[layer].append(change.scaled(strength))
+                changes[layer.component][layer].append(change.scaled(strength))
         return changes
 
 

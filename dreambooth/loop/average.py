@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.loop.optimizers import set_values, values_of
+from dreambooth.loop.optimizers import restored, set_values, values_of
 
 
 class Average:
@@ -29,12 +29,9 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside this context what trains has the averaged values; afterwards, bit for bit, what it had before."""
-        trained = [value.clone() for value in values_of(self.optimizer)]
-        set_values(self.optimizer, self.values)
-        try:
+        with restored(self.optimizer):
+            set_values(self.optimizer, self.values)
             yield
-        finally:
-            set_values(self.optimizer, trained)
 
     def state(self) -> dict[str, Any]:
         return {"steps": self.steps, "values": self.values}

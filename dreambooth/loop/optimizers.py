@@ -153,13 +153,22 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not _is_schedule_free(optimizer):
         yield
         return
+    with restored(optimizer):
+        optimizer.eval()
+        _count_change(optimizer)
+        try:
+            yield
+        finally:
+            optimizer.train()
+
+
+@contextmanager
+def restored(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """After this context, what the optimizer steps has the values that it had before, bit for bit."""
     trained = [value.clone() for value in values_of(optimizer)]
-    optimizer.eval()
-    _count_change(optimizer)
     try:
         yield
     finally:
-        optimizer.train()
         set_values(optimizer, trained)
 
 
