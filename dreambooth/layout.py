@@ -7,7 +7,7 @@ OUTPUT_DIR/best/                                    with --score_checkpoints, th
 OUTPUT_DIR/ema/                                     with --ema_decay, the average of the result; in checkpoints too
 OUTPUT_DIR/samples/step-NNNNNN.png                  sheets of samples
 OUTPUT_DIR/samples/index.html                       all of them to compare, and the scores of the photos
-OUTPUT_DIR/photos.json                              with --score_photos: what a finished run learned of each photo
+OUTPUT_DIR/photos.json                              with --score_photos: how photos fit prompts, and what was learned
 OUTPUT_DIR/metrics.jsonl, training.png, logs/       losses, learning rate, gradient norm
 OUTPUT_DIR/README.md, config.yaml                   the model card; all options
 OUTPUT_DIR/summary.json                             of a finished run: parameters, time, memory, versions

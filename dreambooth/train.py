@@ -30,7 +30,7 @@ from dreambooth.report.card import push_to_hub, save_card
 from dreambooth.report.metrics import save_curves
 from dreambooth.report.opening import opening_line
 from dreambooth.report.page import save_page
-from dreambooth.report.photos import score_photos
+from dreambooth.report.photos import PhotoScores
 from dreambooth.report.progress import Progress
 from dreambooth.report.samples import validate
 from dreambooth.report.scores import Scores, prepare_scores, read_scored
@@ -117,6 +117,10 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
             accelerator, denoiser, latents_of, process, attached.without, batches, optimizer, lr_scheduler, config
         )
 
+        photo_scores = PhotoScores(
+            accelerator, dataset, draw, latents_of, process, base, encode, attached, optimizer, config
+        )
+        photo_scores.before_training()
         if accelerator.is_main_process:
             save_page(config)  # samples of later steps may have been removed
             print(opening_line(photos, class_photos, samples, first_step, total_steps, ranks, config), flush=True)
@@ -139,7 +143,7 @@ def train(family: Family, method: Method, config: TrainingConfig) -> None:
             show(step=step)
         path = save_result(accelerator, state, method.weights_name, step, config)
         scores.keep_best(step, method.weights_name, final=True)
-        score_photos(progress, dataset, draw, latents_of, process, base, encode, attached, optimizer, config)
+        photo_scores.after_training()
         if accelerator.is_main_process:
             save_page(config)
             save_curves(config)

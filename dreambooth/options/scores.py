@@ -23,8 +23,9 @@ class ScoreOptions:
         needs={"score_checkpoints": [True]},
     )
     score_photos: bool = option(
-        "After training, measure what was learned of each photo, for photos.json and samples/index.html in output_dir, "
-        "and warn of one that stands out. Takes the time of about 11 training steps for each photo.",
+        "Before training, measure whether each photo fits its prompt, and warn of those that do not; after it, what "
+        "was learned of each. Both are in photos.json and samples/index.html in output_dir. Takes the time of about "
+        "16 training steps for each photo.",
         False,
         decides_result=False,
     )

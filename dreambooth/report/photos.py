@@ -1,9 +1,10 @@
-"""What was learned of each photo that was trained on, and a warning of one that stands out.
+"""Whether the photos fit their prompts, before training, and what was learned of each, after it.
 
-At the end of training, each photo is denoised by the base model and by what was trained, with the same noise at
-the same timesteps. So what makes a photo hard to denoise by itself, as fine grass does, cancels out. The losses of
-training steps would tell less: each has a noise and a timestep of its own, and no base model beside it. Nothing but the
-final weights counts: a run that was resumed finds the same.
+Each photo is denoised with the same noise at the same timesteps: by the base model without a prompt, by the base model
+under the photo's prompt, and by what was trained. So what makes a photo hard to denoise by itself, as fine grass does,
+cancels out. A prompt that describes a photo makes it easier to denoise (Li et al., "Your Diffusion Model is Secretly a
+Zero-Shot Classifier", 2023), so a photo of something else stands out before anything is learned. After a long training
+it does not: that learns the odd photo too. A run that was resumed finds the same numbers.
 """
 
 import json
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dreambooth.base_model.latents import LatentsOf
 from dreambooth.base_model.loading import BaseModel
 from dreambooth.base_model.process import NoiseProcess
 from dreambooth.base_model.prompts import Encode
-from dreambooth.data.dataset import Batch, DreamBoothDataset, collate
+from dreambooth.data.dataset import DreamBoothDataset, collate
 from dreambooth.data.noise import Draw
 from dreambooth.errors import warn_only
 from dreambooth.layout import PHOTOS_NAME
@@ -28,10 +30,8 @@ from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.steps import Denoiser
 from dreambooth.method import Attached
 from dreambooth.options.training import TrainingConfig
-from dreambooth.report.progress import Progress
 from dreambooth.runtime.ranks import splits_models
 from dreambooth.scoring.denoising import Denoising, Pictures
-from dreambooth.scoring.odd import odd_one
 from kron_formats.files import printable, read_json, whole_file, write_text
 
 logger = logging.getLogger(__name__)
@@ -42,80 +42,105 @@ PAIRS = 16  # of noise and timestep, the same for every photo
 # ---- measuring ----
 
 
-@torch.no_grad()
-def score_photos(
-    progress: Progress,
-    dataset: DreamBoothDataset,
-    draw: Draw,
-    latents_of: LatentsOf,
-    process: NoiseProcess,
-    base: BaseModel,
-    encode: Encode,
-    attached: Attached,
-    optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-) -> None:
-    """With --score_photos, write OUTPUT_DIR/photos.json, and warn of a photo of which far less was learned.
+class PhotoScores:
+    """With --score_photos, writes OUTPUT_DIR/photos.json and warns of photos that do not fit their prompts.
 
-    Called once the result is saved. A failure is a warning, as with a method that cannot restore the base model.
+    A failure is a warning, as with a method that cannot restore the base model.
     """
-    main = progress.accelerator.is_main_process
-    if not config.score_photos or not (main or splits_models()):  # all processes must call a split model together
-        return
-    with warn_only("the photos were not scored"), evaluating(optimizer), progress.accelerator.autocast():
-        losses = []
-        for number in range(len(dataset.photos)):
-            batch = _as_batch(number, dataset, draw).to(base.device)
-            denoising = Denoising(
-                _pictures(batch, latents_of), None, process, PAIRS, config.sample_batch_size, base.device
-            )
-            denoiser = Denoiser(base.denoiser, _under(batch.prompt_rows, encode), base.family.condition)
-            with attached.without():
-                before = denoising.losses(denoiser).trained
-            losses.append((denoising.losses(denoiser).trained / before).mean().item())
-        if main:
-            save_photo_scores([photo.name for photo in dataset.photos], losses, config)
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        dataset: DreamBoothDataset,
+        draw: Draw,
+        latents_of: LatentsOf,
+        process: NoiseProcess,
+        base: BaseModel,
+        encode: Encode,
+        attached: Attached,
+        optimizer: torch.optim.Optimizer,
+        config: TrainingConfig,
+    ):
+        self.accelerator, self.dataset, self.draw, self.latents_of = accelerator, dataset, draw, latents_of
+        self.process, self.base, self.encode = process, base, encode
+        self.attached, self.optimizer, self.config = attached, optimizer, config
+        self.names = [photo.name for photo in dataset.photos]
+        self.base_losses: list[Tensor] | None = None  # of each photo under its prompt, (pairs,), once measured
+        self.with_prompt: list[float] = []  # those relative to the losses without a prompt
+
+    def before_training(self) -> None:
+        """Measure the base model, also in a run that is resumed, and warn."""
+        main = self.accelerator.is_main_process
+        if not self.config.score_photos or not (main or splits_models()):  # all processes call a split model together
+            return
+        with warn_only("the photos were not scored"), self.accelerator.autocast():
+            with self.attached.without():
+                losses, unprompted = self._losses(), self._losses(prompt="")
+            self.base_losses, self.with_prompt = losses, _ratios(losses, unprompted)
+            self._save()
+            if main and (warning := warning_of(self.names, self.with_prompt)):
+                logger.warning("%s", warning)
+
+    def after_training(self) -> None:
+        """Measure what was trained, once it is saved, if the base model could be measured."""
+        if self.base_losses is None:
+            return
+        with warn_only("the photos were not scored"), self.accelerator.autocast(), evaluating(self.optimizer):
+            self._save(_ratios(self._losses(), self.base_losses))
+
+    @torch.no_grad()
+    def _losses(self, prompt: str | None = None) -> list[Tensor]:
+        """Return the model's losses on each photo, (pairs,), under its own prompt unless another is given."""
+        return [self._losses_on(number, prompt) for number in range(len(self.names))]
+
+    def _losses_on(self, number: int, prompt: str | None) -> Tensor:
+        batch = collate([[self.dataset.row_of_photo(number, prompt)]], self.draw).to(self.base.device)
+        batch = replace(batch, posterior_noise=torch.zeros_like(batch.posterior_noise))  # the mean of the VAE's latents
+        weights = None if batch.loss_weights is None else batch.loss_weights[0].cpu()
+        picture = Pictures(self.latents_of(batch).cpu(), batch.size_conditions.cpu(), [weights])
+        denoising = Denoising(picture, None, self.process, PAIRS, self.config.sample_batch_size, self.base.device)
+        encode = lambda rows: self.encode(batch.prompt_rows[rows])  # noqa: E731
+        return denoising.losses(Denoiser(self.base.denoiser, encode, self.base.family.condition)).trained
+
+    def _save(self, learned: Sequence[float] | None = None) -> None:
+        if self.accelerator.is_main_process:
+            save_photo_scores(Path(self.config.output_dir), self.names, self.with_prompt, learned)
 
 
-def _as_batch(number: int, dataset: DreamBoothDataset, draw: Draw) -> Batch:
-    """Return a photo as a batch of one row, whose latents are the mean of the VAE's."""
-    batch = collate([[dataset.row_of_photo(number)]], draw)
-    return replace(batch, posterior_noise=torch.zeros_like(batch.posterior_noise))
+def _ratios(losses: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
+    """Return of each photo the mean ratio of two losses."""
+    return [(loss / other).mean().item() for loss, other in zip(losses, others, strict=True)]
 
 
-def _pictures(batch: Batch, latents_of: LatentsOf) -> Pictures:
-    """Return the photo of a batch of one row. Its mask has the weights of the training loss."""
-    weights = None if batch.loss_weights is None else batch.loss_weights[0].cpu()
-    return Pictures(latents_of(batch).cpu(), batch.size_conditions.cpu(), [weights])
+# ---- what is said and written ----
 
 
-def _under(prompt_rows: Tensor, encode: Encode) -> Encode:
-    return lambda rows: encode(prompt_rows[rows])
-
-
-# ---- what is written ----
-
-
-def save_photo_scores(names: Sequence[str], losses: Sequence[float], config: TrainingConfig) -> None:
-    """Write OUTPUT_DIR/photos.json about photos, with their losses relative to the base model's; warn of an odd one."""
-    odd = odd_one(losses)
-    content: dict[str, Any] = {
-        "pairs": PAIRS,
-        "photos": [{"name": name, "relative_loss": loss} for name, loss in zip(names, losses, strict=True)],
-        "warning": None if odd is None else _warning(names[odd], losses[odd], [*losses[:odd], *losses[odd + 1 :]]),
-    }
-    with whole_file(Path(config.output_dir) / PHOTOS_NAME) as unfinished:
-        write_text(unfinished, json.dumps(content, indent=1) + "\n")
-    if content["warning"]:
-        logger.warning("%s", content["warning"])
-
-
-def _warning(name: str, loss: float, others: Sequence[float]) -> str:
+def warning_of(names: Sequence[str], with_prompt: Sequence[float]) -> str | None:
+    """Return a warning of the photos that their prompts make harder to denoise, if prompts help most of the photos."""
+    odd = [number for number, ratio in enumerate(with_prompt) if ratio > 1]
+    if not 0 < len(odd) < len(names) / 2:
+        return None
+    listed = ", ".join(f"{printable(names[number])} ({with_prompt[number]:.2f})" for number in odd)
+    others = [ratio for ratio in with_prompt if not ratio > 1]
     return (
-        f"Far less was learned of {printable(name)} than of the other photos: its loss is {loss:.2f} of the base "
-        f"model's, theirs {min(others):.2f} to {max(others):.2f}. Look at it: if it shows another subject, is blurred "
-        "or has a wrong caption, remove it or correct the caption, and train again"
+        f"The base model denoises {listed} worse under the photo's prompt than without one, unlike the other photos "
+        f"({min(others):.2f} to {max(others):.2f}). Such a photo may show something else, or have a wrong caption. "
+        "Look at it; if so, stop, remove it or correct its caption, and start again"
     )
+
+
+def save_photo_scores(
+    output: Path, names: Sequence[str], with_prompt: Sequence[float], learned: Sequence[float] | None = None
+) -> None:
+    """Write OUTPUT_DIR/photos.json: of each photo two relative losses, the second once training has ended."""
+    columns = {"name": names, "loss_with_prompt": with_prompt, "loss_after_training": learned or [None] * len(names)}
+    content = {
+        "pairs": PAIRS,
+        "photos": [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)],
+        "warning": warning_of(names, with_prompt),
+    }
+    with whole_file(output / PHOTOS_NAME) as unfinished:
+        write_text(unfinished, json.dumps(content, indent=1) + "\n")
 
 
 def read_photo_scores(output: Path) -> Mapping[str, Any] | None:

@@ -1,4 +1,4 @@
-"""--score_photos: what the saved result does to each photo, in resumed runs too, and training as without it."""
+"""--score_photos: how prompts and training change the loss on each photo; the same if resumed, and training as ever."""
 
 import json
 
@@ -21,19 +21,25 @@ def options(options, monkeypatch):
     return options | drawn | {"optimizer": "ScheduleFreeAdamW", "learning_rate": 0.02, "checkpointing_steps": 2}
 
 
-def relative_losses(options, weights):
-    """name -> loss of a saved result relative to the base model's, by the pipeline, one photo after the other."""
+def losses_by_pipeline(options, weights):
+    """name -> the two relative losses, by the pipeline, one photo after the other."""
     pipeline = StableDiffusionPipeline.from_pretrained(options["pretrained_model_name_or_path"])
     photos = read_references(str(options["instance_data_dir"]), "--instance_data_dir")
     process, device = noise_process(pipeline.scheduler, PLAIN), torch.device("cpu")
-    of_photo = {
-        photo.path.name: Denoising(encode_pictures([photo], (64, 64), pipeline.vae), None, process, 6, 4, device)
-        for photo in photos
-    }
-    denoiser = denoiser_of(pipeline, [options["instance_prompt"]], 75)
-    before = {name: photo.losses(denoiser).whole for name, photo in of_photo.items()}
+
+    def losses(prompt):
+        denoiser = denoiser_of(pipeline, [prompt], 75)
+        pictures = [encode_pictures([photo], (64, 64), pipeline.vae) for photo in photos]
+        return [Denoising(picture, None, process, 6, 4, device).losses(denoiser).whole for picture in pictures]
+
+    base, unprompted = losses(options["instance_prompt"]), losses("")
     load_kronecker(pipeline, weights)
-    return {name: (photo.losses(denoiser).whole / before[name]).mean().item() for name, photo in of_photo.items()}
+    trained = losses(options["instance_prompt"])
+    pairs = [
+        ((own / plain).mean().item(), (after / own).mean().item())
+        for own, plain, after in zip(base, unprompted, trained, strict=True)
+    ]
+    return dict(zip((photo.path.name for photo in photos), pairs, strict=True))
 
 
 @pytest.mark.parametrize("cropped", ["center_crop", "cache_latents"])
@@ -42,9 +48,12 @@ def test_losses_are_those_of_the_saved_result_and_change_nothing_else(cropped, o
     whole, parts, plain = (options | {"output_dir": tmp_path / name} for name in ("whole", "parts", "plain"))
     run_main(script, **whole, score_photos=True)
     scored = json.loads((whole["output_dir"] / "photos.json").read_text())
-    found = {photo["name"]: photo["relative_loss"] for photo in scored["photos"]}
-    assert found == pytest.approx(relative_losses(options, whole["output_dir"] / WEIGHTS), rel=1e-4)
-    assert len({*found.values()}) == 5 and scored["pairs"] == 6
+    found = {photo["name"]: (photo["loss_with_prompt"], photo["loss_after_training"]) for photo in scored["photos"]}
+    by_pipeline = losses_by_pipeline(options, whole["output_dir"] / WEIGHTS)
+    assert found.keys() == by_pipeline.keys() and scored["pairs"] == 6
+    for name, pair in found.items():
+        assert pair == pytest.approx(by_pipeline[name], rel=1e-4)
+    assert len({ratio for pair in found.values() for ratio in pair}) == 10
 
     if cropped == "center_crop":
         run_main(script, **parts | {"max_train_steps": 2}, score_photos=True)

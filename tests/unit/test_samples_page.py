@@ -14,7 +14,7 @@ from dreambooth.drawing.sheet import save_sheet
 from dreambooth.layout import sheet_path
 from dreambooth.report import page
 from dreambooth.report.page import PIXELS, SIDES, save_page
-from dreambooth.report.photos import save_photo_scores
+from dreambooth.report.photos import save_photo_scores, warning_of
 from tests.browser import browser, needs_chromium
 
 COLOURS = {0: "red", 10: "lime", 20: "blue"}
@@ -139,7 +139,7 @@ def test_damaged_sheets_and_full_disks_are_not_the_end(config, tmp_path, caplog,
 def test_in_a_browser_keys_choose_the_step_and_a_phone_is_wide_enough(config, tmp_path):
     for step in COLOURS:
         draw(tmp_path, step, prompts=["a dog " * 20], size=384)
-    save_photo_scores(["a photo with a rather long name.jpg"] * 4, [0.7, 0.72, 0.71, 0.69], config)
+    save_photo_scores(tmp_path, ["a photo with a rather long name.jpg"] * 4, [0.7, 0.72, 1.1, 0.69], [0.5] * 4)
     save_page(config)
     shown = "[...document.querySelectorAll('.after img')].filter(i => i.offsetWidth).map(i => i.dataset.step).join()"
     with browser(tmp_path / "profile") as tab:
@@ -156,20 +156,36 @@ def test_in_a_browser_keys_choose_the_step_and_a_phone_is_wide_enough(config, tm
 # ---- the photos ----
 
 
-def test_the_page_has_the_photos_with_their_losses_and_the_warning(config, tmp_path, caplog):
+def test_the_page_has_the_photos_with_their_losses_and_the_warning(config, tmp_path):
     names = ["01.jpg", "<i>2.jpg", "03.jpg", "04.jpg", "odd.jpg"]
-    save_photo_scores(names, [0.70, 0.72, 0.71, 0.69, 0.96], config)
+    save_photo_scores(tmp_path, names, [0.90, 0.92, 0.91, 0.89, 1.06])
     save_page(config)
-    found, text = written(tmp_path)
-    cells = re.findall(r'<td class="name">(.*?)</td><td class="number">(.*?)</td>', text)
-    assert cells[1:3] == [("&lt;i&gt;2.jpg", "0.720"), ("03.jpg", "0.710")] and len(cells) == 5
-    assert re.findall(r"width: ([\d.]+)%\"></span>", text)[-2:] == ["71.9", "100.0"]
-    (warning,) = caplog.messages
-    for words in ("odd.jpg", "0.96", "0.69 to 0.72", "another subject", "caption"):
-        assert words in warning and words in text
+    before = written(tmp_path)[1]
+    save_photo_scores(tmp_path, names, [0.90, 0.92, 0.91, 0.89, 1.06], [0.70, 0.72, 0.71, 0.69, 1.25])
+    save_page(config)
+    after = written(tmp_path)[1]
+    number = r'<td class="number">(.*?)</td>'
+    for text in (before, after):
+        cells = re.findall(rf'<td class="name">(.*?)</td>{number}', text)
+        assert cells[1:3] == [("&lt;i&gt;2.jpg", "0.920"), ("03.jpg", "0.910")] and len(cells) == 5
+        assert "odd.jpg (1.06)" in text and "0.89 to 0.92" in text
+    assert len(re.findall(number, before)) == 5 and "0.720" not in before
+    assert re.findall(number, after)[1::2] == ["0.700", "0.720", "0.710", "0.690", "1.250"]
+    assert re.findall(r"width: ([\d.]+)%\"></span>", after)[-2:] == ["69.0", "100.0"]
 
 
-def test_photos_that_are_alike_are_not_warned_of(config, tmp_path, caplog):
-    save_photo_scores(["a", "b", "c", "d"], [0.70, 0.72, 0.71, 0.73], config)
-    save_page(config)
-    assert not caplog.messages and 'class="warning"' not in written(tmp_path)[1]
+@pytest.mark.parametrize(
+    "ratios, odd",
+    [
+        ([0.9, 1.07, 0.95, 0.97], "1"),
+        ([0.9, 1.07, 0.95, 0.97, 1.01], "14"),
+        ([0.9, 0.99, 0.95, 1.0], ""),  # an empty prompt is as good as none
+        ([0.9, float("nan"), 0.95, 0.97], ""),
+        ([1.1, 0.9, 1.2, 0.9], ""),  # prompts do not help most: they tell nothing
+        ([1.1], ""),
+        ([], ""),
+    ],
+)
+def test_photos_whose_prompts_harm_are_warned_of_if_prompts_help_most(ratios, odd):
+    warning = warning_of("0123456789"[: len(ratios)], ratios)
+    assert re.findall(r"(\d) \(", warning or "") == [*odd]
