@@ -25,6 +25,7 @@ from dreambooth.base_model.prompts import Encode
 from dreambooth.data.dataset import DreamBoothDataset, collate
 from dreambooth.data.noise import Draw
 from dreambooth.errors import warn_only
+from dreambooth.family import Embeddings
 from dreambooth.layout import PHOTOS_NAME
 from dreambooth.loop.optimizers import evaluating
 from dreambooth.loop.steps import Denoiser
@@ -99,7 +100,10 @@ class PhotoScores:
         weights = None if batch.loss_weights is None else batch.loss_weights[0].cpu()
         picture = Pictures(self.latents_of(batch).cpu(), batch.size_conditions.cpu(), [weights])
         denoising = Denoising(picture, None, self.process, PAIRS, self.config.sample_batch_size, self.base.device)
-        encode = lambda rows: self.encode(batch.prompt_rows[rows])  # noqa: E731
+
+        def encode(rows: Tensor) -> Embeddings:
+            return self.encode(batch.prompt_rows[rows])
+
         return denoising.losses(Denoiser(self.base.denoiser, encode, self.base.family.condition)).trained
 
     def _save(self, learned: Sequence[float] | None = None) -> None:
