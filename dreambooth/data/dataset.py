@@ -101,13 +101,10 @@ class DreamBoothDataset(Dataset):
         order = generator_of(self.config.seed, Stream.CLASS_ORDER, number).permutation(lengths[folder])
         return self.class_numbers[folder][order[place]]
 
-    def row_of_photo(self, number: int, prompt: str | None = None) -> Row:
-        """Return a row of instance photo `number` alone, under its own prompt unless another of the run is given.
-
-        It is no sample: its noise is that of sample 0.
-        """
+    def row_of_photo(self, number: int) -> Row:
+        """Return a row of instance photo `number` alone, under its prompt. No sample: it has the noise of sample 0."""
         seed = seed_of(self.config.seed, Stream.INSTANCE_NOISE, 0)
-        return self._row(self.crops.still(number), self.photos[number].prompt if prompt is None else prompt, seed)
+        return self._row(self.crops.still(number), self.photos[number].prompt, seed)
 
     def paths_of_step(self, step: int, num_ranks: int) -> list[Path]:
         """Return the files of all photos and class photos of optimizer step `step`, counted from 1."""

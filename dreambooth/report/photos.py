@@ -66,6 +66,8 @@ class PhotoScores:
         self.process, self.base, self.encode = process, base, encode
         self.attached, self.optimizer, self.config = attached, optimizer, config
         self.names = [photo.name for photo in dataset.photos]
+        self.prompts = [photo.prompt for photo in dataset.photos]
+        self.denoising: list[Denoising] = []  # of each photo, once they are needed
         self.base_losses: list[Tensor] | None = None  # of each photo under its prompt, (pairs,), once measured
         self.with_prompt: list[float] = []  # those relative to the losses without a prompt
 
@@ -75,8 +77,9 @@ class PhotoScores:
         if not self.config.score_photos or not (main or splits_models()):  # all processes call a split model together
             return
         with warn_only("the photos were not scored"), self.accelerator.autocast():
+            self.denoising = [self._denoising_of(number) for number in range(len(self.names))]
             with self.attached.without():
-                losses, unprompted = self._losses(), self._losses(prompt="")
+                losses, unprompted = self._losses(self.prompts), self._losses([""] * len(self.prompts))
             self.base_losses, self.with_prompt = losses, _ratios(losses, unprompted)
             self._save()
             if main and (warning := warning_of(self.names, self.with_prompt)):
@@ -87,24 +90,29 @@ class PhotoScores:
         if self.base_losses is None:
             return
         with warn_only("the photos were not scored"), self.accelerator.autocast(), evaluating(self.optimizer):
-            self._save(_ratios(self._losses(), self.base_losses))
+            self._save(_ratios(self._losses(self.prompts), self.base_losses))
 
     @torch.no_grad()
-    def _losses(self, prompt: str | None = None) -> list[Tensor]:
-        """Return the model's losses on each photo, (pairs,), under its own prompt unless another is given."""
-        return [self._losses_on(number, prompt) for number in range(len(self.names))]
-
-    def _losses_on(self, number: int, prompt: str | None) -> Tensor:
-        batch = collate([[self.dataset.row_of_photo(number, prompt)]], self.draw).to(self.base.device)
+    def _denoising_of(self, number: int) -> Denoising:
+        batch = collate([[self.dataset.row_of_photo(number)]], self.draw).to(self.base.device)
         batch = replace(batch, posterior_noise=torch.zeros_like(batch.posterior_noise))  # the mean of the VAE's latents
         weights = None if batch.loss_weights is None else batch.loss_weights[0].cpu()
         picture = Pictures(self.latents_of(batch).cpu(), batch.size_conditions.cpu(), [weights])
-        denoising = Denoising(picture, None, self.process, PAIRS, self.config.sample_batch_size, self.base.device)
+        return Denoising(picture, None, self.process, PAIRS, self.config.sample_batch_size, self.base.device)
+
+    @torch.no_grad()
+    def _losses(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Return the model's losses on each photo, (pairs,), under a prompt of the run for each."""
+        pairs = zip(self.denoising, prompts, strict=True)
+        return [denoising.losses(self._denoiser_under(prompt)).trained for denoising, prompt in pairs]
+
+    def _denoiser_under(self, prompt: str) -> Denoiser:
+        row = self.dataset.prompt_row[prompt]
 
         def encode(rows: Tensor) -> Embeddings:
-            return self.encode(batch.prompt_rows[rows])
+            return self.encode(torch.full_like(rows, row))
 
-        return denoising.losses(Denoiser(self.base.denoiser, encode, self.base.family.condition)).trained
+        return Denoiser(self.base.denoiser, encode, self.base.family.condition)
 
     def _save(self, learned: Sequence[float] | None = None) -> None:
         if self.accelerator.is_main_process:
