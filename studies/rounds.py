@@ -3,12 +3,14 @@
     best:                       # in a grid, beside its axes
       axis: learning_rate       # whose best entry is looked for ...
       score: dino               # ... by this column of results.csv
+      keep: {clip_t: 0.92}      # optional: the share of the base model's that has to be left
       axes: {subject: {dog: {}, robot: {}, cat: {}}, seed: [0, 1, 2]}      # what it is then run on
 
 The first round is the grid's own axes. Those that `best.axes` names are replicates, and so are seed and subject; a
 setting is what the others say, apart from the axis itself. An entry of the axis counts if its cells are done on all
-replicates of the first round. The one with the best mean score is run on the replicates of `best.axes`, in cells that
-are named as the first round would name them: those that it had are done already.
+replicates of the first round, and if they keep enough of what `keep` names: an overfitted model is liker to its photos
+than a good one, and does not follow prompts any more. The one with the best mean score is run on the replicates of
+`best.axes`, in cells that are named as the first round would name them: those that it had are done already.
 
 What is chosen follows from the first round's finished cells alone, so all workers, and the report, choose the same.
 """
@@ -23,9 +25,10 @@ from typing import Any
 from dreambooth.errors import UserError
 from kron_formats.files import excerpt, reason, whole_file, write_text
 from studies.grid import REPLICATES, Axes, Cell, Entry, Grid, combinations, mapping, read_axes
-from studies.results import FAILED, MEASURES, OF_TRAINING, UNFINISHED, Record, read_cell
+from studies.results import FAILED, MEASURES, OF_TRAINING, UNFINISHED, Record, as_number, read_cell
 
-KEYS = ("axis", "score", "axes")
+KEYS, OPTIONAL = ("axis", "score", "axes"), ("keep",)
+KEPT = ("clip_t", "diversity", "lpips_diversity")  # scores that the base model has too, and that training costs
 FILE = "rounds-{}.json"  # in the sweep's folder, by the name of the grid's file: what a report has to know
 
 
@@ -50,6 +53,7 @@ class Rounds:
     score: str  # one of MEASURES
     over: Sequence[str]  # the axes of the replicates
     settings: Sequence[Setting]
+    keep: Mapping[str, float] = field(default_factory=dict)  # score -> the share of the base model's to be left
 
     @property
     def first(self) -> set[str]:
@@ -92,7 +96,7 @@ def read_rounds(grid: Grid) -> tuple[Rounds, dict[str, Cell]] | None:
     if grid.best is None:
         return None
     where = f"grid {grid.path}: best"
-    axis, score, over = _read_best(grid.best, where)
+    axis, score, over, keep = _read_best(grid.best, where)
     for axes in grid.products:
         if lacking := [name for name in (axis, *over) if name not in axes]:
             raise UserError(
@@ -100,8 +104,9 @@ def read_rounds(grid: Grid) -> tuple[Rounds, dict[str, Cell]] | None:
                 "Give it an entry there: cells of both rounds then have the same names, and none is trained twice"
             )
     cells = {cell.name: cell for cell in grid.cells()}
-    if score not in OF_TRAINING and (bare := [name for name, cell in cells.items() if cell.evaluate is None]):
-        raise UserError(f"{where}: score: {bare[0]} will have no {score}: the grid does not say how to evaluate it")
+    evaluated = [name for name in (score, *keep) if name not in OF_TRAINING]
+    if evaluated and (bare := [name for name, cell in cells.items() if cell.evaluate is None]):
+        raise UserError(f"{where}: {bare[0]} will have no {evaluated[0]}: the grid does not say how to evaluate it")
     settings: dict[frozenset, Setting] = {}
     replicates: dict[str, None] = {}
     for axes in grid.products:
@@ -115,16 +120,17 @@ def read_rounds(grid: Grid) -> tuple[Rounds, dict[str, Cell]] | None:
                     made = _runs(grid, axes, {**fixed, axis: entry}, runs)
                     _add(cells, made, where)
                     found[entry[0]] = [*dict.fromkeys([*found.get(entry[0], ()), *(cell.name for cell in made)])]
-    rounds = Rounds(axis, score, [*replicates], [*settings.values()])
+    rounds = Rounds(axis, score, [*replicates], [*settings.values()], keep)
     _check_replicates(rounds, cells, where)
     return rounds, cells
 
 
-def _read_best(best: Any, where: str) -> tuple[str, str, Axes]:
-    """Return its axis, its score, and the axes of the second round."""
+def _read_best(best: Any, where: str) -> tuple[str, str, Axes, dict[str, float]]:
+    """Return its axis, its score, the axes of the second round, and what has to be kept."""
     said = mapping(best, where)
-    if unknown := [str(key) for key in said if key not in KEYS]:
-        raise UserError(f"{where}: unknown keys: {', '.join(map(excerpt, unknown))}; known: {', '.join(KEYS)}")
+    if unknown := [str(key) for key in said if key not in KEYS + OPTIONAL]:
+        known = ", ".join(KEYS + OPTIONAL)
+        raise UserError(f"{where}: unknown keys: {', '.join(map(excerpt, unknown))}; known: {known}")
     if missing := [key for key in KEYS if key not in said]:
         raise UserError(f"{where}: {missing[0]} is missing; it has {', '.join(KEYS)}")
     axis, score = said["axis"], said["score"]
@@ -133,7 +139,19 @@ def _read_best(best: Any, where: str) -> tuple[str, str, Axes]:
     over = read_axes(said["axes"], f"{where}: axes")
     if not isinstance(axis, str) or axis in over:
         raise UserError(f"{where}: axis: {excerpt(str(axis))}: expected an axis that {where}: axes does not name")
-    return axis, score, over
+    return axis, score, over, _read_keep(said.get("keep", {}), f"{where}: keep")
+
+
+def _read_keep(keep: Any, where: str) -> dict[str, float]:
+    shares = {}
+    for name, said in mapping(keep, where).items():
+        if name not in KEPT:
+            raise UserError(f"{where}: {excerpt(str(name))} is not a score of the base model; known: {', '.join(KEPT)}")
+        share = as_number(str(said))
+        if share is None or not 0 < share <= 1:
+            raise UserError(f"{where}: {name}: {excerpt(str(said))}: expected a share above 0 and up to 1")
+        shares[name] = share
+    return shares
 
 
 def _runs(grid: Grid, axes: Axes, fixed: Mapping[str, Entry], replicates: Axes) -> list[Cell]:
@@ -177,7 +195,7 @@ def choose(rounds: Rounds, records: Mapping[str, Record]) -> list[Chosen]:
             entry: [records.get(name, Record(name, {}, UNFINISHED, "not begun")) for name in names]
             for entry, names in setting.tried.items()
         }
-        missing = {entry: why for entry, cells in runs.items() if (why := _why_not(cells, rounds.score))}
+        missing = {entry: why for entry, cells in runs.items() if (why := _why_not(cells, rounds))}
         means = {
             entry: fmean(cell.scores[rounds.score] for cell in cells)
             for entry, cells in runs.items()
@@ -189,12 +207,21 @@ def choose(rounds: Rounds, records: Mapping[str, Record]) -> list[Chosen]:
     return found
 
 
-def _why_not(cells: Sequence[Record], score: str) -> str:
+def _why_not(cells: Sequence[Record], rounds: Rounds) -> str:
     """Return why the mean of some cells does not count; empty if it does."""
     for state in (FAILED, UNFINISHED):
         if number := sum(cell.state == state for cell in cells):
             return f"{number} of {len(cells)} {state}"
-    return "" if all(score in cell.scores for cell in cells) else f"no {score}"
+    for name in (rounds.score, *rounds.keep):
+        if any(name not in cell.scores for cell in cells):
+            return f"no {name}"
+    for name, share in rounds.keep.items():
+        if any(name not in cell.base for cell in cells):
+            return f"no {name} of the base model"
+        left = fmean(cell.scores[name] for cell in cells) / fmean(cell.base[name] for cell in cells)
+        if left < share:
+            return f"keeps {left:.0%} of {name}"
+    return ""
 
 
 def choose_in(sweep: Path, rounds: Rounds) -> list[Chosen]:
@@ -217,20 +244,21 @@ def as_data(rounds: Rounds, chosen: Sequence[Chosen]) -> dict[str, Any]:
         for one in chosen
     ]
     better = "higher" if MEASURES[rounds.score].higher_is_better else "lower"
-    return {"axis": rounds.axis, "score": rounds.score, "better": better, "over": rounds.over, "settings": settings}
+    same = {"axis": rounds.axis, "score": rounds.score, "better": better, "over": rounds.over, "keep": rounds.keep}
+    return {**same, "settings": settings}
 
 
 def from_data(data: Mapping[str, Any]) -> Rounds:
     """Return rounds from what `as_data` has returned."""
     settings = [Setting(one["labels"], one["first_round"], one["second_rounds"]) for one in data["settings"]]
-    return Rounds(data["axis"], data["score"], data["over"], settings)
+    return Rounds(data["axis"], data["score"], data["over"], settings, data.get("keep", {}))
 
 
 def in_words(rounds: Rounds, chosen: Sequence[Chosen]) -> str:
     """Return what was chosen and why, a line for each setting."""
     lines = [f"second round: the best {rounds.axis} by {rounds.score}, means over {', '.join(rounds.over)}:"]
     for one in chosen:
-        what = f"left out, no {rounds.axis} is done on all of them" if one.best is None else one.best
+        what = f"left out, no {rounds.axis} counts" if one.best is None else one.best
         scores = [*(f"{entry}: {mean:.4g}" for entry, mean in one.means.items()), *map(": ".join, one.missing.items())]
         lines.append(f"    {one.setting.name}: {what} ({', '.join(scores)})")
     return "\n".join(lines)

@@ -83,6 +83,7 @@ def rounds_table(rounds: Rounds, records: Sequence[Record], layout: Layout) -> d
         "axis": rounds.axis,
         "score": rounds.score,
         "over": rounds.over,
+        "kept": " and ".join(f"{share:.0%} of the base model's {name}" for name, share in rounds.keep.items()),
         "axes": axes,
         "rows": rows,
         "scored": scored,

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ import yaml
 from dreambooth.errors import UserError
 from studies.grid import parse_grid
 from studies.results import Record
-from studies.rounds import choose, in_words, numbered, read_rounds, rounds_in, write_rounds
+from studies.rounds import as_data, choose, from_data, in_words, numbered, read_rounds, rounds_in, write_rounds
 
 BEST = {"axis": "learning_rate", "score": "dino", "axes": {"subject": {"dog": {}, "cat": {}}, "seed": [0, 1]}}
 METHODS = [
@@ -134,6 +135,26 @@ def test_an_entry_counts_if_all_its_replicates_are_done_and_the_measure_says_wha
     assert choose(rounds, records)[0].best is None
 
 
+def test_an_entry_that_follows_prompts_less_than_it_has_to_does_not_count(grid):
+    axes = {"learning_rate": [1, 2, 3, 4], "subject": {"dog": {}, "cat": {}}, "seed": [0]}
+    rounds, _ = read_rounds(grid(axes, {**BEST, "keep": {"clip_t": 0.92}}))
+    dinos = {"1": 0.5, "2": 0.6, "3": 0.8, "4": 0.7}
+    clip_ts = {"1": (0.6, 0.7), "2": (0.52, 0.68), "3": (0.55, 0.51), "4": (0.6, 0.6)}  # 2 and 4 keep 0.923 of it
+    records = {
+        name: Record(name, {}, "done", "", {"dino": dinos[rate], "clip_t": clip_t}, base={"clip_t": base})
+        for rate in dinos
+        for subject, clip_t, base in zip(("dog", "cat"), clip_ts[rate], (0.6, 0.7))
+        for name in [f"learning_rate={rate},subject={subject},seed=0"]
+    }
+    (one,) = choose(rounds, records)
+    assert one.best == "4" and one.missing == {"3": "keeps 82% of clip_t"}
+    assert choose(replace(rounds, keep={}), records)[0].best == "3"
+    assert choose(from_data(as_data(rounds, [one])), records) == [one]
+    records["learning_rate=4,subject=cat,seed=0"] = replace(records["learning_rate=4,subject=cat,seed=0"], base={})
+    (one,) = choose(rounds, records)
+    assert one.best == "2" and one.missing["4"] == "no clip_t of the base model"
+
+
 def test_a_replicate_axis_that_best_does_not_name_keeps_its_entries(grid):
     axes = {"learning_rate": [1, 2], "subject": {"dog": {}}, "seed": [0, 1]}
     rounds, _ = read_rounds(grid(axes, {**BEST, "axes": {"subject": {"cat": {}}}}))
@@ -158,6 +179,11 @@ MORE_SEEDS = [METHODS[0], {**METHODS[0], "learning_rate": [3], "seed": [0, 1]}]
         ({"best": {"axis": "learning_rate", "score": "dino"}}, "axes is missing"),
         ({"best": {**BEST, "over": "seed"}}, "over"),
         ({"best": {**BEST, "score": "dinosaur"}}, "dinosaur"),
+        ({"best": {**BEST, "keep": 0.9}}, "keep"),
+        ({"best": {**BEST, "keep": {"dino": 0.9}}}, "dino is not a score of the base model; known: clip_t"),
+        ({"best": {**BEST, "keep": {"clip_t": 92}}}, "clip_t: 92: expected a share"),
+        ({"best": {**BEST, "keep": {"clip_t": True}}}, "clip_t: true"),
+        ({"best": {**BEST, "score": "loss", "keep": {"clip_t": 0.9}}, "evaluate": None}, "no clip_t"),
         ({"best": {**BEST, "axis": "rate"}}, "rate"),
         ({"best": {**BEST, "axis": "seed"}}, "axis: seed"),
         ({"best": {**BEST, "axes": {"seed": 3}}}, "seed"),
@@ -178,7 +204,7 @@ def test_a_grid_without_best_has_one_round(grid):
 
 
 def test_the_rounds_of_a_folder_are_read_back_by_reports(grid, tmp_path):
-    parsed = grid()
+    parsed = grid(best={**BEST, "keep": {"clip_t": 0.9}})
     rounds, _ = read_rounds(parsed)
     write_rounds(tmp_path, parsed, rounds)
     assert rounds_in(tmp_path) == [rounds]
