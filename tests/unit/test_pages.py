@@ -13,7 +13,9 @@ from studies.results import DONE, Record, axes_of
 from studies.rounds import Rounds, Setting
 from tests.conftest import ROOT
 
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if MARKED.search(page.read_text())]
+PAGES = [
+    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if MARKED.search(page.read_text())
+]
 
 
 def record(method: str, rate: str, subject: str, dino: float) -> Record:
