@@ -146,7 +146,7 @@ def _read_keep(keep: Any, where: str) -> dict[str, float]:
     shares = {}
     for name, said in mapping(keep, where).items():
         if name not in KEPT:
-            raise UserError(f"{where}: {excerpt(str(name))} is not a score of the base model; known: {', '.join(KEPT)}")
+            raise UserError(f"{where}: {excerpt(str(name))} is not a score to keep; known: {', '.join(KEPT)}")
         share = as_number(str(said))
         if share is None or not 0 < share <= 1:
             raise UserError(f"{where}: {name}: {excerpt(str(said))}: expected a share above 0 and up to 1")
@@ -218,9 +218,9 @@ def _why_not(cells: Sequence[Record], rounds: Rounds) -> str:
     for name, share in rounds.keep.items():
         if any(name not in cell.base for cell in cells):
             return f"no {name} of the base model"
-        left = fmean(cell.scores[name] for cell in cells) / fmean(cell.base[name] for cell in cells)
-        if left < share:
-            return f"keeps {left:.0%} of {name}"
+        mean, needed = fmean(cell.scores[name] for cell in cells), share * fmean(cell.base[name] for cell in cells)
+        if mean < needed:
+            return f"{name} {mean:.3f}, below {needed:.3f}"
     return ""
 
 

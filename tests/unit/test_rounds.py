@@ -147,7 +147,7 @@ def test_an_entry_that_follows_prompts_less_than_it_has_to_does_not_count(grid):
         for name in [f"learning_rate={rate},subject={subject},seed=0"]
     }
     (one,) = choose(rounds, records)
-    assert one.best == "4" and one.missing == {"3": "keeps 82% of clip_t"}
+    assert one.best == "4" and one.missing == {"3": "clip_t 0.530, below 0.598"}
     assert choose(replace(rounds, keep={}), records)[0].best == "3"
     assert choose(from_data(as_data(rounds, [one])), records) == [one]
     records["learning_rate=4,subject=cat,seed=0"] = replace(records["learning_rate=4,subject=cat,seed=0"], base={})
@@ -180,7 +180,7 @@ MORE_SEEDS = [METHODS[0], {**METHODS[0], "learning_rate": [3], "seed": [0, 1]}]
         ({"best": {**BEST, "over": "seed"}}, "over"),
         ({"best": {**BEST, "score": "dinosaur"}}, "dinosaur"),
         ({"best": {**BEST, "keep": 0.9}}, "keep"),
-        ({"best": {**BEST, "keep": {"dino": 0.9}}}, "dino is not a score of the base model; known: clip_t"),
+        ({"best": {**BEST, "keep": {"dino": 0.9}}}, "dino is not a score to keep; known: clip_t"),
         ({"best": {**BEST, "keep": {"clip_t": 92}}}, "clip_t: 92: expected a share"),
         ({"best": {**BEST, "keep": {"clip_t": True}}}, "clip_t: true"),
         ({"best": {**BEST, "score": "loss", "keep": {"clip_t": 0.9}}, "evaluate": None}, "no clip_t"),
