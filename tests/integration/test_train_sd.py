@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 from safetensors import safe_open
@@ -203,6 +204,7 @@ def test_trackers_and_samples(tracker, options, run_main, tmp_path, offline_wand
     sheets = sorted(path.name for path in (options["output_dir"] / "samples").glob("*.png"))
     assert sheets == ["step-000000.png", "step-000002.png", "step-000004.png"]
     assert Image.open(options["output_dir"] / "samples" / sheets[0]).width > 2 * 192
+    wandb.teardown()  # its service then has written everything
     written = {
         "tensorboard": (options["output_dir"] / "logs").rglob("events.out.tfevents.*"),
         "wandb": tmp_path.rglob("run-*.wandb"),
