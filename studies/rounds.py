@@ -244,8 +244,14 @@ def as_data(rounds: Rounds, chosen: Sequence[Chosen]) -> dict[str, Any]:
         for one in chosen
     ]
     better = "higher" if MEASURES[rounds.score].higher_is_better else "lower"
-    same = {"axis": rounds.axis, "score": rounds.score, "better": better, "over": rounds.over, "keep": rounds.keep}
-    return {**same, "settings": settings}
+    return {
+        "axis": rounds.axis,
+        "score": rounds.score,
+        "better": better,
+        "over": rounds.over,
+        "keep": rounds.keep,
+        "settings": settings,
+    }
 
 
 def from_data(data: Mapping[str, Any]) -> Rounds:
