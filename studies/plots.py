@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from dreambooth.report.figures import (
     COLOURS,
+    DPI,
     GREY,
     INK,
     arrange,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 560, 400  # px, at 100 dpi; small enough to be read on a phone
+ROW = 19  # px, of a legend
 SHARP = 180  # dpi of the pictures
 LOG_FROM = 2  # an axis is drawn by its logarithm if its numbers differ by this factor
 UNBEATEN, BASE_MODEL, PHOTOS = "not beaten", "base model", "photos"  # what legends end with
@@ -168,6 +171,8 @@ def draw_tradeoff(
     Settings that no other beats in both are joined and named; a star is the base model, a dashed line the photos
     compared with each other. None if no run has both.
     """
+    from matplotlib.ticker import LogLocator
+
     groups = {}
     for name, members in grouped(records, settings).items():
         both = [record for record in members if {x.name, y.name} <= {*record.scores}]
@@ -193,15 +198,17 @@ def draw_tradeoff(
     names, points = [*groups], [(a.mean, b.mean) for _, a, b in groups.values()]
     front = frontier([(signs[0] * a, signs[1] * b) for a, b in points])
     axes.plot(*zip(*[points[i] for i in front]), color=GREY, linewidth=1, linestyle="--", zorder=0, label=UNBEATEN)
+    if x.name == "parameters" and is_logarithmic(across := [a for a, _ in points]):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(across) > 100 * min(across) else (1, 2, 5)))
+        axes.minorticks_off()
     axes.xaxis.set_major_formatter(tick_label)
     axes.yaxis.set_major_formatter(tick_label)
-    if x.name == "parameters":
-        number_ticks(axes, {number(a, x.name): a for a, _ in points})
     if not x.higher_is_better:
         axes.invert_xaxis()
     _references(axes, records, x, y)
-    _name_points(axes, [(names[i], points[i]) for i in front[:MOST_LABELS]])
     legend(figure, axes, ", ".join(colour_by))
+    _name_points(axes, {names[i]: points[i] for i in front[:MOST_LABELS]}, points)  # when all else has its place
     return rendered(figure)
 
 
@@ -214,25 +221,27 @@ def _references(axes: "Axes", records: Sequence[Record], x: Measure, y: Measure)
         axes.axhline(fmean(photos), color=INK, linewidth=0.8, linestyle=":", label=PHOTOS)
 
 
-def _name_points(axes: "Axes", points: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """Write names beside points, on the side that has space; one that would lie on another is left out."""
+def _name_points(axes: "Axes", names: Mapping[str, tuple[float, float]], points: Sequence[tuple[float, float]]) -> None:
+    """Write names beside their points, where they cover neither `points` nor each other; others are left out."""
+    from matplotlib.transforms import Bbox
+
     figure = axes.get_figure()
     assert figure is not None
     arrange(figure)  # pyright: ignore[reportArgumentType]
-    frame, taken = axes.get_window_extent(), []
-    for name, point in points:
-        place = axes.transData.transform(point)
-        left = place[0] > (frame.x0 + frame.x1) / 2
-        text = axes.annotate(
-            name, point, (-6 if left else 6, 5), textcoords="offset points", ha="right" if left else "left",
-            fontsize=7.5, color=INK, parse_math=False,
-        )  # fmt: skip
-        choose_fonts([text])
-        extent = text.get_window_extent()
-        if any(extent.overlaps(other) for other in taken):
+    frame = axes.get_window_extent()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(points)]
+    for name, point in names.items():
+        for (x, horizontal), (y, vertical) in product([(6, "left"), (-6, "right")], [(4, "bottom"), (-4, "top")]):
+            text = axes.annotate(
+                name, point, (x, y), textcoords="offset points", ha=horizontal, va=vertical, fontsize=7.5, color=INK,
+                parse_math=False,
+            )  # fmt: skip
+            choose_fonts([text])
+            extent = text.get_window_extent()
+            if frame.containsx(extent.x0) and frame.containsx(extent.x1) and not extent.count_overlaps(taken):
+                taken.append(extent)
+                break
             text.remove()
-        else:
-            taken.append(extent)
 
 
 # ---- what they share ----
@@ -269,6 +278,7 @@ def legend(figure: "Figure", axes: Any, title: str) -> None:
         return
     most = max(1, min(6, 66 // (max(map(len, entries)) + 6)))  # beside each other
     rows = math.ceil(len(entries) / most)
+    figure.set_figheight(figure.get_figheight() + max(0, rows - 2) * ROW / DPI)  # the axes keep their height
     box = figure.legend(
         entries.values(),
         entries.keys(),

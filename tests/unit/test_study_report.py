@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from dreambooth.errors import UserError
+from dreambooth.report.figures import DPI, rendered
 from studies.cells import Ending
 from studies.choice import Choice
 from studies.exports import csv_text, json_text
 from studies.grid import parse_grid
-from studies.plots import draw_heatmap, draw_lines, draw_tradeoff
+from studies.plots import HEIGHT, SHARP, draw_heatmap, draw_lines, draw_tradeoff
 from studies.rendering import png_bytes
 from studies.report import write_plots, write_report
 from studies.results import DONE, MEASURES, Record, axes_of, axis_numbers, read_sweep
@@ -379,6 +380,23 @@ def test_plots_of_little_are_drawn(tmp_path):
     assert share_of(draw_lines(records, "learning_rate", numbers, [], DINO), "#0969da") > 0
     assert draw_tradeoff(records, ["learning_rate"], [], MEASURES["parameters"], DINO) is not None
     assert draw_tradeoff(records[1:], ["learning_rate"], [], MEASURES["parameters"], DINO) is None
+
+
+def test_names_cover_neither_points_nor_each_other(tmp_path, monkeypatch):
+    for number in range(8):  # with more likeness, less truth to the prompt: none beats another
+        write_cell(tmp_path, {"method": f"method_of_number_{number}"}, 0.5 + 0.01 * number, 0.01)
+    records, measures = read_sweep(tmp_path), (MEASURES["clip_t"], DINO)
+    figures = []
+    monkeypatch.setattr("studies.plots.rendered", lambda figure: figures.append(figure) or rendered(figure))
+    draw_tradeoff(records, ["method"], ["method"], *measures)
+    [axes] = figures[0].axes
+    names = [text.get_window_extent() for text in axes.texts]
+    scores = [[record.scores[measure.name] for measure in measures] for record in records]
+    points = axes.transData.transform(scores)
+    assert len(names) >= 3
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(names, 2))
+    assert not any(extent.contains(*point) for extent in names for point in points)
+    assert axes.get_window_extent().height > 0.65 * HEIGHT * SHARP / DPI  # whatever the rows of the legend
 
 
 # ---- the program ----
