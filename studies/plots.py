@@ -171,8 +171,6 @@ def draw_tradeoff(
     Settings that no other beats in both are joined and named; a star is the base model, a dashed line the photos
     compared with each other. None if no run has both.
     """
-    from matplotlib.ticker import LogLocator
-
     groups = {}
     for name, members in grouped(records, settings).items():
         both = [record for record in members if {x.name, y.name} <= {*record.scores}]
@@ -198,10 +196,8 @@ def draw_tradeoff(
     names, points = [*groups], [(a.mean, b.mean) for _, a, b in groups.values()]
     front = frontier([(signs[0] * a, signs[1] * b) for a, b in points])
     axes.plot(*zip(*[points[i] for i in front]), color=GREY, linewidth=1, linestyle="--", zorder=0, label=UNBEATEN)
-    if x.name == "parameters" and is_logarithmic(across := [a for a, _ in points]):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(across) > 100 * min(across) else (1, 2, 5)))
-        axes.minorticks_off()
+    if x.name == "parameters":
+        _round_ticks(axes, [a for a, _ in points])
     axes.xaxis.set_major_formatter(tick_label)
     axes.yaxis.set_major_formatter(tick_label)
     if not x.higher_is_better:
@@ -210,6 +206,16 @@ def draw_tradeoff(
     legend(figure, axes, ", ".join(colour_by))
     _name_points(axes, {names[i]: points[i] for i in front[:MOST_LABELS]}, points)  # when all else has its place
     return rendered(figure)
+
+
+def _round_ticks(axes: "Axes", numbers: Sequence[float]) -> None:
+    """Put ticks at round numbers, by logarithm; those of the settings themselves may lie on one another."""
+    from matplotlib.ticker import LogLocator
+
+    if is_logarithmic(numbers):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(numbers) > 100 * min(numbers) else (1, 2, 5)))
+        axes.minorticks_off()
 
 
 def _references(axes: "Axes", records: Sequence[Record], x: Measure, y: Measure) -> None:
