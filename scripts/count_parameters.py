@@ -162,12 +162,13 @@ class Place:
         return [unet, *text_encoders] if self.with_text else [unet]
 
 
-def all_places() -> list[Place]:
-    places = []
+@functools.cache
+def all_places() -> tuple[Place, ...]:
+    places: list[Place] = []
     for name, file in ARCHITECTURES.items():
         encoders = "text encoders" if len(load_architecture(file)) > 2 else "text encoder"
         places += [Place(f"{name} UNet", file, False), Place(f"{name} UNet + {encoders}", file, True)]
-    return places
+    return tuple(places)
 
 
 SD15 = Place("SD 1.5 UNet + text encoder", "sd15", True)
