@@ -1,12 +1,9 @@
 """Base models, photos and a way to run the training script, for all tests."""
 
-import hashlib
 import json
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the Hub; a wrong name must n
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from filelock import FileLock
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -35,28 +31,6 @@ def pytest_runtest_setup(item):
     on_cpu = os.environ.get("KRON_GPU_TESTS") == "cpu"  # as far as a CPU can: see tests/gpu/conftest.py
     if item.get_closest_marker("gpu") and not (torch.cuda.is_available() or on_cpu):
         pytest.skip("needs a CUDA device; KRON_GPU_TESTS=cpu runs it on a CPU")
-
-
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory) -> Path:
-    """A folder of this session of tests, the same for all its processes."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-
-
-@pytest.fixture(scope="session")
-def once(shared_folder) -> Callable[[str, Callable[[], Any]], Any]:
-    """Return `once(name, make)`: what make() returned in whichever of the session's processes came first."""
-
-    def made(name: str, make: Callable[[], Any]) -> Any:
-        path = shared_folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.pickle"
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                value = pickle.dumps(make())
-                path.write_bytes(value)
-            return pickle.loads(path.read_bytes())
-
-    return made
 
 
 @pytest.fixture(scope="session")

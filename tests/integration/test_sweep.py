@@ -42,15 +42,13 @@ GRID = {
     },
 }
 FIRST = ("learning_rate=0.01,seed=0", "learning_rate=0.02,seed=0")
+pytestmark = pytest.mark.xdist_group("sweep")  # one process: they share a sweep
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory, once):
+def sweep(tmp_path_factory):
     """The folder of a finished sweep."""
-    return once("sweep", lambda: run_sweep(tmp_path_factory.mktemp("sweep")))
-
-
-def run_sweep(folder):
+    folder = tmp_path_factory.mktemp("sweep")
     grid = {**GRID, "options": {**GRID["options"], "class_data_dir": str(folder / "class-images")}}
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     environment = {**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"}

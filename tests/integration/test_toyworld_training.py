@@ -11,9 +11,11 @@ from transformers import CLIPModel, ViTModel
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("toyworld training")  # one process: they share an autoencoder
+
 
 def words(*arguments, steps: int = 2) -> list[str]:
-    return [*map(str, arguments), "--steps", str(steps), "--batch_size", "16", "--save_every", "2"]
+    return ["--steps", str(steps), "--batch_size", "4", "--save_every", "2", *map(str, arguments)]
 
 
 @pytest.fixture
@@ -30,19 +32,15 @@ def run(monkeypatch, capfd):
     return run_main
 
 
-@pytest.fixture(scope="session")
-def vae(once, shared_folder):
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
     """A folder with what train_vae writes, from its command line."""
-
-    def make():
-        folder = shared_folder / "vae"
-        command = [sys.executable, "-m", "toyworld.train_vae", *words("--output_dir", folder)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        assert "PSNR" in result.stdout
-        return folder
-
-    return once("vae", make)
+    folder = tmp_path_factory.mktemp("vae")
+    command = [sys.executable, "-m", "toyworld.train_vae", *words("--output_dir", folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "PSNR" in result.stdout
+    return folder
 
 
 def test_the_autoencoder_has_white_latents(vae):
@@ -81,7 +79,7 @@ def test_a_base_model(kind, vae, run, tmp_path):
 
 @pytest.mark.parametrize("model, kind", [("clip", CLIPModel), ("dino", ViTModel)])
 def test_an_evaluator(model, kind, run, tmp_path):
-    assert "% of 1024" in run("train_evaluators", model, "--output_dir", tmp_path)
+    assert "% of 1024" in run("train_evaluators", model, "--batch_size", 16, "--output_dir", tmp_path)
     kind.from_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "preprocessor_config.json").is_file() or (
         tmp_path / "model" / "processor_config.json"

@@ -15,7 +15,7 @@ from kron_adapter import kronecker_layers, load_kronecker
 from tests.conftest import WEIGHTS, assert_same, factors, launch, metrics, save_tiny_pipeline
 
 
-@pytest.mark.parametrize("subject, resolution, mixed_precision", [("dog", 64, "no"), ("clock", 128, "bf16")])
+@pytest.mark.parametrize("subject, resolution, mixed_precision", [("clock", 128, "no"), ("dog", 64, "bf16")])
 def test_trains_on_photos_and_the_loss_falls(
     subject, resolution, mixed_precision, options, prior, request, run_main, tiny_sd, tmp_path
 ):
@@ -27,13 +27,13 @@ def test_trains_on_photos_and_the_loss_falls(
         "resolution": resolution,
         "mixed_precision": mixed_precision,
         "gradient_accumulation_steps": 2,
-        "max_train_steps": 40,
+        "max_train_steps": 20,
     }
     trained, control = tmp_path / "trained", tmp_path / "control"
-    run_main(sd, **{**common, "output_dir": trained, "learning_rate": 5e-3})
+    run_main(sd, **{**common, "output_dir": trained, "learning_rate": 1e-2})
     run_main(sd, **{**common, "output_dir": control, "learning_rate": 0})
     for loss in ("loss", "instance_loss", "prior_loss"):
-        ours, base = (sum(row[loss] for row in metrics(output)[-10:]) for output in (trained, control))
+        ours, base = (sum(row[loss] for row in metrics(output)[-5:]) for output in (trained, control))
         assert ours < 0.97 * base, loss
     assert metrics(trained)[0]["loss"] == metrics(control)[0]["loss"]
 
