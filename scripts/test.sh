@@ -6,4 +6,4 @@ ruff check
 ruff format --check
 basedpyright
 export OMP_NUM_THREADS=1  # each test process has one thread, and there is one process per core
-exec python -m pytest --numprocesses logical --dist loadgroup "$@"
+exec python -m pytest --numprocesses logical --dist load --maxschedchunk 1 "$@"

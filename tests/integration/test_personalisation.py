@@ -31,7 +31,6 @@ PROMPTS = tuple(prompts("robot"))
 PRIOR = {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of robot"}
 DRAWING = {"num_inference_steps": 12, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": ""}
 RISE_OF_DINO, RISE_OF_CLIP_I, FALL_OF_CLIP_T = 0.15, 0.05, 0.05
-pytestmark = pytest.mark.xdist_group("personalisation")  # one process: they share adapters and images
 
 
 @pytest.fixture(scope="module")

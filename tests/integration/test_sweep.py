@@ -42,7 +42,6 @@ GRID = {
     },
 }
 FIRST = ("learning_rate=0.01,seed=0", "learning_rate=0.02,seed=0")
-pytestmark = pytest.mark.xdist_group("sweep")  # one process: they share a sweep
 
 
 @pytest.fixture(scope="module")

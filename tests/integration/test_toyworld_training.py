@@ -11,8 +11,6 @@ from transformers import CLIPModel, ViTModel
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("toyworld training")  # one process: they share an autoencoder
-
 
 def words(*arguments, steps: int = 2) -> list[str]:
     return ["--steps", str(steps), "--batch_size", "4", "--save_every", "2", *map(str, arguments)]
