@@ -29,7 +29,7 @@ PHOTOS = ROOT / "toyworld" / "photos" / "robot"
 SCRIPTS = {"sd": train_dreambooth_kronecker, "sdxl": train_dreambooth_kronecker_sdxl}
 PROMPTS = tuple(prompts("robot"))
 PRIOR = {"with_prior_preservation": True, "prior_source": "base_model", "class_prompt": "a photo of robot"}
-DRAWING = {"num_inference_steps": 12, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": ""}
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": ""}
 RISE_OF_DINO, RISE_OF_CLIP_I, FALL_OF_CLIP_T = 0.15, 0.05, 0.05
 
 
@@ -136,12 +136,12 @@ def test_it_learns_the_subject_and_keeps_the_rest(kind, train, score, drift):
 
 
 def test_without_a_prior_the_class_becomes_the_subject(train, drift):
-    everywhere = {"kron_init": "invariant", "learning_rate": 2e-2, "max_train_steps": 100}  # not for the subject alone
+    everywhere = {"kron_init": "invariant", "max_train_steps": 200}  # contrast would change the subject alone
     with_prior, without = (drift("sd", train(**everywhere, **options)) for options in (PRIOR, {}))
     rise = without.similarity_after - without.similarity_before
-    assert rise > 0.05
+    assert rise > 0.1
     assert with_prior.similarity_after - with_prior.similarity_before < 0.5 * rise
-    assert without.diversity_after < 0.5 * with_prior.diversity_after
+    assert without.diversity_after < with_prior.diversity_after
 
 
 def test_prompts_paired_wrongly_teach_nothing_of_the_subject(train, score):
